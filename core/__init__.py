@@ -1,0 +1,1 @@
+"""The techniques, in torch and the standard library; this room never imports ComfyUI."""

@@ -1,0 +1,243 @@
+"""What a checkpoint is, read from its safetensors header alone: kind, dimensions, size."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+
+TRANSFORMER = "a Qwen-Image diffusion model"
+TEXT_ENCODER = "a Qwen2.5-VL text encoder"
+VAE = "a Qwen-Image (Wan 2.1) VAE"
+
+TEXT_HEAD_DIM = 128  # fixed in ComfyUI's Qwen2.5-VL for every size of model
+VISION_HEAD_DIM = 80
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used; the message names it, says what it is and what was expected."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """dtype as safetensors spells it, and the shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """The table of contents of a safetensors file."""
+
+    path: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def shape(self, *names: str) -> tuple[int, ...]:
+        """Shape of the first of `names` that the file has."""
+        for name in names:
+            if name in self.tensors:
+                return self.tensors[name].shape
+        raise CheckpointError(f"{_name(self.path)} lacks the tensor {names[0]}.")
+
+    def count(self, prefix: str) -> int:
+        """How many numbered blocks follow `prefix`."""
+        numbers = {
+            key[len(prefix) :].split(".")[0] for key in self.tensors if key.startswith(prefix)
+        }
+        return sum(number.isdigit() for number in numbers)
+
+    def hints(self) -> dict[str, Any]:
+        """Dimensions that weights cannot tell, from the metadata entry `qwen_vram` (JSON)."""
+        try:
+            hints = json.loads(self.metadata.get("qwen_vram", "{}"))
+        except json.JSONDecodeError as error:
+            raise CheckpointError(
+                f"{_name(self.path)} has broken qwen_vram metadata: {error}."
+            ) from error
+        return hints if isinstance(hints, dict) else {}
+
+
+def _name(path: str) -> str:
+    return os.path.basename(path)
+
+
+def read_header(path: str) -> Header:
+    """Read and check the header; the weights stay on disk. Raises CheckpointError, OSError."""
+    if not path.lower().endswith(SAFETENSORS_SUFFIXES):
+        raise CheckpointError(
+            f"{_name(path)} is not a .safetensors file; convert it, "
+            "or download the safetensors version."
+        )
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"{_name(path)} ({size} bytes) is not a safetensors file, "
+                "or its beginning is damaged; download it again."
+            )
+        raw = file.read(length)
+    tensors, metadata, end = parse_header(path, raw, length)
+    if size < 8 + length + end:
+        raise CheckpointError(
+            f"{_name(path)} is incomplete: it has {size:,} of {8 + length + end:,} bytes; "
+            "download it again."
+        )
+    return Header(path, tensors, metadata)
+
+
+def parse_header(
+    path: str, raw: bytes, length: int
+) -> tuple[dict[str, Tensor], dict[str, str], int]:
+    """Parse the JSON part of a header into tensors, metadata and the end of the data, in bytes."""
+    try:
+        if len(raw) < length:
+            raise ValueError("it ends within its own header")
+        table = json.loads(raw)
+        metadata = table.pop("__metadata__", {})
+        tensors = {name: Tensor(t["dtype"], tuple(t["shape"])) for name, t in table.items()}
+        end = max((t["data_offsets"][1] for t in table.values()), default=0)
+        return tensors, {str(k): str(v) for k, v in metadata.items()}, int(end)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{_name(path)} is not a readable safetensors file ({error}); download it again."
+        ) from error
+
+
+def _any(tensors: Iterable[str], *parts: str) -> bool:
+    return any(part in key for key in tensors for part in parts)
+
+
+def _is_text_encoder(tensors: dict[str, Tensor]) -> bool:
+    bias = tensors.get("model.layers.0.self_attn.k_proj.bias")
+    return bias is not None and bias.shape == (4 * TEXT_HEAD_DIM,)
+
+
+# First match wins; what we load comes right after LoRAs, which carry their base model's key names.
+KINDS: tuple[tuple[str, Callable[[dict[str, Tensor]], bool]], ...] = (
+    (
+        "a LoRA (it belongs into models/loras)",
+        lambda t: _any(t, ".lora_", "lora_unet_", ".lokr_", ".hada_"),
+    ),
+    (
+        "a ControlNet",
+        lambda t: _any(t, "controlnet_blocks.", "control_model.", "controlnet_x_embedder"),
+    ),
+    (TRANSFORMER, lambda t: transformer_prefix(t) is not None),
+    (TEXT_ENCODER, _is_text_encoder),
+    (VAE, lambda t: "decoder.head.0.gamma" in t and "encoder.conv1.weight" in t),
+    ("an SDXL checkpoint", lambda t: _any(t, "conditioner.embedders.1.")),
+    ("a Stable Diffusion checkpoint", lambda t: _any(t, "model.diffusion_model.input_blocks.")),
+    ("a Flux diffusion model", lambda t: _any(t, "double_blocks.0.img_attn.")),
+    (
+        "a Stable Diffusion or Flux VAE",
+        lambda t: _any(t, "decoder.up.0.block.0.", "decoder.up_blocks."),
+    ),
+    ("a CLIP text encoder", lambda t: _any(t, "text_model.encoder.layers.")),
+    ("a T5 text encoder", lambda t: _any(t, "encoder.block.0.layer.0.SelfAttention.")),
+    (
+        "a Llama or Qwen language model of another family",
+        lambda t: _any(t, "model.layers.0.self_attn."),
+    ),
+)
+
+
+def kind_of(header: Header) -> str:
+    """Say in words what the file is, by the names and shapes of its tensors."""
+    for kind, matches in KINDS:
+        if matches(header.tensors):
+            return kind
+    first = next(iter(header.tensors), None)
+    return f"an unknown model (its first tensor is {first})" if first else "an empty file"
+
+
+def require(header: Header, expected: str) -> None:
+    """Raise CheckpointError, in one sentence, unless the file is of the `expected` kind."""
+    kind = kind_of(header)
+    if kind != expected:
+        raise CheckpointError(f"{_name(header.path)} is {kind}; this node needs {expected}.")
+
+
+def transformer_prefix(tensors: Iterable[str]) -> str | None:
+    """What stands before the transformer's key names ("" or an all-in-one file's prefix)."""
+    marks = ("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.norm_q.weight")
+    names = set(tensors)
+    for name in names:
+        if name.endswith(marks[0]):
+            prefix = name[: -len(marks[0])]
+            if all(prefix + mark in names for mark in marks):
+                return prefix
+    return None
+
+
+def rope_axes(head_dim: int) -> tuple[int, int, int]:
+    """Split a head between time, height and width as Qwen-Image does: (16, 56, 56) of 128."""
+    time = max(2, head_dim // 16 * 2)
+    side, rest = divmod(head_dim - time, 2)
+    if side % 2:
+        time, side = time + 2, side - 1
+    if rest or side < 2:
+        raise CheckpointError(
+            f"A head of {head_dim} channels cannot be split into three even axes."
+        )
+    return time, side, side
+
+
+def transformer_config(header: Header) -> dict[str, Any]:
+    """Constructor arguments of the host's QwenImageTransformer2DModel that depend on its width."""
+    prefix = transformer_prefix(header.tensors)
+    if prefix is None:
+        raise CheckpointError(f"{_name(header.path)} is {kind_of(header)}; expected {TRANSFORMER}.")
+    head_dim = header.shape(f"{prefix}transformer_blocks.0.attn.norm_q.weight")[0]
+    inner = header.shape(f"{prefix}img_in.bias", f"{prefix}img_in.weight")[0]
+    axes = header.hints().get("axes_dims_rope") or rope_axes(head_dim)
+    return {
+        "attention_head_dim": head_dim,
+        "num_attention_heads": inner // head_dim,
+        "joint_attention_dim": header.shape(f"{prefix}txt_norm.weight")[0],
+        "axes_dims_rope": tuple(axes),
+    }
+
+
+def text_encoder_config(header: Header) -> dict[str, Any]:
+    """Dimensions of a Qwen2.5-VL language model and, under "vision", of its vision tower."""
+    layer = "model.layers.0."
+    vocabulary, hidden = header.shape("model.embed_tokens.weight")
+    config: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": header.shape(f"{layer}mlp.gate_proj.weight")[0],
+        "num_hidden_layers": header.count("model.layers."),
+        "num_attention_heads": header.shape(f"{layer}self_attn.q_proj.bias")[0] // TEXT_HEAD_DIM,
+        "num_key_value_heads": header.shape(f"{layer}self_attn.k_proj.bias")[0] // TEXT_HEAD_DIM,
+    }
+    if header.count("visual.blocks."):
+        config["vision"] = _vision_config(header)
+    return config
+
+
+def _vision_config(header: Header) -> dict[str, int]:
+    hidden = header.shape("visual.patch_embed.proj.weight")[0]
+    heads = header.hints().get("vision_heads", hidden // VISION_HEAD_DIM)
+    if not heads or hidden % heads:
+        raise CheckpointError(
+            f"The number of attention heads of the vision tower of {_name(header.path)} cannot be "
+            f'told from its width {hidden}; put {{"vision_heads": N}} into its metadata entry '
+            '"qwen_vram".'
+        )
+    block = "visual.blocks.0.mlp.gate_proj."
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": header.shape(f"{block}bias", f"{block}weight")[0],
+        "num_heads": heads,
+        "num_layers": header.count("visual.blocks."),
+    }

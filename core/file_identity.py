@@ -1,0 +1,51 @@
+"""Which file it is: real path, size, modification time; a replaced file is another file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_FILES_IN_DIRECTORY = 2000
+
+
+@dataclass(frozen=True, order=True)
+class FileIdentity:
+    """One version of one file. Two links to the same file are equal."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> FileIdentity:
+        """Identify the file behind `path`, links resolved. Raises OSError when there is none."""
+        real = os.path.realpath(path)
+        stat = os.stat(real)
+        return cls(real, stat.st_size, stat.st_mtime_ns)
+
+    def touched_ns(self) -> int:
+        """When the file was last written, renamed or replaced, as far as the system tells."""
+        stat = os.stat(self.path)
+        return max(stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+def identify(path: str | os.PathLike[str]) -> list[FileIdentity]:
+    """Identify a file, or every file below a directory. Raises OSError, ValueError if too many."""
+    if not os.path.isdir(path):
+        return [FileIdentity.of(path), *_companions(Path(path))]
+    found: list[FileIdentity] = []
+    for folder, subfolders, names in os.walk(path):
+        subfolders.sort()
+        found += [FileIdentity.of(os.path.join(folder, name)) for name in sorted(names)]
+        if len(found) > MAX_FILES_IN_DIRECTORY:
+            raise ValueError(f"{path} holds more than {MAX_FILES_IN_DIRECTORY} files")
+    return found
+
+
+def _companions(path: Path) -> list[FileIdentity]:
+    """Files that a loader opens beside the named one: GGUF encoders come with an mmproj file."""
+    if path.suffix.lower() != ".gguf":
+        return []
+    beside = sorted(path.parent.glob("*.gguf"))
+    return [FileIdentity.of(p) for p in beside if "mmproj" in p.name.lower() and p != path]

@@ -1,0 +1,208 @@
+"""What feeds a socket: the upstream graph with its values, files and code, as comparable data.
+
+Everything that the result depends on is in the identity, or `NotCacheable` says why it cannot be.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .file_identity import FileIdentity
+
+MAX_NODES = 200  # visited by recursion, well within Python's limit
+_CHANCE = {
+    "random",
+    "randint",
+    "randrange",
+    "uniform",
+    "shuffle",
+    "choice",
+    "sample",
+    "randn",
+    "rand",
+}
+_CLOCK = {"time_ns", "now", "today", "urandom", "uuid1", "uuid4", "token_hex"}
+
+
+class NotCacheable(Exception):
+    """The result may differ the next time; the message says which node and why."""
+
+
+class ClassFacts(NamedTuple):
+    """What the host knows of a node: where its code lies, and its own fingerprint, if any."""
+
+    package: str
+    fingerprint: Any = None
+    neutral: frozenset[str] = frozenset()  # inputs that do not change what comes out
+
+
+@dataclass
+class GraphIdentity:
+    """An upstream graph in canonical form, with the files and the packages that it names."""
+
+    nodes: list[Any] = field(default_factory=list)
+    files: list[FileIdentity] = field(default_factory=list)
+    packages: set[str] = field(default_factory=set)
+
+
+class Host(NamedTuple):
+    """The questions that only the host can answer."""
+
+    node: Callable[[str], dict[str, Any]]
+    facts: Callable[[str, dict[str, Any]], ClassFacts]
+    files: Callable[[str], list[FileIdentity]]
+
+
+def is_link(value: Any) -> bool:
+    """A link of an API-format graph: [node id, output index]."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and (type(value[1]) is int)
+    )
+
+
+def identify_upstream(link: Any, host: Host) -> GraphIdentity:
+    """Walk everything upstream of `link`. Raises NotCacheable."""
+    identity = GraphIdentity()
+    numbers: dict[str, int] = {}
+
+    def visit(node_id: str) -> int:
+        """Number a node by the order of the first visit: ids differ between equal graphs."""
+        if node_id in numbers:
+            return numbers[node_id]
+        if len(numbers) >= MAX_NODES:
+            raise NotCacheable(f"more than {MAX_NODES} nodes lie upstream")
+        numbers[node_id] = len(numbers)
+        node = host.node(node_id)
+        facts = host.facts(node_id, node)
+        row: list[Any] = [numbers[node_id], node["class_type"], facts.package, facts.fingerprint]
+        identity.nodes.append(row)
+        identity.packages.add(facts.package)
+        for name, value in sorted(node["inputs"].items()):
+            if name in facts.neutral:
+                continue
+            if is_link(value):
+                row.append([name, "link", visit(value[0]), value[1]])
+                continue
+            row.append([name, "value", canonical(value, f"{name} of {node['class_type']}")])
+            for text in strings_in(value):
+                identity.files += host.files(text)
+        return numbers[node_id]
+
+    identity.nodes.append(["socket", visit(link[0]), link[1]])
+    return identity
+
+
+def canonical(value: Any, where: str) -> str:
+    """JSON with sorted keys that tells 1 from 1.0 and True. Raises NotCacheable for the rest."""
+    try:
+        return json.dumps(value, sort_keys=True, allow_nan=False, ensure_ascii=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise NotCacheable(f"{where} has a value that cannot be compared ({error})") from error
+
+
+def strings_in(value: Any) -> Iterable[str]:
+    """Every string inside a widget value, which may hold lists and dictionaries."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from strings_in(key)
+            yield from strings_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from strings_in(item)
+
+
+def digest(*values: Any) -> str:
+    """SHA-256, in hexadecimal, of JSON-compatible values."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def source_digest(root: Path) -> tuple[str, float]:
+    """SHA-256 over all Python files below `root` (or of one file), and their newest mtime."""
+    sha = hashlib.sha256()
+    newest = 0.0
+    for path in _sources(root):
+        sha.update(f"{path.relative_to(root.parent).as_posix()}\0".encode())
+        sha.update(path.read_bytes())
+        newest = max(newest, path.stat().st_mtime)
+    return sha.hexdigest(), newest
+
+
+def _sources(root: Path) -> list[Path]:
+    if root.is_file():
+        return [root]
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [s for s in subfolders if s[0] not in "._" and s not in _NO_SOURCE]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found)
+
+
+_NO_SOURCE = {
+    "node_modules",
+    "tests",
+    "tests-unit",
+    "models",
+    "output",
+    "input",
+    "custom_nodes",
+    "user",
+}
+
+
+def source_hazard(source: str) -> str | None:
+    """Why a node's class is not a function of its inputs, as far as its source shows; else None."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Global):
+            return f"changes the variable {node.names[0]} outside itself"
+        if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Attribute):
+            return f"counts in {ast.unparse(node.target)}"
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in _CHANCE:
+                return f"is random ({ast.unparse(node.func)})"
+            if name in _CLOCK or ast.unparse(node.func) == "time.time":
+                return f"depends on the moment ({ast.unparse(node.func)})"
+    return None
+
+
+class LoadedFiles:
+    """Which version of a file a live model was made from.
+
+    A stock loader keeps its model when the file behind it is replaced. Encoding with that model
+    must not be stored under the new file's identity, or a restart would serve a stale result.
+    Our own loaders `record` the version that they read; others are trusted only when the file is
+    older than the process.
+    """
+
+    def __init__(self, started_ns: int) -> None:
+        self.started_ns = started_ns
+        self._seen: weakref.WeakKeyDictionary[Any, dict[str, FileIdentity]]
+        self._seen = weakref.WeakKeyDictionary()
+
+    def record(self, model: Any, file: FileIdentity) -> None:
+        """Note that `model` was made from this version of `file`."""
+        self._seen.setdefault(model, {})[file.path] = file
+
+    def doubt(self, model: Any, files: Iterable[FileIdentity]) -> str | None:
+        """Why it is uncertain that `model` was made from these versions of `files`; else None."""
+        seen = self._seen.setdefault(model, {})
+        for file in files:
+            if file.path not in seen and file.touched_ns() > self.started_ns:
+                return f"{Path(file.path).name} changed after ComfyUI started"
+            if seen.setdefault(file.path, file) != file:
+                return f"{Path(file.path).name} changed after it was loaded"
+        return None

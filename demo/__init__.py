@@ -1,0 +1,1 @@
+"""Runs the pack in a real ComfyUI on tiny checkpoints, and sets up what that needs."""

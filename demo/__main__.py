@@ -1,0 +1,139 @@
+"""The commands: demo (the default), setup, serve, test, check and clean."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .environment import ROOT, VENV, SetupError, ensure, inside_venv, say, venv_python
+
+# Everything else of this package needs what set-up installs, so the commands import it themselves.
+
+
+def _options(command: str, rest: Sequence[str]) -> argparse.Namespace:
+    name = "python -m demo" + ("" if command == "demo" else f" {command}")
+    parser = argparse.ArgumentParser(prog=name)
+    if command == "demo":
+        parser.description = (
+            f"Runs the bundled workflow twice. Other commands: {', '.join(COMMANDS[1:])}."
+        )
+        parser.add_argument("--prompt", metavar="TEXT", help="the text to draw")
+        parser.add_argument(
+            "--keep-cache", action="store_true", help="start with the conditioning of earlier demos"
+        )
+    elif command == "setup":
+        parser.add_argument("--tests", action="store_true", help="also what the tests need")
+    return parser.parse_args(rest)
+
+
+def _reenter(arguments: Sequence[str]) -> int:
+    """Runs the same command again on the interpreter of `.venv`."""
+    command = [str(venv_python()), "-m", "demo", *arguments]
+    if os.name == "nt":  # execv on Windows returns to the shell before the command has ended
+        return subprocess.run(command, cwd=ROOT).returncode
+    sys.stdout.flush()
+    os.chdir(ROOT)
+    os.execv(command[0], command)
+
+
+def _call(*command: str) -> int:
+    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode
+
+
+def _demo(comfyui: Path, rest: Sequence[str]) -> int:
+    from .conversion import ConversionError
+    from .server import ServerError
+    from .showcase import DemoError, run
+    from .substitutions import UnknownModelFile
+
+    options = _options("demo", rest)
+    try:
+        run(comfyui, options.prompt, options.keep_cache)
+    except (DemoError, ServerError, ConversionError, UnknownModelFile) as error:
+        print(f"The demo failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _serve(comfyui: Path, rest: Sequence[str]) -> int:
+    from .server import ServerError
+    from .showcase import DemoError, serve
+
+    _options("serve", rest)
+    try:
+        serve(comfyui)
+    except (DemoError, ServerError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _test(comfyui: Path, rest: Sequence[str]) -> int:
+    targets = [] if any(argument.startswith("tests") for argument in rest) else ["tests"]
+    return _call("pytest", *targets, *rest)
+
+
+def _check(comfyui: Path, rest: Sequence[str]) -> int:
+    _options("check", rest)
+    steps = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("pytest", "tests/static"))
+    codes = [_call(*step) for step in steps]  # all of them, so that one run shows everything
+    return int(any(codes))
+
+
+def _clean() -> None:
+    """Removes what set-up, the demo and the tools made inside the repository."""
+    names = (".demo", ".pytest_cache", ".hypothesis", ".ruff_cache")
+    for folder in [VENV, *(ROOT / name for name in names)]:
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in list(ROOT.glob("**/__pycache__")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+IN_VENV: dict[str, Callable[[Path, Sequence[str]], int]] = {
+    "demo": _demo,
+    "serve": _serve,
+    "test": _test,
+    "check": _check,
+}
+COMMANDS = (*IN_VENV, "setup", "clean")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Sets up what the command needs, moves into `.venv` and runs the command there."""
+    named = bool(arguments) and arguments[0] in COMMANDS
+    command = arguments[0] if named else "demo"
+    rest = list(arguments[1:] if named else arguments)
+    # Options are read before set-up too, so that a typing error does not cost minutes.
+    options = argparse.Namespace() if command == "test" else _options(command, rest)
+    if hasattr(sys.stdout, "reconfigure"):  # a Windows pipe may know no Chinese
+        sys.stdout.reconfigure(errors="replace")
+    # A terminated demo ends like an interrupted one, and so stops its server.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    try:
+        if command == "clean":
+            _clean()
+            return 0
+        tests = command in ("test", "check") or getattr(options, "tests", False)
+        comfyui = ensure(tests)
+        if command == "setup":
+            say(f"ready, with ComfyUI in {comfyui}")
+            return 0
+        if not inside_venv():
+            return _reenter([command, *rest])
+        os.environ["COMFYUI_PATH"] = str(comfyui)
+        return IN_VENV[command](comfyui, rest)
+    except SetupError as error:
+        print(f"Set-up failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""The one table by which a bundled workflow runs on tiny checkpoints; nothing else is changed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+Prompt = dict[str, dict[str, Any]]
+
+MODEL_FILES = {
+    "qwen_image_2512_fp8_e4m3fn.safetensors": "tiny_qwen_image.safetensors",
+    "qwen_2.5_vl_7b_fp8_scaled.safetensors": "tiny_qwen_2.5_vl.safetensors",
+    "qwen_image_vae.safetensors": "tiny_wan_vae.safetensors",
+    "Qwen-Image-2512-Lightning-4steps-V1.0-fp32.safetensors": "tiny_lightning.safetensors",
+}
+NUMBERS = {"width": 256, "height": 256, "steps": 4}
+
+_MODEL_SUFFIXES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+
+
+class UnknownModelFile(ValueError):
+    """The workflow names a model file for which the table has no tiny stand-in."""
+
+
+def _is_link(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+
+
+def _tiny_file(value: str, node_id: str, node: dict[str, Any], name: str) -> str:
+    if not value.lower().endswith(_MODEL_SUFFIXES):
+        return value
+    if value not in MODEL_FILES:
+        raise UnknownModelFile(
+            f"Node {node_id} ({node['class_type']}) names the model file {value!r} in {name!r}, "
+            "for which demo/substitutions.py has no tiny checkpoint: add it to MODEL_FILES."
+        )
+    return MODEL_FILES[value]
+
+
+def _set_number(prompt: Prompt, node_id: str, name: str, number: int, seen: set[str]) -> None:
+    """Sets an input to a number, following links through switches to the integers behind it."""
+    inputs = prompt[node_id]["inputs"]
+    if not _is_link(inputs[name]):
+        inputs[name] = number
+        return
+    source = inputs[name][0]
+    if source in seen or source not in prompt:
+        return
+    seen.add(source)
+    if prompt[source]["class_type"] == "PrimitiveInt":
+        prompt[source]["inputs"]["value"] = number
+        return
+    for key, value in prompt[source]["inputs"].items():
+        if _is_link(value):
+            _set_number(prompt, source, key, number, seen)
+
+
+def substitute(prompt: Prompt) -> Prompt:
+    """A copy of an API-format prompt with model files, sizes and steps replaced by the table."""
+    prompt = copy.deepcopy(prompt)
+    for node_id, node in prompt.items():
+        for name, value in node["inputs"].items():
+            if name in NUMBERS and (_is_link(value) or isinstance(value, int)):
+                _set_number(prompt, node_id, name, NUMBERS[name], set())
+            elif isinstance(value, str):
+                node["inputs"][name] = _tiny_file(value, node_id, node, name)
+    return prompt

@@ -1,0 +1,215 @@
+"""Qwen-Image's three models as ComfyUI objects, with every dimension read from the file.
+
+ComfyUI's own loaders know only the published widths. Here its classes get the dimensions by their
+ordinary constructor arguments and hooks, so one path serves the 20 B checkpoint and a 2 MB one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import comfy.model_detection
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.utils
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.text_encoders import llama, qwen_vl
+
+from ..core import checkpoint
+from ..core.shared import Loaded
+
+Handle = TypeVar("Handle", comfy.sd.CLIP, comfy.sd.VAE)
+
+
+def model_options(dtype: torch.dtype | None, device: str) -> dict[str, Any]:
+    """ComfyUI's model_options for a dtype and a device option. Raises ValueError."""
+    options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
+    target = resolve_device(device)
+    if target is not None:
+        options["load_device"] = target
+        if target.type == "cpu":
+            options["offload_device"] = target
+    return options
+
+
+def resolve_device(device: str) -> torch.device | None:
+    """None for the host's choice. Raises ValueError for a device that this machine lacks."""
+    target = mm.resolve_gpu_device_option(device)
+    if target is None and device != "default":
+        raise ValueError(
+            f"This machine has no device {device}; choose default, or one that the node lists."
+        )
+    return target
+
+
+def load_transformer(
+    path: str, options: dict[str, Any], disable_dynamic: bool = False
+) -> ModelPatcher:
+    """Load fresh weights of a Qwen-Image transformer. Raises CheckpointError, OSError.
+
+    Follows comfy.sd.load_diffusion_model_state_dict (ComfyUI 0.33), less what is not Qwen-Image.
+    """
+    header = checkpoint.read_header(path)
+    checkpoint.require(header, checkpoint.TRANSFORMER)
+    sd, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+    prefix = checkpoint.transformer_prefix(header.tensors)
+    if prefix:
+        sd = comfy.utils.state_dict_prefix_replace(sd, {prefix: ""}, filter_keys=True)
+    sd, metadata = comfy.utils.convert_old_quants(sd, "", metadata=metadata)
+    config = comfy.supported_models.QwenImage(
+        comfy.model_detection.detect_unet_config(sd, "", metadata=metadata)
+    )
+    config.unet_config.update(checkpoint.transformer_config(header))
+    config.quant_config = comfy.utils.detect_layer_quantization(sd, "")
+    load_device = options.get("load_device", mm.get_torch_device())
+    set_dtypes(config, sd, options, load_device)
+    patcher_class = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    offload_device = options.get("offload_device", mm.unet_offload_device())
+    model = config.get_model(sd, "")
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    if not mm.is_device_cpu(offload_device):
+        model.to(offload_device)
+    model.load_model_weights(sd, "", assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_transformer, (path, options))
+    return patcher
+
+
+def set_dtypes(
+    config: comfy.supported_models.QwenImage,
+    sd: dict[str, torch.Tensor],
+    options: dict[str, Any],
+    load_device: torch.device,
+) -> None:
+    """Choose storage and compute dtype as the host does for its own loader."""
+    supported = list(config.supported_inference_dtypes)
+    quantised = config.quant_config is not None
+    dtype = options.get("dtype")
+    if dtype is None:
+        dtype = mm.unet_dtype(
+            model_params=comfy.utils.calculate_parameters(sd),
+            supported_dtypes=supported,
+            weight_dtype=None if quantised else comfy.utils.weight_dtype(sd),
+        )
+    cast = mm.unet_manual_cast(None if quantised else dtype, load_device, supported)
+    config.set_inference_dtype(dtype, cast, device=load_device)
+    if options.get("fp8_optimizations"):
+        config.optimizations["fp8"] = True
+
+
+class AnySizeQwen25VL(llama.Qwen25_7BVLI):
+    """The host's Qwen2.5-VL, with the dimensions of the vision tower as an argument too."""
+
+    def __init__(
+        self, config_dict: dict[str, Any], dtype: Any, device: Any, operations: Any
+    ) -> None:
+        torch.nn.Module.__init__(self)
+        dimensions = dict(config_dict)
+        vision = dimensions.pop("vision", {"hidden_size": 1280})  # the rest: the host's defaults
+        config = llama.Qwen25_7BVLI_Config(**dimensions)
+        factory = {"device": device, "dtype": dtype, "ops": operations}
+        self.num_layers = config.num_hidden_layers
+        self.model = llama.Llama2_(config, **factory)
+        self.visual = qwen_vl.Qwen2VLVisionTransformer(
+            output_hidden_size=config.hidden_size, **vision, **factory
+        )
+        self.dtype = dtype
+
+
+class AnySizeQwen25VLModel(comfy.sd1_clip.SDClipModel):
+    """What comfy.text_encoders.qwen_image.Qwen25_7BVLIModel is, around the class above."""
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        layer: str = "last",
+        layer_idx: int | None = None,
+        dtype: torch.dtype | None = None,
+        attention_mask: bool = True,
+        model_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            device=device,
+            layer=layer,
+            layer_idx=layer_idx,
+            textmodel_json_config={},
+            dtype=dtype,
+            special_tokens={"pad": 151643},
+            layer_norm_hidden_state=False,
+            model_class=AnySizeQwen25VL,
+            enable_attention_masks=attention_mask,
+            return_attention_masks=attention_mask,
+            model_options=model_options or {},
+        )
+
+
+def load_text_encoder(
+    path: str, options: dict[str, Any], disable_dynamic: bool = False
+) -> comfy.sd.CLIP:
+    """Load fresh weights of a Qwen2.5-VL text encoder. Raises CheckpointError, OSError."""
+    header = checkpoint.read_header(path)
+    checkpoint.require(header, checkpoint.TEXT_ENCODER)
+    sd, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    sd, _ = comfy.utils.convert_old_quants(sd, model_prefix="", metadata=metadata)
+    sized = {
+        **options,
+        "qwen25_7b_class": AnySizeQwen25VLModel,
+        "qwen25_7b_model_config": checkpoint.text_encoder_config(header),
+    }
+    clip = comfy.sd.load_text_encoder_state_dicts(
+        [sd],
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        clip_type=comfy.sd.CLIPType.QWEN_IMAGE,
+        model_options=sized,
+        disable_dynamic=disable_dynamic,
+    )
+    clip.patcher.cached_patcher_init = (reload_text_encoder, (path, options))
+    return clip
+
+
+def reload_text_encoder(
+    path: str, options: dict[str, Any], disable_dynamic: bool = False
+) -> ModelPatcher:
+    """Fresh weights for the host's multi-GPU and non-dynamic clones; the registry is not asked."""
+    return load_text_encoder(path, options, disable_dynamic).patcher
+
+
+def load_vae(path: str, dtype: torch.dtype | None, device: str) -> comfy.sd.VAE:
+    """Load fresh weights of a Qwen-Image VAE. Raises CheckpointError, OSError."""
+    header = checkpoint.read_header(path)
+    checkpoint.require(header, checkpoint.VAE)
+    sd, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+    vae = comfy.sd.VAE(sd=sd, device=resolve_device(device), dtype=dtype, metadata=metadata)
+    vae.throw_exception_if_invalid()
+    vae.patcher.cached_patcher_init = (reload_vae, (path, dtype, device))
+    return vae
+
+
+def reload_vae(
+    path: str, dtype: torch.dtype | None, device: str, disable_dynamic: bool = False
+) -> ModelPatcher:
+    """Fresh weights for the host's clones; its VAE class takes no disable_dynamic either."""
+    return load_vae(path, dtype, device).patcher
+
+
+def split(handle: comfy.sd.CLIP | comfy.sd.VAE, model_name: str) -> Loaded:
+    """Take a CLIP or VAE apart into the patcher, which can be shared, and its light parts."""
+    parts = {k: v for k, v in vars(handle).items() if k not in ("patcher", model_name)}
+    return Loaded(handle.patcher, parts)
+
+
+def join(
+    handle_class: type[Handle], patcher: ModelPatcher, parts: dict[str, Any], model_name: str
+) -> Handle:
+    """Build a CLIP or VAE around `patcher`; changing its settings touches no other handle."""
+    handle = handle_class.__new__(handle_class)
+    vars(handle).update(
+        {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in parts.items()}
+    )
+    handle.patcher = patcher
+    setattr(handle, model_name, patcher.model)
+    return handle

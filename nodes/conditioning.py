@@ -1,0 +1,185 @@
+"""Cached text encoding: a known prompt needs neither the encoder nor its loader."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import comfy.sd
+import folder_paths
+from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
+
+from ..core.conditioning_store import ConditioningStore, Hit
+from ..core.file_identity import FileIdentity
+from ..core.graph_identity import NotCacheable, digest, identify_upstream
+from . import upstream
+from .status import shown
+
+MEMORY_BYTES = 256 << 20
+DISK_BYTES = 2_000_000_000
+KEY_VERSION = 1
+CACHE_MODES = ("memory and disk", "memory", "off")
+
+STORE = ConditioningStore(
+    Path(folder_paths.get_system_user_directory("qwen_vram"), "conditioning"),
+    MEMORY_BYTES,
+    DISK_BYTES,
+)
+
+
+class Key(NamedTuple):
+    """The key of an entry, the digests of its parts, and the files that it stands for."""
+
+    sha256: str
+    parts: dict[str, str]
+    files: list[FileIdentity]
+
+
+class Lookup(NamedTuple):
+    """What was found: a hit, or a key to store under, or a note why neither."""
+
+    key: Key | None = None
+    hit: Hit | None = None
+    note: str = ""
+    seconds: float = 0.0
+
+
+# From the lazy check to the execution of the same node, so that nothing changes in between.
+_WAITING: dict[Any, Lookup] = {}
+
+
+def key_of(text: str, link: Any, dynprompt: Any) -> Key:
+    """Everything that the conditioning of `text` by the encoder behind `link` depends on."""
+    identity = identify_upstream(link, upstream.host_of(dynprompt))
+    files = list(identity.files)
+    if "embedding:" in text:
+        files += upstream.identities(upstream.embedding_folders())
+    parts = {
+        "text": digest(KEY_VERSION, text),
+        "graph before clip": digest(identity.nodes),
+        "model file": digest([[f.path, f.size, f.mtime_ns] for f in files]),
+        "code version": upstream.packages_digest(identity.packages),
+        "settings": digest(upstream.settings()),
+    }
+    return Key(digest(parts), parts, files)
+
+
+class CachedTextEncode(io.ComfyNode):
+    """Encode a prompt once; ever after take the conditioning from memory or disk."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See js/docs/QwenVRAMCachedTextEncode.md."""
+        return io.Schema(
+            node_id="QwenVRAMCachedTextEncode",
+            display_name="Cached Text Encode (Qwen VRAM)",
+            category="Qwen VRAM/conditioning",
+            description=(
+                "Encodes a prompt once and keeps the result, also over restarts. For a known "
+                "prompt neither the text encoder nor its loader runs."
+            ),
+            search_aliases=["clip text encode", "prompt", "prompt cache", "conditioning cache"],
+            inputs=[
+                io.Clip.Input(
+                    "clip", lazy=True, tooltip="The text encoder; used only for a new prompt."
+                ),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="A positive or negative prompt.",
+                ),
+                io.Combo.Input(
+                    "cache",
+                    options=list(CACHE_MODES),
+                    default=CACHE_MODES[0],
+                    tooltip="Where to keep the encoded prompt; off encodes and keeps nothing.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[io.Conditioning.Output()],
+            hidden=[io.Hidden.dynprompt],
+        )
+
+    @classmethod
+    def check_lazy_status(
+        cls, text: str, cache: str, clip: comfy.sd.CLIP | None = None
+    ) -> list[str]:
+        """Ask for the encoder only when the prompt is not in the store."""
+        context = get_executing_context()
+        if clip is None:
+            for stale in [c for c in _WAITING if c.prompt_id != context.prompt_id]:
+                del _WAITING[stale]  # a run that was interrupted between check and execution
+            _WAITING[context] = cls.look_up(text, cache)
+        return [] if _WAITING[context].hit else ["clip"]
+
+    @classmethod
+    def look_up(cls, text: str, cache: str) -> Lookup:
+        """Search the store for `text` encoded by what is linked to this node's clip input."""
+        if cache == "off":
+            return Lookup(note="cache is off")
+        start = time.perf_counter()
+        node = cls.hidden.dynprompt.get_node(get_executing_context().node_id)
+        try:
+            key = key_of(text, node["inputs"]["clip"], cls.hidden.dynprompt)
+        except NotCacheable as reason:
+            return Lookup(note=f"cannot be cached: {reason}")
+        hit = STORE.lookup(key.sha256, disk=cache == CACHE_MODES[0])
+        note = "" if hit else STORE.why_missed(key.parts)
+        return Lookup(key, hit, note, time.perf_counter() - start)
+
+    @classmethod
+    def execute(cls, text: str, cache: str, clip: comfy.sd.CLIP | None = None) -> io.NodeOutput:
+        """Return what the lazy check found, or encode and store."""
+        found = _WAITING.pop(get_executing_context(), None) or cls.look_up(text, cache)
+        if found.hit is not None:
+            saved = max(0.0, found.hit.seconds - found.seconds)
+            line = f"hit ({found.hit.tier}) · saved {saved:.2f} s"
+            return shown(
+                found.hit.value, text=line, result="hit", tier=found.hit.tier, seconds_saved=saved
+            )
+        if clip is None:
+            raise ValueError(
+                "The clip input carries no text encoder; this checkpoint has none inside. "
+                "Connect Load Text Encoder (Qwen VRAM)."
+            )
+        start = time.perf_counter()
+        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        seconds = time.perf_counter() - start
+        kept = cls.keep(found.key, clip, conditioning, seconds, text, cache) if found.key else ""
+        line = " · ".join(
+            filter(None, [f"miss: {found.note}", f"encoded in {seconds:.2f} s", kept])
+        )
+        return shown(
+            conditioning, text=line, result="miss", why=found.note, seconds=seconds, kept=kept
+        )
+
+    @classmethod
+    def keep(
+        cls, key: Key, clip: comfy.sd.CLIP, conditioning: Any, seconds: float, text: str, cache: str
+    ) -> str:
+        """Store a fresh conditioning unless it may not belong to `key`; say what was done."""
+        doubt = upstream.LOADED.doubt(clip.patcher.model, key.files)
+        if doubt is None:
+            again = cls.look_up_key(text)
+            doubt = None if again == key.sha256 else "its files changed while it was encoded"
+        if doubt:
+            return f"not stored: {doubt}"
+        disk = cache == CACHE_MODES[0]
+        return STORE.put(key.sha256, conditioning, seconds, key.parts, disk) or (
+            "stored" if disk else "stored in memory"
+        )
+
+    @classmethod
+    def look_up_key(cls, text: str) -> str | None:
+        """The key as it is now, or None where there is none any more."""
+        node = cls.hidden.dynprompt.get_node(get_executing_context().node_id)
+        try:
+            return key_of(text, node["inputs"]["clip"], cls.hidden.dynprompt).sha256
+        except NotCacheable:
+            return None
+
+
+NODES = [CachedTextEncode]

@@ -1,0 +1,155 @@
+"""Kinds and dimensions from safetensors headers, and sentences for everything else."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pack.core import checkpoint
+from pack.core.checkpoint import CheckpointError, Header, Tensor
+from safetensors.torch import save_file
+
+OFFICIAL_TRANSFORMER = {
+    "txt_norm.weight": (3584,),
+    "img_in.weight": (3072, 64),
+    "img_in.bias": (3072,),
+    "transformer_blocks.0.attn.norm_q.weight": (128,),
+}
+OFFICIAL_ENCODER = {
+    "model.embed_tokens.weight": (152064, 3584),
+    **{f"model.layers.{i}.mlp.gate_proj.weight": (18944, 3584) for i in range(28)},
+    "model.layers.0.self_attn.q_proj.bias": (3584,),
+    "model.layers.0.self_attn.k_proj.bias": (512,),
+    "visual.patch_embed.proj.weight": (1280, 3, 2, 14, 14),
+    **{f"visual.blocks.{i}.mlp.gate_proj.weight": (3420, 1280) for i in range(32)},
+}
+WAN_VAE = {"decoder.head.0.gamma": (96, 1, 1, 1), "encoder.conv1.weight": (96, 3, 3, 3, 3)}
+
+
+def header(shapes: dict[str, tuple[int, ...]], **metadata: str) -> Header:
+    """A header without a file."""
+    return Header("x.safetensors", {k: Tensor("BF16", s) for k, s in shapes.items()}, metadata)
+
+
+def test_the_official_transformer_gets_its_published_dimensions() -> None:
+    expected = {
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 3584,
+        "axes_dims_rope": (16, 56, 56),
+    }
+    assert checkpoint.transformer_config(header(OFFICIAL_TRANSFORMER)) == expected
+    inside = {f"model.diffusion_model.{k}": v for k, v in OFFICIAL_TRANSFORMER.items()}
+    assert checkpoint.transformer_config(header(inside)) == expected
+
+
+def test_the_official_text_encoder_gets_its_published_dimensions() -> None:
+    assert checkpoint.text_encoder_config(header(OFFICIAL_ENCODER)) == {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vision": {
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "num_layers": 32,
+        },
+    }
+
+
+def test_vision_heads_come_from_the_metadata_where_the_width_cannot_tell() -> None:
+    shapes = {**OFFICIAL_ENCODER, "visual.patch_embed.proj.weight": (64, 3, 2, 14, 14)}
+    with pytest.raises(CheckpointError, match="vision_heads"):
+        checkpoint.text_encoder_config(header(shapes))
+    told = header(shapes, qwen_vram='{"vision_heads": 2}')
+    assert checkpoint.text_encoder_config(told)["vision"]["num_heads"] == 2
+    with pytest.raises(CheckpointError, match="broken qwen_vram metadata"):
+        checkpoint.text_encoder_config(header(shapes, qwen_vram="{"))
+
+
+@given(st.integers(1, 64).map(lambda n: n * 4))
+def test_rope_axes_are_even_and_fill_the_head(head_dim: int) -> None:
+    try:
+        axes = checkpoint.rope_axes(head_dim)
+    except CheckpointError:
+        assert head_dim < 8
+        return
+    assert sum(axes) == head_dim and all(a > 0 and a % 2 == 0 for a in axes) and axes[1] == axes[2]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kind"),
+    [
+        (OFFICIAL_TRANSFORMER, checkpoint.TRANSFORMER),
+        (OFFICIAL_ENCODER, checkpoint.TEXT_ENCODER),
+        (WAN_VAE, checkpoint.VAE),
+        ({"transformer_blocks.0.attn.to_q.lora_down.weight": (4, 8)}, "a LoRA"),
+        ({"transformer_blocks.0.attn.to_q.lora_A.weight": (4, 8)}, "a LoRA"),
+        ({"conditioner.embedders.1.model.ln_final.weight": (8,)}, "an SDXL checkpoint"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": (8,)}, "a Stable Diffusion checkpoint"),
+        ({"double_blocks.0.img_attn.qkv.weight": (8,)}, "a Flux"),
+        ({"decoder.up.0.block.0.norm1.weight": (8,)}, "a Stable Diffusion or Flux VAE"),
+        ({"text_model.encoder.layers.0.mlp.fc1.weight": (8,)}, "a CLIP"),
+        ({"encoder.block.0.layer.0.SelfAttention.k.weight": (8,)}, "a T5"),
+        ({"model.layers.0.self_attn.q_norm.weight": (8,)}, "of another family"),
+        ({"controlnet_blocks.0.weight": (8,)}, "a ControlNet"),
+        ({"something": (1,)}, "unknown model (its first tensor is something)"),
+        ({}, "an empty file"),
+    ],
+)
+def test_every_kind_is_told_in_words(shapes: dict, kind: str) -> None:
+    assert kind in checkpoint.kind_of(header(shapes))
+    if kind != checkpoint.VAE:
+        with pytest.raises(
+            CheckpointError, match=r"^x\.safetensors is .*; this node needs a Qwen-Image"
+        ):
+            checkpoint.require(header(shapes), checkpoint.VAE)
+
+
+def test_a_whole_file_is_read_and_a_shortened_one_refused_with_its_sizes(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.zeros(10, 3), "b": torch.ones(2, dtype=torch.bfloat16)}, path, {"k": "v"})
+    read = checkpoint.read_header(str(path))
+    assert read.tensors == {"a": Tensor("F32", (10, 3)), "b": Tensor("BF16", (2,))}
+    assert read.metadata == {"k": "v"}
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])
+    message = f"m.safetensors is incomplete: it has {len(whole) - 7:,} of {len(whole):,} bytes"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read_header(str(path))
+
+
+@given(st.binary(max_size=64) | st.integers(0, 200))
+@settings(max_examples=200, deadline=None)
+def test_damaged_files_get_one_sentence(tmp_path_factory: pytest.TempPathFactory, content) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    save_file({"a": torch.zeros(30)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: content % len(whole)] if isinstance(content, int) else content)
+    with pytest.raises(CheckpointError, match=r"^damaged\.safetensors .*download it again\.$"):
+        checkpoint.read_header(str(path))
+
+
+def test_hostile_headers_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "h.safetensors"
+    for table in ([], {"a": 1}, {"a": {"dtype": "F32"}}, {"__metadata__": 3}, "x" * 10):
+        raw = json.dumps(table).encode()
+        path.write_bytes(struct.pack("<Q", len(raw)) + raw)
+        with pytest.raises(CheckpointError):
+            checkpoint.read_header(str(path))
+    path.write_bytes(struct.pack("<Q", 1 << 50) + b"{}")
+    with pytest.raises(CheckpointError, match="beginning is damaged"):
+        checkpoint.read_header(str(path))
+
+
+def test_other_formats_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"m\.ckpt is not a \.safetensors file"):
+        checkpoint.read_header(str(tmp_path / "m.ckpt"))

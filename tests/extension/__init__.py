@@ -1,0 +1,131 @@
+"""Nodes for the tests: what other packs do between a text encoder and a prompt."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+
+import torch
+
+
+class Passing:
+    """A node that hands its CLIP on."""
+
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "run"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"clip": ("CLIP",)}}
+
+    def run(self, clip):
+        return (clip,)
+
+
+class RandomClip(Passing):
+    def run(self, clip):
+        return (clip if random.random() < 2 else None,)
+
+
+class RandomBase(RandomClip):
+    pass
+
+
+class CounterClip(Passing):
+    count = 0
+
+    def run(self, clip):
+        self.count += 1
+        return (clip,)
+
+
+class NaNClip(Passing):
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+
+class NotIdempotentClip(Passing):
+    NOT_IDEMPOTENT = True
+
+
+class WorkflowReader(Passing):
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"clip": ("CLIP",)}, "hidden": {"prompt": "PROMPT"}}
+
+    def run(self, clip, prompt):
+        return (clip,)
+
+
+class HookedClip(Passing):
+    def run(self, clip):
+        import comfy.hooks
+
+        hooked = clip.clone()
+        hooked.apply_hooks_to_conds = comfy.hooks.HookGroup()
+        hooked.apply_hooks_to_conds.add(comfy.hooks.Hook())
+        return (hooked,)
+
+
+class NoClip(Passing):
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def run(self):
+        return (None,)
+
+
+class TextList:
+    RETURN_TYPES = ("STRING",)
+    OUTPUT_IS_LIST = (True,)
+    FUNCTION = "run"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def run(self):
+        return (["one", "two"],)
+
+
+class WideConditioning(TextList):
+    RETURN_TYPES = ("CONDITIONING",)
+    OUTPUT_IS_LIST = (False,)
+
+    def run(self):
+        return ([[torch.zeros(1, 4, 96), {"pooled_output": None}]],)
+
+
+class StockLike:
+    """A loader without a fingerprint, as ComfyUI's own: it keeps what it loaded."""
+
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "run"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        import folder_paths
+
+        return {"required": {"clip_name": (folder_paths.get_filename_list("text_encoders"),)}}
+
+    def run(self, clip_name):
+        import folder_paths
+        import nodes
+
+        pack = nodes.NODE_CLASS_MAPPINGS["QwenVRAMLoadTextEncoder"].__module__.rpartition(".")[0]
+        architectures = sys.modules.get(f"{pack}.architectures") or importlib.import_module(
+            f"{pack}.architectures"
+        )
+        path = folder_paths.get_full_path_or_raise("text_encoders", clip_name)
+        return (architectures.load_text_encoder(path, {}),)
+
+
+CLASSES = (RandomClip, RandomBase, CounterClip, NaNClip, NotIdempotentClip, WorkflowReader)
+CLASSES += (HookedClip, NoClip, TextList, WideConditioning, StockLike)
+NODE_CLASS_MAPPINGS = {f"Test{c.__name__}": c for c in CLASSES}
