@@ -166,6 +166,12 @@ class Server:
         """The address of the server, without a slash at the end."""
         return f"http://{HOST}:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        """The process id of the running server."""
+        assert self._process is not None, "the server is not running"
+        return self._process.pid
+
     # ------------------------------------------------------------------------------- life and death
     def __enter__(self) -> Server:
         """Starts the server and waits until it answers."""

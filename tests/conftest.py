@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import types
 from collections.abc import Iterator
@@ -78,6 +79,7 @@ def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     from pack.demo.server import Server
 
     base = tmp_path_factory.mktemp("server")
+    shutil.copytree(ROOT / "tests" / "teach_stock", base / "custom_nodes" / "teach_stock")
     showcase.make_checkpoints(comfyui, base / "models")
     with Server(
         comfyui, base, ROOT, cpu=True, extra_args=["--use-pytorch-cross-attention"]

@@ -1,0 +1,93 @@
+"""Writes random checkpoints with the official files' names, keys, shapes and dtypes (28 GB).
+
+Time and memory depend on shapes and dtypes, not on values, so these stand in for the real files
+where those cannot be had. Usage: python -m benchmarks.full_size_checkpoints MODELS_DIRECTORY,
+with COMFYUI_PATH set. Values are drawn on the GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+TRANSFORMER = "diffusion_models/qwen_image_2512_fp8_e4m3fn.safetensors"
+TEXT_ENCODER = "text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors"
+VAE = "vae/qwen_image_vae.safetensors"
+WEIGHT_SCALE = 0.02
+
+
+def shapes_of(module: torch.nn.Module) -> dict[str, torch.Size]:
+    """Names and shapes of everything that the module's checkpoint holds."""
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def random_weights(
+    shapes: dict[str, torch.Size], matrices: torch.dtype, device: str
+) -> dict[str, torch.Tensor]:
+    """Normal matrices, unit norms, zero biases."""
+    state = {}
+    for name, shape in shapes.items():
+        if len(shape) >= 2 and min(shape) > 1:
+            values = torch.randn(shape, device=device, dtype=torch.bfloat16) * WEIGHT_SCALE
+            state[name] = values.to(matrices).cpu()
+        else:
+            fill = torch.zeros if name.endswith("bias") else torch.ones
+            state[name] = fill(shape, dtype=torch.bfloat16)
+    return state
+
+
+def with_scales(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The "fp8_scaled" layout: a scale beside every fp8 matrix of the language model."""
+    scaled = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for name, tensor in state.items():
+        scaled[name] = tensor
+        if tensor.dtype == torch.float8_e4m3fn and name.startswith("model.layers."):
+            scaled[name.removesuffix("weight") + "scale_weight"] = torch.ones(1)
+        elif tensor.dtype == torch.float8_e4m3fn:
+            scaled[name] = tensor.to(torch.bfloat16)
+    return scaled
+
+
+def write_all(models: Path) -> None:
+    """Write the three files that are not there yet."""
+    import comfy.ldm.qwen_image.model as transformer
+    import comfy.ldm.wan.vae as vae
+    import comfy.ops
+    from comfy.text_encoders import llama
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    operations = comfy.ops.disable_weight_init
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        dit = transformer.QwenImageTransformer2DModel(
+            num_layers=60, dtype=torch.bfloat16, device="meta", operations=operations
+        )
+        text = llama.Qwen25_7BVLI({}, torch.bfloat16, "meta", operations)
+        wan = vae.WanVAE(
+            dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
+            temperal_downsample=[False, True, True], dropout=0.0,
+        )  # fmt: skip
+    fp8 = torch.float8_e4m3fn
+    for name, module, dtype in (
+        (TRANSFORMER, dit, fp8),
+        (TEXT_ENCODER, text, fp8),
+        (VAE, wan, torch.bfloat16),
+    ):
+        path = models / name
+        if path.exists():
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = random_weights(shapes_of(module), dtype, device)
+        save_file(with_scales(state) if name == TEXT_ENCODER else state, path)
+        print(f"{name}: {path.stat().st_size / 1e9:.2f} GB", flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    target = Path(sys.argv[1])
+    del sys.argv[1:]
+    write_all(target)

@@ -1,0 +1,76 @@
+"""Chromium against the shared server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pack.demo.server import Server
+from pack.demo.substitutions import MODEL_FILES
+from pack.tests.browser.editor import Editor
+from pack.tests.conftest import ROOT, missing
+from playwright.sync_api import Browser, sync_playwright
+
+COMMANDS = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser", "chrome")
+PLACES = (
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+    "C:/Program Files/Google/Chrome/Application/chrome.exe",
+    "C:/Program Files (x86)/Google/Chrome/Application/chrome.exe",
+)
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+def find_chromium() -> str | None:
+    """The Chromium or Chrome of this machine."""
+    on_path = [path for name in COMMANDS if (path := shutil.which(name))]
+    return next(iter([*on_path, *(p for p in PLACES if Path(p).is_file())]), None)
+
+
+@pytest.fixture(scope="session")
+def workflow() -> dict[str, Any]:
+    """The bundled workflow as it is shipped."""
+    path = ROOT / "workflows" / "qwen_image_2512.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def official_names(server: Server) -> Server:
+    """The shared server, with the tiny files under the official names beside their own."""
+    for file in list((server.base / "models").rglob("*.safetensors")):
+        for official in (name for name, tiny in MODEL_FILES.items() if tiny == file.name):
+            if not (target := file.with_name(official)).exists():
+                os.link(file, target)
+    return server
+
+
+# Not for the session: while playwright runs, the thread has a running event loop, and the
+# in-process host of the other tests could not run its own.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium."""
+    chromium = find_chromium() or missing("Chromium or Chrome")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def editor(browser: Browser, official_names: Server) -> Editor:
+    """The frontend in a page of the size that the workflows are laid out for."""
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    return Editor(page, official_names.url)

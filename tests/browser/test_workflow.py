@@ -1,0 +1,184 @@
+"""The bundled workflow in the real editor: opened, run, switched, translated and explained."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pack.demo.conversion import to_api
+from pack.demo.server import LINK_NAME, Server
+from pack.demo.substitutions import NUMBERS
+from pack.tests.browser.editor import Editor
+from pack.tests.conftest import ROOT
+
+STATUS = "$$node-text-preview"
+Workflow = dict[str, Any]
+
+
+def ids_of(workflow: Workflow, node_type: str) -> list[int]:
+    """The ids of the nodes of a type, in the order of the file."""
+    return [node["id"] for node in workflow["nodes"] if node["type"] == node_type]
+
+
+def our_types(workflow: Workflow) -> list[str]:
+    """The types of our nodes in the workflow."""
+    types = {node["type"] for node in workflow["nodes"]}
+    return sorted(t for t in types if t.startswith("QwenVRAM"))
+
+
+def values(workflow: Workflow) -> dict[int, list[Any]]:
+    """The widget values of every node that has any."""
+    return {n["id"]: n["widgets_values"] for n in workflow["nodes"] if n.get("widgets_values")}
+
+
+# ---------------------------------------------------------------------------------------- opening
+def test_workflow_opens_as_it_was_saved(editor: Editor, workflow: Workflow) -> None:
+    editor.open(workflow)
+    nodes = editor.nodes()
+    assert editor.complaint() == ""
+    assert {i: n["type"] for i, n in nodes.items()} == {
+        n["id"]: n["type"] for n in workflow["nodes"]
+    }
+    assert [n["type"] for n in nodes.values() if not n["registered"] or n["errors"]] == []
+    shown = {i: [value for _, value in n["widgets"]] for i, n in nodes.items() if n["widgets"]}
+    assert shown == values(workflow)
+    assert editor.problems == []
+
+
+@pytest.mark.parametrize("what", ["node", "model"])
+def test_the_editor_would_complain(editor: Editor, workflow: Workflow, what: str) -> None:
+    """Without this the check for no complaint could pass for having looked in the wrong place."""
+    broken = copy.deepcopy(workflow)
+    node = next(n for n in broken["nodes"] if n["type"] == "QwenVRAMLoadVAE")
+    if what == "node":
+        node["type"] = "QwenVRAMNoSuchNode"
+    else:
+        node["widgets_values"][0] = "no_such_file.safetensors"
+        node["widgets_values_named"]["vae_name"] = "no_such_file.safetensors"
+    editor.open(broken)
+    assert editor.complaint() != ""
+
+
+def test_workflow_survives_load_and_save(editor: Editor, workflow: Workflow) -> None:
+    editor.open(workflow)
+    saved = editor.saved()
+    for part in ("nodes", "links", "groups"):
+        assert saved[part] == workflow[part]
+
+
+def test_comfy_cli_converts_it_as_the_frontend_does(
+    editor: Editor, workflow: Workflow, server: Server
+) -> None:
+    editor.open(workflow)
+    graphs = (editor.prompt(), to_api(workflow, server.get_json("/object_info")))
+    ours, theirs = (
+        {i: (n["class_type"], n["inputs"]) for i, n in graph.items()} for graph in graphs
+    )
+    assert ours == theirs
+
+
+# ---------------------------------------------------------------------------------------- running
+def test_run_button_makes_a_picture_and_the_nodes_say_how(
+    editor: Editor, workflow: Workflow
+) -> None:
+    editor.open(workflow)
+    editor.shrink()
+    positive, negative = ids_of(workflow, "QwenVRAMCachedTextEncode")
+    editor.set_widgets({str(positive): {"text": f"a new prompt {uuid.uuid4()}"}})
+
+    first = editor.run()
+    assert first.status == "execution_success", first.detail
+    (save,) = ids_of(workflow, "SaveImage")
+    assert editor.picture(save) == [NUMBERS["width"], NUMBERS["height"]]
+    assert editor.widgets(positive)[STATUS].startswith("miss: new text · encoded in ")
+    for kind in ("DiffusionModel", "TextEncoder", "VAE"):
+        (loader,) = ids_of(workflow, f"QwenVRAMLoad{kind}")
+        assert re.match(r"\d+\.\d MB · \S+ · cpu · ", editor.widgets(loader)[STATUS])
+
+    (sampler,) = ids_of(workflow, "KSampler")
+    second = editor.run()
+    assert second.status == "execution_success", second.detail
+    assert sampler in second.executed, "randomize did not give the second run a new seed"
+    encoding = {positive, negative, *ids_of(workflow, "QwenVRAMLoadTextEncoder")}
+    assert encoding <= second.cached
+    assert not encoding & second.executed
+    assert editor.problems == []
+
+
+def test_lightning_switch_alone_decides_whether_the_lora_runs(
+    editor: Editor, workflow: Workflow
+) -> None:
+    editor.open(workflow)
+    editor.shrink()
+    (switch,), (lora,) = (
+        ids_of(workflow, "PrimitiveBoolean"),
+        ids_of(workflow, "LoraLoaderModelOnly"),
+    )
+    ran = {}
+    for on in (False, True):
+        editor.set_widgets({str(switch): {"value": on}})
+        ran[on] = editor.run()
+        assert ran[on].status == "execution_success", ran[on].detail
+    assert lora not in ran[False].executed | ran[False].cached
+    assert lora in ran[True].executed
+
+
+# ------------------------------------------------------------------------------- words and pictures
+def test_template_browser_has_it_with_its_picture(server: Server) -> None:
+    assert "qwen_image_2512" in server.get_json("/api/workflow_templates")[LINK_NAME]
+    picture = server.get(f"/api/workflow_templates/{LINK_NAME}/qwen_image_2512.jpg")
+    assert picture[:3] == b"\xff\xd8\xff"
+
+
+def test_help_pages_are_served(server: Server, workflow: Workflow) -> None:
+    folder = ROOT / "js" / "docs"
+    pages = {page.relative_to(folder).as_posix(): page for page in folder.rglob("*.md")}
+    assert {f"{node_type}.md" for node_type in our_types(workflow)} <= pages.keys()
+    for name, page in pages.items():
+        assert server.get(f"/extensions/{LINK_NAME}/docs/{name}") == page.read_bytes()
+
+
+def heading(page: str) -> str:
+    """The first heading of a help page."""
+    return next(line.lstrip("# ") for line in page.splitlines() if line.startswith("#"))
+
+
+def open_help(editor: Editor, node_id: int) -> str:
+    """What the panel shows after a click on the info button of a selected node."""
+    editor.page.evaluate("id => app.canvas.selectNode(app.graph.getNodeById(id))", node_id)
+    editor.page.get_by_test_id("info-button").click()
+    panel = editor.page.locator(".node-help-content")
+    panel.locator("h1, h2").first.wait_for()
+    return panel.inner_text()
+
+
+def test_help_panel_shows_the_page(editor: Editor, workflow: Workflow) -> None:
+    editor.open(workflow)
+    (loader,) = ids_of(workflow, "QwenVRAMLoadTextEncoder")
+    page = (ROOT / "js" / "docs" / "QwenVRAMLoadTextEncoder.md").read_text(encoding="utf-8")
+    assert heading(page) in open_help(editor, loader)
+
+
+@pytest.fixture
+def chinese(editor: Editor, server: Server) -> Iterator[Editor]:
+    """The editor with Chinese chosen in its settings, as a user would, for one test."""
+    server.post_json("/api/settings/Comfy.Locale", "zh")
+    editor.start()
+    yield editor
+    server.post_json("/api/settings/Comfy.Locale", "en")
+    editor.start()
+
+
+def test_nodes_have_chinese_names(chinese: Editor, workflow: Workflow) -> None:
+    file = ROOT / "locales" / "zh" / "nodeDefs.json"
+    names = json.loads(file.read_text(encoding="utf-8"))
+    for node_type in our_types(workflow):
+        title = chinese.page.evaluate("type => LiteGraph.createNode(type).title", node_type)
+        assert title == names[node_type]["display_name"]
+        assert re.search(r"[\u4e00-\u9fff]", title)
+    assert chinese.problems == []

@@ -1,0 +1,81 @@
+"""The official 2512 template: ours in place of its loaders and encoders gives the same picture."""
+
+from __future__ import annotations
+
+import copy
+import importlib.resources
+import io
+import json
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from pack.demo.conversion import to_api
+from pack.demo.substitutions import substitute
+
+OURS = {
+    "UNETLoader": ("QwenVRAMLoadDiffusionModel", {"device": "default", "keep_loaded": False}),
+    "CLIPLoader": (
+        "QwenVRAMLoadTextEncoder",
+        {"weight_dtype": "default", "device": "default", "keep_loaded": False},
+    ),
+    "VAELoader": (
+        "QwenVRAMLoadVAE",
+        {"weight_dtype": "default", "device": "default", "keep_loaded": False},
+    ),
+    "CLIPTextEncode": ("QwenVRAMCachedTextEncode", {"cache": "memory and disk"}),
+}
+
+
+def pixels(png: bytes) -> np.ndarray:
+    """The decoded picture: metadata may differ, pixels may not."""
+    return np.asarray(PIL.Image.open(io.BytesIO(png)))
+
+
+@pytest.fixture(scope="module")
+def template(server) -> dict[str, Any]:
+    """The untouched template from comfyui-workflow-templates, as an API graph on tiny weights."""
+    folder = importlib.resources.files("comfyui_workflow_templates_json") / "templates"
+    workflow = json.loads((folder / "image_qwen_Image_2512.json").read_text(encoding="utf-8"))
+    graph = substitute(to_api(workflow, server.get_json("/object_info")))
+    for node in graph.values():
+        if "seed" in node["inputs"]:
+            node["inputs"]["seed"] = 7
+    return graph
+
+
+def with_ours(graph: dict[str, Any]) -> dict[str, Any]:
+    """Replace the stock loaders and encoders, and nothing else."""
+    graph = copy.deepcopy(graph)
+    for node in graph.values():
+        if node["class_type"] in OURS:
+            node["class_type"], extra = OURS[node["class_type"]]
+            node["inputs"].pop("type", None)
+            node["inputs"].update(extra)
+    return graph
+
+
+@pytest.mark.parametrize("lightning", [False, True])
+def test_the_picture_is_bit_identical_to_stock(server, template, lightning) -> None:
+    graph = copy.deepcopy(template)
+    (switch,) = [n for n in graph.values() if n["class_type"] == "PrimitiveBoolean"]
+    switch["inputs"]["value"] = lightning
+    stock = server.submit(graph)
+    assert stock.status == "success", stock.error
+    ours = server.submit(with_ours(graph))
+    assert ours.status == "success", ours.error
+    classes = {with_ours(graph)[n]["class_type"] for n in ours.executed}
+    assert {"QwenVRAMLoadDiffusionModel", "QwenVRAMLoadVAE"} <= classes
+    assert np.array_equal(pixels(stock.images[0].content), pixels(ours.images[0].content))
+    assert pixels(ours.images[0].content).std() > 1  # a picture, not a blank
+
+
+def test_the_lora_switch_changes_the_picture(server, template) -> None:
+    pictures = []
+    for lightning in (False, True):
+        graph = with_ours(template)
+        (switch,) = [n for n in graph.values() if n["class_type"] == "PrimitiveBoolean"]
+        switch["inputs"]["value"] = lightning
+        pictures.append(pixels(server.submit(graph).images[0].content))
+    assert not np.array_equal(*pictures)

@@ -1,0 +1,215 @@
+"""Help pages, translations and READMEs say what the schemas in nodes/ say."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from pack.tests.conftest import ROOT
+
+DOCS = ROOT / "js" / "docs"
+LANGUAGES = ("en", "zh")
+READMES = ("README.md", "README.zh.md")
+SOURCES = sorted((ROOT / "nodes").glob("*.py"))
+CHINESE = re.compile(r"[\u4e00-\u9fff]")
+LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+# In the frontend's translations these characters are syntax (vue-i18n); tooltips are taken raw.
+TRANSLATION_SYNTAX = set("{}@|")
+STATUS_HEADINGS = ("## Status line\n", "## 状态行\n")
+
+
+class Schema(NamedTuple):
+    """What a node's `define_schema` tells: inputs as id -> tooltip, outputs as their names."""
+
+    display_name: str
+    description: str
+    inputs: dict[str, str]
+    outputs: list[str]
+
+
+# --------------------------------------------------------------------------- reading the schemas
+@functools.cache
+def trees() -> list[ast.Module]:
+    """The parsed modules of nodes/."""
+    return [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES]
+
+
+def walk() -> Iterator[ast.AST]:
+    """Every node of every module."""
+    for tree in trees():
+        yield from ast.walk(tree)
+
+
+@functools.cache
+def constants() -> dict[str, str]:
+    """The strings that the modules give a name."""
+    return {
+        node.targets[0].id: node.value.value
+        for node in walk()
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    }
+
+
+def text(value: ast.expr | None) -> str:
+    """A string in the source, written out or by name."""
+    if isinstance(value, ast.Name):
+        return constants()[value.id]
+    return ast.literal_eval(value) if value is not None else ""
+
+
+def keywords(call: ast.Call) -> dict[str | None, ast.expr]:
+    """The keyword arguments of a call."""
+    return {keyword.arg: keyword.value for keyword in call.keywords}
+
+
+def inputs_in(listed: ast.expr) -> Iterator[tuple[str, str]]:
+    """Id and tooltip of every input in a list, also where a function gives some of them."""
+    assert isinstance(listed, ast.List), ast.unparse(listed)
+    for item in listed.elts:
+        if isinstance(item, ast.Starred):
+            assert isinstance(item.value, ast.Call)
+            name = item.value.func.attr  # cls.common_inputs(...)
+            function = next(n for n in walk() if isinstance(n, ast.FunctionDef) and n.name == name)
+            yield from inputs_in(next(n.value for n in function.body if isinstance(n, ast.Return)))
+        else:
+            yield text(item.args[0]), text(keywords(item).get("tooltip"))
+
+
+def output_name(call: ast.Call) -> str:
+    """What ComfyUI calls an output: its display name, or else its type (`io.Model.Output()`)."""
+    return text(keywords(call).get("display_name")) or call.func.value.attr.upper()
+
+
+@functools.cache
+def schemas() -> dict[str, Schema]:
+    """Every schema of the pack by node id."""
+    found = {}
+    for call in walk():
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "io.Schema":
+            given = keywords(call)
+            found[text(given["node_id"])] = Schema(
+                text(given["display_name"]),
+                text(given["description"]),
+                dict(inputs_in(given["inputs"])),
+                [output_name(output) for output in given["outputs"].elts],
+            )
+    return found
+
+
+@functools.cache
+def strings_of_the_code() -> list[str]:
+    """Every piece of text in nodes/ and core/, as a status line can be made of."""
+    files = [*SOURCES, *(ROOT / "core").glob("*.py")]
+    every = (n for f in files for n in ast.walk(ast.parse(f.read_text(encoding="utf-8"))))
+    return [n.value for n in every if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+
+
+# ----------------------------------------------------------------------- reading the documentation
+def page(node_id: str, language: str) -> Path:
+    """Where the frontend looks first for a language, and last for all: `<NodeId>.md`."""
+    return DOCS / (f"{node_id}.md" if language == "en" else f"{node_id}/{language}.md")
+
+
+@functools.cache
+def translations(language: str) -> dict[str, Any]:
+    """The node definitions of a language."""
+    path = ROOT / "locales" / language / "nodeDefs.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def section(content: str, headings: tuple[str, ...]) -> str:
+    """What stands under the first of the headings that occurs."""
+    heading = next(h for h in headings if h in content)
+    return content.partition(heading)[2].partition("\n## ")[0]
+
+
+each_node = pytest.mark.parametrize("node_id", sorted(schemas()))
+each_language = pytest.mark.parametrize("language", LANGUAGES)
+
+
+def test_every_schema_was_read() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    assert set(schemas()) == set(re.findall(r'node_id="(\w+)"', source)) != set()
+
+
+@each_node
+@each_language
+def test_every_node_has_a_help_page_under_its_name(node_id: str, language: str) -> None:
+    heading = page(node_id, language).read_text(encoding="utf-8").splitlines()[0]
+    assert heading == f"# {translations(language)[node_id]['display_name']}"
+
+
+def test_no_help_page_is_left_over() -> None:
+    expected = {page(node_id, language) for node_id in schemas() for language in LANGUAGES}
+    assert {path for path in DOCS.rglob("*") if path.is_file()} == expected
+
+
+@each_node
+@each_language
+def test_the_help_page_has_a_table_of_all_inputs(node_id: str, language: str) -> None:
+    lines = page(node_id, language).read_text(encoding="utf-8").splitlines()
+    named = [re.findall(r"`(\w+)`", x.split("|")[1]) for x in lines if x.startswith("|")]
+    assert [name for cell in named for name in cell] == list(schemas()[node_id].inputs)
+
+
+@each_node
+@each_language
+def test_the_help_page_quotes_the_status_line_as_the_code_writes_it(
+    node_id: str, language: str
+) -> None:
+    quoted = section(page(node_id, language).read_text(encoding="utf-8"), STATUS_HEADINGS)
+    # Words in capitals stand for what differs: `loaded in N s`.
+    pieces = [
+        p for span in re.findall(r"`([^`]+)`", quoted) for p in re.split(r"\b[A-Z]+\b|·", span)
+    ]
+    for piece in filter(None, (p.strip() for p in pieces)):
+        assert any(piece in known for known in strings_of_the_code()), piece
+
+
+@each_node
+def test_english_is_what_the_schema_says(node_id: str) -> None:
+    schema = schemas()[node_id]
+    assert translations("en")[node_id] == {
+        "display_name": schema.display_name,
+        "description": schema.description,
+        "inputs": {i: {"name": i, "tooltip": tip} for i, tip in schema.inputs.items()},
+        "outputs": {str(i): {"name": name} for i, name in enumerate(schema.outputs)},
+    }
+
+
+@each_node
+def test_chinese_has_the_same_entries_in_chinese(node_id: str) -> None:
+    english, chinese = translations("en")[node_id], translations("zh")[node_id]
+    assert chinese.keys() == english.keys()
+    assert list(chinese["inputs"]) == list(english["inputs"])
+    assert list(chinese["outputs"]) == list(english["outputs"])
+    tooltips = [entry["tooltip"] for entry in chinese["inputs"].values()]
+    assert all(map(CHINESE.search, [chinese["display_name"], chinese["description"], *tooltips]))
+    assert all(entry["name"] for kind in ("inputs", "outputs") for entry in chinese[kind].values())
+
+
+@each_language
+def test_translations_name_no_other_node_and_use_no_syntax(language: str) -> None:
+    assert translations(language).keys() == schemas().keys()
+    for entry in translations(language).values():
+        sockets = [*entry["inputs"].values(), *entry["outputs"].values()]
+        names = [entry["display_name"], entry["description"], *(s["name"] for s in sockets)]
+        assert not TRANSLATION_SYNTAX & set("".join(names))
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_readme_links_every_help_page_and_no_missing_file(name: str) -> None:
+    language = "zh" if ".zh." in name else "en"
+    links = LINK.findall((ROOT / name).read_text(encoding="utf-8"))
+    assert [link for link in links if not (ROOT / link).exists()] == []
+    pages = {page(node_id, language).relative_to(ROOT).as_posix() for node_id in schemas()}
+    assert pages <= set(links)

@@ -1,0 +1,73 @@
+"""A test-only extension: stock loaders take tiny checkpoints, so that both ways can be compared.
+
+Nothing of the pack is used here: the stock side of a comparison must not share our code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+
+import comfy.supported_models
+import nodes
+from comfy.text_encoders import llama, qwen_vl
+
+
+class TinyQwenImage(comfy.supported_models.QwenImage):
+    """The host's QwenImage with the dimensions of tiny_qwen_image.safetensors."""
+
+    @classmethod
+    def matches(cls, unet_config, state_dict=None, unet_key_prefix=""):
+        if state_dict is None or not super().matches(unet_config, state_dict, unet_key_prefix):
+            return False
+        return state_dict[f"{unet_key_prefix}img_in.weight"].shape[0] == 128
+
+    def get_model(self, state_dict, prefix="", device=None):
+        self.unet_config.update(
+            attention_head_dim=32,
+            num_attention_heads=4,
+            joint_attention_dim=64,
+            axes_dims_rope=(4, 14, 14),
+        )
+        return super().get_model(state_dict, prefix, device)
+
+
+@dataclasses.dataclass
+class TinyConfig(llama.Qwen25_7BVLI_Config):
+    """The host's text configuration with the dimensions of tiny_qwen_2.5_vl.safetensors."""
+
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+
+
+@contextlib.contextmanager
+def tiny_sizes():
+    """While the stock CLIPLoader runs, and no longer."""
+    config, vision = llama.Qwen25_7BVLI_Config, qwen_vl.Qwen2VLVisionTransformer
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "num_layers": 2}
+
+    def tiny_vision(**given):
+        return vision(**{**given, **sizes})
+
+    llama.Qwen25_7BVLI_Config, qwen_vl.Qwen2VLVisionTransformer = TinyConfig, tiny_vision
+    try:
+        yield
+    finally:
+        llama.Qwen25_7BVLI_Config, qwen_vl.Qwen2VLVisionTransformer = config, vision
+
+
+stock_load_clip = nodes.CLIPLoader.load_clip
+
+
+@functools.wraps(stock_load_clip)
+def load_clip(self, *args, **kwargs):
+    with tiny_sizes():
+        return stock_load_clip(self, *args, **kwargs)
+
+
+nodes.CLIPLoader.load_clip = load_clip
+comfy.supported_models.models.insert(0, TinyQwenImage)
+NODE_CLASS_MAPPINGS = {}
