@@ -1,9 +1,10 @@
 """Text to image at full size, stock nodes against ours: seconds, memory, and the same picture.
 
-Usage: COMFYUI_PATH=... python -m benchmarks.text_to_image BASE OUT.json [--card GIB] [-- ARGS]
+Usage: COMFYUI_PATH=... python -m benchmarks.text_to_image BASE OUT.json [--card GIB] [ARGS]
 BASE/models holds the official files or those of full_size_checkpoints. For each side: a server
 with an empty prompt cache runs prompt A, A with a new seed, prompt B, A again; then a new server
-process runs A with another seed. ARGS go to ComfyUI.
+process runs A with another seed (--cold-files: with the files no longer in the page cache). ARGS
+that are not ours (--steps, --size, --card, --cold-files) go to ComfyUI.
 """
 
 from __future__ import annotations
@@ -173,16 +174,23 @@ def session(
     return rows
 
 
+def forget_files(models: Path) -> None:
+    """Drop the checkpoints from the page cache, as after a reboot."""
+    for name in (files.TRANSFORMER, files.TEXT_ENCODER, files.VAE):
+        with (models / name).open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def main() -> None:
     """Both sides, cold and after a restart."""
     parser = argparse.ArgumentParser()
     parser.add_argument("base", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--card", type=float)
+    parser.add_argument("--cold-files", action="store_true")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--size", type=int, default=1328)
-    parser.add_argument("args", nargs="*")
-    options = parser.parse_args()
+    options, options.args = parser.parse_known_args()
     shutil.copytree(
         ROOT / "benchmarks" / "small_card",
         options.base / "custom_nodes" / "small_card",
@@ -197,6 +205,8 @@ def main() -> None:
     with small_card(options.card):
         for side in ("stock", "ours"):
             rows += session(options, side, first)
+            if options.cold_files:
+                forget_files(options.base / "models")
             rows += session(options, side, [("A after a restart", PROMPT_A, 4)])
     options.out.write_text(
         json.dumps({"card": options.card, "args": options.args, "rows": rows}, indent=1)

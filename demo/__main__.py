@@ -47,28 +47,31 @@ def _call(*command: str) -> int:
 
 
 def _demo(comfyui: Path, rest: Sequence[str]) -> int:
+    from .checkpoints import CheckpointsError
     from .conversion import ConversionError
     from .server import ServerError
     from .showcase import DemoError, run
     from .substitutions import UnknownModelFile
 
     options = _options("demo", rest)
+    known = (CheckpointsError, ConversionError, DemoError, ServerError, UnknownModelFile)
     try:
         run(comfyui, options.prompt, options.keep_cache)
-    except (DemoError, ServerError, ConversionError, UnknownModelFile) as error:
+    except known as error:
         print(f"The demo failed: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _serve(comfyui: Path, rest: Sequence[str]) -> int:
+    from .checkpoints import CheckpointsError
     from .server import ServerError
     from .showcase import DemoError, serve
 
     _options("serve", rest)
     try:
         serve(comfyui)
-    except (DemoError, ServerError) as error:
+    except (CheckpointsError, DemoError, ServerError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

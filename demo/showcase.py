@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
 import shutil
-import subprocess
-import sys
 import time
 import webbrowser
 from dataclasses import dataclass
@@ -15,6 +11,7 @@ from pathlib import Path
 
 import PIL.Image
 
+from .checkpoints import make_checkpoints
 from .conversion import load_workflow
 from .environment import ROOT, say
 from .progress import ProgressLine, table
@@ -23,7 +20,6 @@ from .substitutions import MODEL_FILES, Prompt, substitute
 
 BASE = ROOT / ".demo"
 WORKFLOW = ROOT / "workflows" / "qwen_image_2512.json"
-GENERATOR = Path(__file__).with_name("tiny_checkpoints.py")
 ENCODER_LOADER = "QwenVRAMLoadTextEncoder"
 CACHED_ENCODE = "QwenVRAMCachedTextEncode"
 BROWSER_PORT = 8188
@@ -42,26 +38,6 @@ class Run:
 
 
 # -------------------------------------------------------------------------------------- preparing
-def make_checkpoints(comfyui: Path, models: Path) -> None:
-    """Writes the tiny checkpoints unless this version of the generator already has."""
-    stamp, version = models / "tiny.stamp", hashlib.sha256(GENERATOR.read_bytes()).hexdigest()
-    if stamp.is_file() and stamp.read_text() == version:
-        return
-    say(f"writing random tiny checkpoints into {models}")
-    # In a process of its own, because importing ComfyUI settles the device for good.
-    done = subprocess.run(
-        [sys.executable, "-m", "demo.tiny_checkpoints", str(models)],
-        cwd=ROOT,
-        env={**os.environ, "COMFYUI_PATH": str(comfyui)},
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
-    if done.returncode:
-        raise DemoError(f"The tiny checkpoints could not be written:\n{done.stderr}")
-    stamp.write_text(version)
-
-
 def has_accelerator() -> bool:
     """Whether torch sees a CUDA or MPS device."""
     import torch  # a second of import time that only this question is worth

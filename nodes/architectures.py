@@ -14,11 +14,13 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
+import comfy.supported_models_base
 import comfy.utils
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.text_encoders import llama, qwen_vl
+from comfy.text_encoders import llama, qwen_image, qwen_vl
+from comfy.text_encoders.hunyuan_video import llama_detect
 
 from ..core import checkpoint
 from ..core.shared import Loaded
@@ -150,20 +152,30 @@ class AnySizeQwen25VLModel(comfy.sd1_clip.SDClipModel):
 def load_text_encoder(
     path: str, options: dict[str, Any], disable_dynamic: bool = False
 ) -> comfy.sd.CLIP:
-    """Load fresh weights of a Qwen2.5-VL text encoder. Raises CheckpointError, OSError."""
+    """Load fresh weights of a Qwen2.5-VL text encoder. Raises CheckpointError, OSError.
+
+    Follows comfy.sd.load_text_encoder_state_dicts (ComfyUI 0.33), less what is not Qwen-Image.
+    """
     header = checkpoint.read_header(path)
     checkpoint.require(header, checkpoint.TEXT_ENCODER)
     sd, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     sd, _ = comfy.utils.convert_old_quants(sd, model_prefix="", metadata=metadata)
+    traits = llama_detect(sd)
+    if "dtype" in options:  # the host's loader always takes what the file's norms have
+        traits["dtype_llama"] = options["dtype"]
+    target = comfy.supported_models_base.ClipTarget(
+        qwen_image.QwenImageTokenizer, qwen_image.te(**traits)
+    )
     sized = {
         **options,
         "qwen25_7b_class": AnySizeQwen25VLModel,
         "qwen25_7b_model_config": checkpoint.text_encoder_config(header),
     }
-    clip = comfy.sd.load_text_encoder_state_dicts(
-        [sd],
+    clip = comfy.sd.CLIP(
+        target,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        clip_type=comfy.sd.CLIPType.QWEN_IMAGE,
+        parameters=comfy.utils.calculate_parameters(sd),
+        state_dict=[sd],
         model_options=sized,
         disable_dynamic=disable_dynamic,
     )

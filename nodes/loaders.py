@@ -36,7 +36,9 @@ KEEP_TOOLTIP = (
     "Keep the model in RAM although no graph uses it any more. ComfyUI may still move it out of "
     "VRAM. Run the loader with this off to let go."
 )
-DTYPE_TOOLTIP = "The type of the weights in memory; default takes what the file has."
+DTYPE_TOOLTIP = (
+    "The type of the weights in memory; default is ComfyUI's choice for file and device."
+)
 DEVICE_TOOLTIP = "Where the model computes; default is ComfyUI's choice."
 
 
@@ -133,10 +135,16 @@ class SharedLoader(io.ComfyNode):
 
 
 def weight_dtype_name(patcher: ModelPatcher) -> str:
-    """The dtype that most of the model's weights have, in the field's short names."""
+    """The dtype that most of the model's weights have when loaded, in the field's short names.
+
+    With dynamic VRAM the weights stay as the file has them until they are used; what they are
+    cast to then stands beside them (comfy.model_management.archive_model_dtypes).
+    """
     sizes: dict[torch.dtype, int] = {}
-    for parameter in patcher.model.parameters():
-        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    for module in patcher.model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            dtype = getattr(module, f"{name}_comfy_model_dtype", parameter.dtype)
+            sizes[dtype] = sizes.get(dtype, 0) + parameter.numel()
     name = str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
     return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(
         name, name.replace("float8", "fp8")
@@ -157,7 +165,8 @@ class LoadDiffusionModel(SharedLoader):
             display_name="Load Diffusion Model (Qwen VRAM)",
             category="Qwen VRAM/loaders",
             description=(
-                "Loads a Qwen-Image transformer once per file, however many nodes and graphs use it."
+                "Loads a Qwen-Image transformer once per file, "
+                "however many nodes and graphs use it."
             ),
             search_aliases=["unet loader", "qwen image", "load diffusion model", "shared"],
             inputs=[

@@ -75,12 +75,12 @@ def fresh(host: Host) -> Host:
 @pytest.fixture(scope="session")
 def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One real ComfyUI server with the pack and tiny checkpoints, shared by all tests."""
-    from pack.demo import showcase
+    from pack.demo.checkpoints import make_checkpoints
     from pack.demo.server import Server
 
     base = tmp_path_factory.mktemp("server")
     shutil.copytree(ROOT / "tests" / "teach_stock", base / "custom_nodes" / "teach_stock")
-    showcase.make_checkpoints(comfyui, base / "models")
+    make_checkpoints(comfyui, base / "models")
     with Server(
         comfyui, base, ROOT, cpu=True, extra_args=["--use-pytorch-cross-attention"]
     ) as running:

@@ -1,0 +1,61 @@
+"""Files in the host's own quantised formats go through our loaders as through stock ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pack.tests.graphs import CLIP, UNET, encode, loader, preview, text_to_image
+from safetensors.torch import load_file, save_file
+
+
+def scaled_fp8(state: dict[str, torch.Tensor], layers: str) -> dict[str, torch.Tensor]:
+    """The layout of the official fp8_scaled files: a scale beside every fp8 matrix."""
+    out = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for name, tensor in state.items():
+        out[name] = tensor
+        if name.startswith(layers) and name.endswith(".weight") and tensor.ndim == 2:
+            scale = tensor.abs().max().float() / 448
+            out[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+            out[name.removesuffix("weight") + "scale_weight"] = scale.reshape(1)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "layers"),
+    [("text_encoders", CLIP, "model.layers."), ("diffusion_models", UNET, "transformer_blocks.")],
+)
+def test_fp8_scaled_files_load_stay_small_and_come_close(fresh, folder, name, layers) -> None:
+    source, target = fresh.models / folder / name, fresh.models / folder / "scaled.safetensors"
+    plain = load_file(source)
+    save_file(scaled_fp8(plain, layers), target, {"qwen_vram": '{"vision_heads": 2}'})
+    graph = text_to_image()
+    exact = fresh.run(graph)
+    key = {"text_encoders": "clip", "diffusion_models": "unet"}[folder]
+    kind = {"clip": "TextEncoder", "unet": "DiffusionModel"}[key]
+    graph[key] = loader(kind, target.name)
+    close = fresh.run(graph)
+    assert close.status(key)["bytes"] < exact.status(key)["bytes"]
+    a, b = exact.outputs["sampler"][0][0]["samples"], close.outputs["sampler"][0][0]["samples"]
+    error = ((a - b).norm() / a.norm()).item()
+    assert 0 < error < 0.2
+    target.unlink()
+
+
+def test_a_transformer_inside_an_all_in_one_checkpoint_loads(fresh) -> None:
+    target = fresh.models / "diffusion_models" / "whole.safetensors"
+    plain = load_file(fresh.models / "diffusion_models" / UNET)
+    whole = {f"model.diffusion_model.{k}": v for k, v in plain.items()}
+    save_file({**whole, "vae.something": torch.ones(1)}, target)
+    graph = text_to_image()
+    expected = fresh.run(graph).outputs["sampler"][0][0]["samples"]
+    graph["unet"] = loader("DiffusionModel", target.name)
+    assert torch.equal(fresh.run(graph).outputs["sampler"][0][0]["samples"], expected)
+    target.unlink()
+
+
+def test_the_dtype_of_the_encoder_changes_what_it_encodes(fresh) -> None:
+    graph = {"clip": loader("TextEncoder", CLIP), "e": encode("a fox"), **preview("e")}
+    default = fresh.run(graph).outputs["e"][0][0][0][0]
+    graph["clip"] = loader("TextEncoder", CLIP, weight_dtype="fp8_e4m3fn")
+    other = fresh.run(graph).outputs["e"][0][0][0][0]
+    assert other.shape == default.shape and not torch.equal(other, default)
