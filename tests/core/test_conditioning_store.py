@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import resource
 import time
 from pathlib import Path
 
@@ -143,6 +142,7 @@ def test_a_directory_that_cannot_be_made_costs_speed_only(tmp_path: Path, caplog
 
 
 def test_a_full_disk_leaves_no_half_written_file(store) -> None:
+    resource = pytest.importorskip("resource")  # POSIX
     store.put(key(1), value(1), 0, PARTS)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # writing more fails, as on a full disk

@@ -79,3 +79,24 @@ def test_the_lora_switch_changes_the_picture(server, template) -> None:
         switch["inputs"]["value"] = lightning
         pictures.append(pixels(server.submit(graph).images[0].content))
     assert not np.array_equal(*pictures)
+
+
+def test_a_controlnet_works_as_behind_stock_loaders(server, template) -> None:
+    graph = copy.deepcopy(template)
+    (sampler,) = [n for n in graph.values() if n["class_type"] == "KSampler"]
+    (vae,) = [i for i, n in graph.items() if n["class_type"] == "VAELoader"]
+    graph["net"] = {"class_type": "TestTinyControlNet", "inputs": {}}
+    graph["hint"] = {
+        "class_type": "EmptyImage",
+        "inputs": {"width": 256, "height": 256, "batch_size": 1, "color": 0x20C040},
+    }
+    inputs = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "control_net": ["net", 0]}
+    inputs.update(image=["hint", 0], vae=[vae, 0])
+    inputs.update({k: sampler["inputs"][k] for k in ("positive", "negative")})
+    graph["apply"] = {"class_type": "ControlNetApplyAdvanced", "inputs": inputs}
+    sampler["inputs"].update(positive=["apply", 0], negative=["apply", 1])
+    plain, stock, ours = (server.submit(g) for g in (template, graph, with_ours(graph)))
+    assert stock.status == ours.status == "success", stock.error + ours.error
+    plain, stock, ours = (pixels(r.images[0].content) for r in (plain, stock, ours))
+    assert np.array_equal(stock, ours)
+    assert not np.array_equal(stock, plain)

@@ -9,8 +9,13 @@ import contextlib
 import dataclasses
 import functools
 
+import comfy.controlnet
+import comfy.latent_formats
+import comfy.ops
 import comfy.supported_models
 import nodes
+import torch
+from comfy.ldm.qwen_image import controlnet
 from comfy.text_encoders import llama, qwen_vl
 
 
@@ -70,4 +75,37 @@ def load_clip(self, *args, **kwargs):
 
 nodes.CLIPLoader.load_clip = load_clip
 comfy.supported_models.models.insert(0, TinyQwenImage)
-NODE_CLASS_MAPPINGS = {}
+
+
+class TinyControlNet:
+    """An InstantX ControlNet for tiny_qwen_image.safetensors, random but always the same."""
+
+    RETURN_TYPES = ("CONTROL_NET",)
+    FUNCTION = "build"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def build(self):
+        model = controlnet.QwenImageControlNetModel(
+            num_layers=2,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            joint_attention_dim=64,
+            axes_dims_rope=(4, 14, 14),
+            operations=comfy.ops.disable_weight_init,
+            dtype=torch.float32,
+            device="cpu",
+        )
+        generator = torch.Generator().manual_seed(3)
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.05, generator=generator)
+        latent_format = comfy.latent_formats.Wan21()
+        return (
+            comfy.controlnet.ControlNet(model, latent_format=latent_format, compression_ratio=1),
+        )
+
+
+NODE_CLASS_MAPPINGS = {"TestTinyControlNet": TinyControlNet}
