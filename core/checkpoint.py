@@ -81,8 +81,9 @@ def read_header(path: str) -> Header:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
         if length > MAX_HEADER_BYTES:
+            _tell_common_mix_ups(path, start)
             raise CheckpointError(
-                f"{_name(path)} ({size} bytes) is not a safetensors file, "
+                f"{_name(path)} ({size:,} bytes) is not a safetensors file, "
                 "or its beginning is damaged; download it again."
             )
         raw = file.read(length)
@@ -93,6 +94,14 @@ def read_header(path: str) -> Header:
             "download it again."
         )
     return Header(path, tensors, metadata)
+
+
+def _tell_common_mix_ups(path: str, start: bytes) -> None:
+    for mark, what in ((b"<", "a web page"), (b"version ", "a Git LFS pointer")):
+        if start.startswith(mark):
+            raise CheckpointError(
+                f"{_name(path)} is {what}, not a model; download the file itself."
+            )
 
 
 def parse_header(
@@ -125,7 +134,7 @@ def _is_text_encoder(tensors: dict[str, Tensor]) -> bool:
 # First match wins; what we load comes right after LoRAs, which carry their base model's key names.
 KINDS: tuple[tuple[str, Callable[[dict[str, Tensor]], bool]], ...] = (
     (
-        "a LoRA (it belongs into models/loras)",
+        "a LoRA (it belongs in models/loras)",
         lambda t: _any(t, ".lora_", "lora_unet_", ".lokr_", ".hada_"),
     ),
     (

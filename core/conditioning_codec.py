@@ -40,11 +40,12 @@ class FutureVersion(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """A stored value with what it cost (seconds) and what it came from (digests by part)."""
+    """A stored value, what it cost (seconds), what it came from (digests by part), and where."""
 
     value: Any
     seconds: float
     parts: dict[str, str]
+    device: str
 
 
 def flatten(value: Any, tensors: list[torch.Tensor], where: str = "value", depth: int = 0) -> Any:
@@ -105,11 +106,12 @@ def rebuild(tree: Any, tensors: list[torch.Tensor], depth: int = 0) -> Any:
     raise Corrupt(f"unknown kind {kind!r}")
 
 
-def encode(value: Any, seconds: float, parts: dict[str, str]) -> bytes:
+def encode(entry: Entry) -> bytes:
     """One entry as the bytes of a safetensors file. Raises Unstorable."""
     tensors: list[torch.Tensor] = []
-    tree = flatten(value, tensors)
-    body = json.dumps({"tree": tree, "seconds": seconds, "parts": parts})
+    tree = flatten(entry.value, tensors)
+    facts = {"seconds": entry.seconds, "parts": entry.parts, "device": entry.device}
+    body = json.dumps({"tree": tree, **facts})
     metadata = {"format": "qwen_vram.conditioning", "version": str(VERSION), "entry": body}
     metadata["digest"] = _digest(body, tensors)
     return save_tensors({str(i): tensor for i, tensor in enumerate(tensors)}, metadata)
@@ -124,7 +126,8 @@ def decode(data: bytes) -> Entry:
         if _digest(metadata["entry"], tensors) != metadata["digest"]:
             raise Corrupt("the content does not match its digest")
         body = json.loads(metadata["entry"])
-        return Entry(rebuild(body["tree"], tensors), body["seconds"], body["parts"])
+        value = rebuild(body["tree"], tensors)
+        return Entry(value, body["seconds"], body["parts"], body["device"])
     except (SafetensorError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise error if isinstance(error, Corrupt) else Corrupt(str(error)) from error
 
@@ -151,14 +154,3 @@ def _digest(body: str, tensors: list[torch.Tensor]) -> str:
     for tensor in tensors:
         digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
-
-
-def tensor_bytes(value: Any) -> int:
-    """Memory of all tensors inside a value, in bytes."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(tensor_bytes(v) for v in value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(tensor_bytes(v) for v in value)
-    return 0

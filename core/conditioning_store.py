@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkstemp
-from typing import Any
 
 from . import conditioning_codec as codec
 
@@ -28,16 +27,16 @@ SET_ASIDE = ".unreadable"
 TEMPORARY = ".writing"
 ABANDONED_AFTER_SECONDS = 3600
 HEADER_GLANCE_BYTES = 1 << 16
+EXPLAINED_ENTRIES = 256  # each is a file to open, and they only serve to explain a miss
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A stored value, where it was found ("memory", "disk") and the seconds it took to make."""
+    """A stored entry, and where it was found: "memory" or "disk"."""
 
-    value: Any
+    entry: codec.Entry
     tier: str
-    seconds: float
 
 
 class ConditioningStore:
@@ -50,6 +49,7 @@ class ConditioningStore:
         self._lock = threading.RLock()
         self._memory: OrderedDict[str, bytes] = OrderedDict()
         self._parts: dict[str, dict[str, str]] | None = None
+        self._damaged: set[str] = set()
         self._warned: set[str] = set()
 
     def lookup(self, key: str, disk: bool = True) -> Hit | None:
@@ -58,33 +58,38 @@ class ConditioningStore:
             data = self._memory.get(key)
             if data is not None:
                 self._memory.move_to_end(key)
-        if data is not None:
-            entry = codec.decode(data)
-            return Hit(entry.value, "memory", entry.seconds)
-        return self._from_disk(key) if disk else None
+        if data is None:
+            return self._from_disk(key) if disk else None
+        if disk and not self._path(key).exists():  # stored for memory only, or the disk was full
+            self._to_disk(key, data)
+        return Hit(codec.decode(data), "memory")
 
-    def put(
-        self, key: str, value: Any, seconds: float, parts: dict[str, str], disk: bool = True
-    ) -> str | None:
-        """Store a copy of `value`. Returns None, or why it was not (wholly) stored."""
+    def put(self, key: str, entry: codec.Entry, disk: bool = True) -> str | None:
+        """Store a copy of `entry`. Returns None, or why it was not (wholly) stored."""
         try:
-            data = codec.encode(value, seconds, parts)
+            data = codec.encode(entry)
         except codec.Unstorable as error:
             return f"not stored: {error}"
         self._remember(key, data)
         with self._lock:
-            self._known_parts()[key] = parts
+            self._known_parts()[key] = entry.parts
+            self._damaged.discard(key)
         return self._to_disk(key, data) if disk else None
 
-    def why_missed(self, parts: dict[str, str]) -> str:
-        """Compare with what is stored: say which part of the key is new, in words."""
+    def why_missed(self, key: str, parts: dict[str, str]) -> str:
+        """Compare with what is stored: say which part of the key is new, in words.
+
+        Only the first difference in the order of `parts` is told; the later ones follow from it.
+        """
         with self._lock:
+            if key in self._damaged:
+                return "its stored file was damaged"
             known = list(self._known_parts().values())
         same_text = [p for p in known if p.get("text") == parts["text"]]
         if not same_text:
             return "new text"
         different = min(([n for n in parts if p.get(n) != parts[n]] for p in same_text), key=len)
-        return ", ".join(f"{name} changed" for name in different) or "evicted or unreadable"
+        return f"{different[0]} changed" if different else "evicted"
 
     def _remember(self, key: str, data: bytes) -> None:
         with self._lock:
@@ -111,6 +116,7 @@ class ConditioningStore:
             return None
         except codec.Corrupt as error:
             self._set_aside(path, error)
+            self._damaged.add(key)
             return None
         except OSError as error:
             self._warn("read", f"Cannot read the prompt cache {path}: {error}.")
@@ -118,7 +124,7 @@ class ConditioningStore:
         with suppress(OSError):  # a read-only cache is still a cache; only its order of use is lost
             os.utime(path)
         self._remember(key, data)
-        return Hit(entry.value, "disk", entry.seconds)
+        return Hit(entry, "disk")
 
     def _set_aside(self, path: Path, error: Exception) -> None:
         log.warning("The cached prompt %s is damaged (%s); it is set aside.", path.name, error)
@@ -158,7 +164,7 @@ class ConditioningStore:
         """Delete least recently used files until the bound holds, and what a crash left behind."""
         files = []
         for entry in _scan(self.directory):
-            with suppress(FileNotFoundError):  # another process evicts too
+            with suppress(OSError):  # another process evicts too, or holds it open
                 stat = entry.stat()
                 abandoned = time.time() - stat.st_mtime > ABANDONED_AFTER_SECONDS
                 if entry.name.endswith((SUFFIX, SET_ASIDE)):
@@ -177,12 +183,12 @@ class ConditioningStore:
                     total -= size
 
     def _known_parts(self) -> dict[str, dict[str, str]]:
-        """Digests of the parts of every key on disk, read once from the headers."""
+        """Digests of the parts of the newest keys on disk, read once from the headers."""
         if self._parts is None:
-            self._parts = {}
-            for entry in _scan(self.directory):
-                if entry.name.endswith(SUFFIX):
-                    self._parts[entry.name.removesuffix(SUFFIX)] = _read_parts(entry.path)
+            entries = [e for e in _scan(self.directory) if e.name.endswith(SUFFIX)]
+            entries.sort(key=_age, reverse=True)
+            newest = entries[:EXPLAINED_ENTRIES]
+            self._parts = {e.name.removesuffix(SUFFIX): _read_parts(e.path) for e in newest}
         return self._parts
 
     def _warn(self, what: str, message: str) -> None:
@@ -197,6 +203,13 @@ def _scan(directory: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError:  # none yet, or not ours to list: reading and writing report that themselves
         return []
+
+
+def _age(entry: os.DirEntry[str]) -> float:
+    try:
+        return entry.stat().st_mtime
+    except OSError:  # deleted by another process meanwhile
+        return 0.0
 
 
 def _read_parts(path: str) -> dict[str, str]:

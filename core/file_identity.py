@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 MAX_FILES_IN_DIRECTORY = 2000
@@ -16,18 +16,24 @@ class FileIdentity:
     path: str
     size: int
     mtime_ns: int
+    changed_ns: int = field(default=0, compare=False)
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> FileIdentity:
-        """Identify the file behind `path`, links resolved. Raises OSError when there is none."""
+        """Identify the file behind `path`, links resolved. Raises OSError when there is none.
+
+        `changed_ns` is when the file was last written, renamed or replaced, or a link on the way
+        to it was, as far as the system tells (on Windows it knows less).
+        """
         real = os.path.realpath(path)
         stat = os.stat(real)
-        return cls(real, stat.st_size, stat.st_mtime_ns)
+        times = [stat.st_mtime_ns, stat.st_ctime_ns, *_link_times(Path(path))]
+        return cls(real, stat.st_size, stat.st_mtime_ns, max(times))
 
-    def touched_ns(self) -> int:
-        """When the file was last written, renamed or replaced, as far as the system tells."""
-        stat = os.stat(self.path)
-        return max(stat.st_mtime_ns, stat.st_ctime_ns)
+
+def _link_times(path: Path) -> list[int]:
+    """When each symbolic link among a path and its parent folders was made."""
+    return [p.lstat().st_ctime_ns for p in (path, *path.absolute().parents) if p.is_symlink()]
 
 
 def identify(path: str | os.PathLike[str]) -> list[FileIdentity]:
@@ -35,7 +41,7 @@ def identify(path: str | os.PathLike[str]) -> list[FileIdentity]:
     if not os.path.isdir(path):
         return [FileIdentity.of(path), *_companions(Path(path))]
     found: list[FileIdentity] = []
-    for folder, subfolders, names in os.walk(path):
+    for folder, subfolders, names in os.walk(path, followlinks=True):
         subfolders.sort()
         found += [FileIdentity.of(os.path.join(folder, name)) for name in sorted(names)]
         if len(found) > MAX_FILES_IN_DIRECTORY:

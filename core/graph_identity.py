@@ -5,7 +5,6 @@ Everything that the result depends on is in the identity, or `NotCacheable` says
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import os
@@ -18,18 +17,6 @@ from typing import Any, NamedTuple
 from .file_identity import FileIdentity
 
 MAX_NODES = 200  # visited by recursion, well within Python's limit
-_CHANCE = {
-    "random",
-    "randint",
-    "randrange",
-    "uniform",
-    "shuffle",
-    "choice",
-    "sample",
-    "randn",
-    "rand",
-}
-_CLOCK = {"time_ns", "now", "today", "urandom", "uuid1", "uuid4", "token_hex"}
 
 
 class NotCacheable(Exception):
@@ -42,6 +29,7 @@ class ClassFacts(NamedTuple):
     package: str
     fingerprint: Any = None
     neutral: frozenset[str] = frozenset()  # inputs that do not change what comes out
+    choices: frozenset[str] = frozenset()  # inputs that choose from a list, of files perhaps
 
 
 @dataclass
@@ -62,12 +50,12 @@ class Host(NamedTuple):
 
 
 def is_link(value: Any) -> bool:
-    """A link of an API-format graph: [node id, output index]."""
+    """A link of an API-format graph: [node id, output index], as the host tells it."""
     return (
         isinstance(value, list)
         and len(value) == 2
         and isinstance(value[0], str)
-        and (type(value[1]) is int)
+        and isinstance(value[1], (int, float))
     )
 
 
@@ -93,12 +81,22 @@ def identify_upstream(link: Any, host: Host) -> GraphIdentity:
                 continue
             if is_link(value):
                 row.append([name, "link", visit(value[0]), value[1]])
+                if name in facts.choices and not _names_a_file(value[0]):
+                    raise NotCacheable(
+                        f"{name} of {node['class_type']} is computed by another node"
+                    )
                 continue
             row.append([name, "value", canonical(value, f"{name} of {node['class_type']}")])
             for text in strings_in(value):
                 identity.files += host.files(text)
         return numbers[node_id]
 
+    def _names_a_file(node_id: str) -> bool:
+        texts = (t for v in host.node(node_id)["inputs"].values() for t in strings_in(v))
+        return any(host.files(text) for text in texts)
+
+    if not is_link(link):
+        raise NotCacheable("the encoder is handed over by a node that builds a graph of its own")
     identity.nodes.append(["socket", visit(link[0]), link[1]])
     return identity
 
@@ -130,14 +128,18 @@ def digest(*values: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def source_digest(root: Path) -> tuple[str, float]:
-    """SHA-256 over all Python files below `root` (or of one file), and their newest mtime."""
+def source_digest(roots: Iterable[Path], base: Path) -> tuple[str, float]:
+    """SHA-256 over all Python files in or below `roots`, and when the newest of them changed.
+
+    Their paths count relative to `base`. The time is that of the last write, rename or copy.
+    """
     sha = hashlib.sha256()
     newest = 0.0
-    for path in _sources(root):
-        sha.update(f"{path.relative_to(root.parent).as_posix()}\0".encode())
+    for path in sorted(file for root in roots for file in _sources(root)):
+        sha.update(f"{path.relative_to(base).as_posix()}\0".encode())
         sha.update(path.read_bytes())
-        newest = max(newest, path.stat().st_mtime)
+        stat = path.stat()
+        newest = max(newest, stat.st_mtime, stat.st_ctime)
     return sha.hexdigest(), newest
 
 
@@ -146,37 +148,12 @@ def _sources(root: Path) -> list[Path]:
         return [root]
     found = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [s for s in subfolders if s[0] not in "._" and s not in _NO_SOURCE]
+        subfolders[:] = [s for s in subfolders if s[0] != "." and s not in _NO_SOURCE]
         found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(found)
+    return found
 
 
-_NO_SOURCE = {
-    "node_modules",
-    "tests",
-    "tests-unit",
-    "models",
-    "output",
-    "input",
-    "custom_nodes",
-    "user",
-}
-
-
-def source_hazard(source: str) -> str | None:
-    """Why a node's class is not a function of its inputs, as far as its source shows; else None."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Global):
-            return f"changes the variable {node.names[0]} outside itself"
-        if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Attribute):
-            return f"counts in {ast.unparse(node.target)}"
-        if isinstance(node, ast.Call):
-            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            if name in _CHANCE:
-                return f"is random ({ast.unparse(node.func)})"
-            if name in _CLOCK or ast.unparse(node.func) == "time.time":
-                return f"depends on the moment ({ast.unparse(node.func)})"
-    return None
+_NO_SOURCE = {"__pycache__", "node_modules", "site-packages"}
 
 
 class LoadedFiles:
@@ -201,7 +178,7 @@ class LoadedFiles:
         """Why it is uncertain that `model` was made from these versions of `files`; else None."""
         seen = self._seen.setdefault(model, {})
         for file in files:
-            if file.path not in seen and file.touched_ns() > self.started_ns:
+            if file.path not in seen and file.changed_ns > self.started_ns:
                 return f"{Path(file.path).name} changed after ComfyUI started"
             if seen.setdefault(file.path, file) != file:
                 return f"{Path(file.path).name} changed after it was loaded"

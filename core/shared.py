@@ -59,19 +59,29 @@ class SharedRegistry(Generic[Model]):
         self._lock = threading.RLock()  # a weak reference may die, and call back, at any line
         self._loads = threading.Lock()
         self._entries: dict[ModelKey, Entry[Model]] = {}
-        self._kept: dict[ModelKey, Model] = {}
+        self._kept: dict[ModelKey, tuple[Model, set[str]]] = {}
 
-    def acquire(self, key: ModelKey, load: Callable[[], Loaded], keep: bool) -> Acquired:
-        """Return the live model of `key`, or load it. `keep` holds on to it; not keep releases."""
+    def acquire(self, key: ModelKey, load: Callable[[], Loaded], keeper: str | None) -> Acquired:
+        """Return the live model of `key`, or load it, and hold on to it for `keeper`, if any.
+
+        A keeper (a loader node's id) keeps one model at a time.
+        """
         with self._loads:
             acquired = self._live(key) or self._load(key, load)
-        with self._lock:
-            if keep:
+        if keeper is not None:
+            with self._lock:
+                self.let_go(keeper)
                 self._retire(key)
-                self._kept[key] = acquired.model
-            else:
-                self._kept.pop(key, None)
+                self._kept.setdefault(key, (acquired.model, set()))[1].add(keeper)
         return acquired
+
+    def let_go(self, keeper: str) -> None:
+        """End what `keeper` keeps; what another keeper or anybody else holds stays."""
+        with self._lock:
+            for key, (_, keepers) in list(self._kept.items()):
+                keepers.discard(keeper)
+                if not keepers:
+                    del self._kept[key]
 
     def kept(self) -> list[ModelKey]:
         """Keys of the models that `keep` holds on to."""

@@ -110,6 +110,9 @@ COMMANDS = (*IN_VENV, "setup", "clean")
 def main(arguments: Sequence[str]) -> int:
     """Sets up what the command needs, moves into `.venv` and runs the command there."""
     named = bool(arguments) and arguments[0] in COMMANDS
+    if arguments and not named and not arguments[0].startswith("-"):
+        print(f"No command {arguments[0]}; there are: {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
     command = arguments[0] if named else "demo"
     rest = list(arguments[1:] if named else arguments)
     # Options are read before set-up too, so that a typing error does not cost minutes.

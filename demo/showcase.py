@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import time
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 
@@ -16,7 +18,7 @@ from .conversion import load_workflow
 from .environment import ROOT, say
 from .progress import ProgressLine, table
 from .server import Result, Server
-from .substitutions import MODEL_FILES, Prompt, substitute
+from .substitutions import MODEL_FILES, NUMBERS, Prompt, substitute
 
 BASE = ROOT / ".demo"
 WORKFLOW = ROOT / "workflows" / "qwen_image_2512.json"
@@ -145,15 +147,33 @@ def run(comfyui: Path, text: str | None = None, keep_cache: bool = False) -> Non
     _verdict(prompt, first, second, fresh=not keep_cache)
 
 
+def _shrink(node: dict[str, Any]) -> None:
+    """Sets size and steps of an editor-format node as the table says."""
+    values = node.get("widgets_values") or []
+    if node["type"] == "EmptySD3LatentImage":
+        values[:2] = [NUMBERS["width"], NUMBERS["height"]]
+    elif node["type"] == "PrimitiveInt" and "steps" in node.get("title", "").lower():
+        values[0] = NUMBERS["steps"]
+    named = node.get("widgets_values_named") or {}
+    for name in named.keys() & NUMBERS.keys():
+        named[name] = NUMBERS[name]
+    if "value" in named and node["type"] == "PrimitiveInt":
+        named["value"] = values[0]
+
+
 def _offer_workflows() -> None:
-    """Puts the bundled workflows, with the tiny files' names in them, into the Workflows panel."""
+    """Puts the bundled workflows, with tiny files and sizes in them, into the Workflows panel."""
     folder = BASE / "user" / "default" / "workflows"
     folder.mkdir(parents=True, exist_ok=True)
     for file in WORKFLOW.parent.glob("*.json"):
         text = file.read_text(encoding="utf-8")
         for official, tiny in MODEL_FILES.items():
             text = text.replace(official, tiny)
-        (folder / f"{file.stem}_tiny.json").write_text(text, encoding="utf-8")
+        workflow = json.loads(text)
+        for node in workflow["nodes"]:
+            _shrink(node)
+        target = folder / f"{file.stem}_tiny.json"
+        target.write_text(json.dumps(workflow, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def serve(comfyui: Path) -> None:

@@ -14,10 +14,11 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
 
+from ..core.conditioning_codec import Entry
 from ..core.conditioning_store import ConditioningStore, Hit
 from ..core.file_identity import FileIdentity
 from ..core.graph_identity import NotCacheable, digest, identify_upstream
-from . import upstream
+from . import environment, upstream
 from .status import shown
 
 MEMORY_BYTES = 256 << 20
@@ -49,8 +50,29 @@ class Lookup(NamedTuple):
     seconds: float = 0.0
 
 
-# From the lazy check to the execution of the same node, so that nothing changes in between.
-_WAITING: dict[Any, Lookup] = {}
+class Waiting:
+    """Lookups between the lazy check of a node and its execution: nothing changes in between."""
+
+    def __init__(self) -> None:
+        self._lookups: dict[Any, Lookup] = {}
+
+    def put(self, context: Any, lookup: Lookup) -> None:
+        """Keep a lookup; those of runs that were interrupted are dropped."""
+        for stale in [c for c in self._lookups if c.prompt_id != context.prompt_id]:
+            del self._lookups[stale]
+        self._lookups[context] = lookup
+
+    def has_hit(self, context: Any) -> bool:
+        """Whether the lazy check of this very call found its prompt."""
+        lookup = self._lookups.get(context)
+        return lookup is not None and lookup.hit is not None
+
+    def take(self, context: Any) -> Lookup | None:
+        """Hand a lookup over, once."""
+        return self._lookups.pop(context, None)
+
+
+WAITING = Waiting()
 
 
 def key_of(text: str, link: Any, dynprompt: Any) -> Key:
@@ -63,8 +85,8 @@ def key_of(text: str, link: Any, dynprompt: Any) -> Key:
         "text": digest(KEY_VERSION, text),
         "graph before clip": digest(identity.nodes),
         "model file": digest([[f.path, f.size, f.mtime_ns] for f in files]),
-        "code version": upstream.packages_digest(identity.packages),
-        "settings": digest(upstream.settings()),
+        "code version": environment.packages_digest(identity.packages),
+        "settings": digest(environment.settings()),
     }
     return Key(digest(parts), parts, files)
 
@@ -112,7 +134,10 @@ class CachedTextEncode(io.ComfyNode):
                     "cache",
                     options=list(CACHE_MODES),
                     default=CACHE_MODES[0],
-                    tooltip="Where to keep the encoded prompt; off encodes and keeps nothing.",
+                    tooltip=(
+                        "Where to keep the encoded prompt: memory ends with ComfyUI, "
+                        "off encodes every time and keeps nothing."
+                    ),
                     advanced=True,
                 ),
             ],
@@ -127,37 +152,36 @@ class CachedTextEncode(io.ComfyNode):
         """Ask for the encoder only when the prompt is not in the store."""
         context = get_executing_context()
         if clip is None:
-            for stale in [c for c in _WAITING if c.prompt_id != context.prompt_id]:
-                del _WAITING[stale]  # a run that was interrupted between check and execution
-            _WAITING[context] = cls.look_up(text, cache)
-        return [] if _WAITING[context].hit else ["clip"]
+            WAITING.put(context, cls.look_up(text, cache))
+        return [] if WAITING.has_hit(context) else ["clip"]
+
+    @classmethod
+    def current_key(cls, text: str) -> Key:
+        """The key of `text` behind what feeds this node's clip input. Raises NotCacheable."""
+        dynprompt = cls.hidden.dynprompt
+        node = dynprompt.get_node(get_executing_context().node_id)
+        return key_of(text, node["inputs"]["clip"], dynprompt)
 
     @classmethod
     def look_up(cls, text: str, cache: str) -> Lookup:
-        """Search the store for `text` encoded by what is linked to this node's clip input."""
+        """Search the store for `text`."""
         if cache == "off":
             return Lookup(note="cache is off")
         start = time.perf_counter()
-        node = cls.hidden.dynprompt.get_node(get_executing_context().node_id)
         try:
-            key = key_of(text, node["inputs"]["clip"], cls.hidden.dynprompt)
+            key = cls.current_key(text)
         except NotCacheable as reason:
             return Lookup(note=f"cannot be cached: {reason}")
         hit = STORE.lookup(key.sha256, disk=cache == CACHE_MODES[0])
-        note = "" if hit else STORE.why_missed(key.parts)
+        note = "" if hit else STORE.why_missed(key.sha256, key.parts)
         return Lookup(key, hit, note, time.perf_counter() - start)
 
     @classmethod
     def execute(cls, text: str, cache: str, clip: comfy.sd.CLIP | None = None) -> io.NodeOutput:
         """Return what the lazy check found, or encode and store."""
-        found = _WAITING.pop(get_executing_context(), None) or cls.look_up(text, cache)
+        found = WAITING.take(get_executing_context()) or cls.look_up(text, cache)
         if found.hit is not None:
-            settle_attention()
-            saved = max(0.0, found.hit.seconds - found.seconds)
-            line = f"hit ({found.hit.tier}) · saved {saved:.2f} s"
-            return shown(
-                found.hit.value, text=line, result="hit", tier=found.hit.tier, seconds_saved=saved
-            )
+            return cls.hand_out(found.hit, found.seconds)
         if clip is None:
             raise ValueError(
                 "The clip input carries no text encoder; this checkpoint has none inside. "
@@ -170,34 +194,42 @@ class CachedTextEncode(io.ComfyNode):
         line = " · ".join(
             filter(None, [f"miss: {found.note}", f"encoded in {seconds:.2f} s", kept])
         )
-        return shown(
-            conditioning, text=line, result="miss", why=found.note, seconds=seconds, kept=kept
-        )
+        facts = {"result": "miss", "why": found.note, "seconds": seconds, "kept": kept}
+        return shown(conditioning, text=line, **facts)
+
+    @classmethod
+    def hand_out(cls, hit: Hit, seconds: float) -> io.NodeOutput:
+        """A stored conditioning, found in `seconds`."""
+        if hit.entry.device.startswith("cuda"):
+            settle_attention()
+        saved = max(0.0, hit.entry.seconds - seconds)
+        line = f"hit ({hit.tier}) · saved {saved:.2f} s · encoder not needed"
+        facts = {"result": "hit", "tier": hit.tier, "seconds_saved": saved}
+        return shown(hit.entry.value, text=line, **facts)
 
     @classmethod
     def keep(
-        cls, key: Key, clip: comfy.sd.CLIP, conditioning: Any, seconds: float, text: str, cache: str
+        cls, key: Key, clip: Any, conditioning: Any, seconds: float, text: str, cache: str
     ) -> str:
         """Store a fresh conditioning unless it may not belong to `key`; say what was done."""
-        doubt = upstream.LOADED.doubt(clip.patcher.model, key.files)
-        if doubt is None:
-            again = cls.look_up_key(text)
-            doubt = None if again == key.sha256 else "its files changed while it was encoded"
+        if not isinstance(clip, comfy.sd.CLIP):
+            return f"not stored: {type(clip).__name__} is not ComfyUI's kind of text encoder"
+        doubt = environment.LOADED.doubt(clip.patcher.model, key.files)
+        if doubt is None and not cls.still(key, text):
+            doubt = "what it depends on changed while it was encoded"
         if doubt:
             return f"not stored: {doubt}"
         disk = cache == CACHE_MODES[0]
-        return STORE.put(key.sha256, conditioning, seconds, key.parts, disk) or (
-            "stored" if disk else "stored in memory"
-        )
+        entry = Entry(conditioning, seconds, key.parts, str(clip.patcher.load_device))
+        return STORE.put(key.sha256, entry, disk) or ("stored" if disk else "stored in memory")
 
     @classmethod
-    def look_up_key(cls, text: str) -> str | None:
-        """The key as it is now, or None where there is none any more."""
-        node = cls.hidden.dynprompt.get_node(get_executing_context().node_id)
+    def still(cls, key: Key, text: str) -> bool:
+        """Whether the key is what it was before encoding."""
         try:
-            return key_of(text, node["inputs"]["clip"], cls.hidden.dynprompt).sha256
+            return cls.current_key(text).sha256 == key.sha256
         except NotCacheable:
-            return None
+            return False
 
 
 NODES = [CachedTextEncode]

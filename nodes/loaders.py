@@ -12,11 +12,12 @@ import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
 
 from ..core import checkpoint
 from ..core.file_identity import FileIdentity
 from ..core.shared import Acquired, Loaded, ModelKey, SharedRegistry
-from . import architectures, upstream
+from . import architectures, environment
 from .status import mib, shown
 
 REGISTRY: SharedRegistry[ModelPatcher] = SharedRegistry()
@@ -30,15 +31,17 @@ DTYPES: dict[str, torch.dtype | None] = {
     "fp8_e4m3fn_fast": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+TEXT_DTYPES = tuple(name for name in DTYPES if name != "fp8_e4m3fn_fast")
 VAE_DTYPES = ("default", "bf16", "fp16", "fp32")  # the host's VAEs cannot hold fp8 weights
 
 KEEP_TOOLTIP = (
     "Keep the model in RAM although no graph uses it any more. ComfyUI may still move it out of "
-    "VRAM. Run the loader with this off to let go."
+    "VRAM. Switch it off and run to let go."
 )
 DTYPE_TOOLTIP = (
     "The type of the weights in memory; default is ComfyUI's choice for file and device."
 )
+TEXT_DTYPE_TOOLTIP = "The type of the weights in memory; default is the file's own."
 DEVICE_TOOLTIP = "Where the model computes; default is ComfyUI's choice."
 
 
@@ -66,6 +69,12 @@ def resolve(folder: str, name: str) -> str:
     return path
 
 
+def keeper() -> str:
+    """Who keeps a model loaded: the loader node that runs now."""
+    context = get_executing_context()
+    return context.node_id if context is not None else ""
+
+
 class SharedLoader(io.ComfyNode):
     """What the three loaders have in common."""
 
@@ -74,12 +83,9 @@ class SharedLoader(io.ComfyNode):
     NEUTRAL_INPUTS = frozenset({"keep_loaded"})
 
     @classmethod
-    def common_inputs(cls, dtypes: tuple[str, ...]) -> list[io.Input]:
-        """weight_dtype, device and keep_loaded."""
+    def common_inputs(cls) -> list[io.Input]:
+        """device and keep_loaded."""
         return [
-            io.Combo.Input(
-                "weight_dtype", options=list(dtypes), tooltip=DTYPE_TOOLTIP, advanced=True
-            ),
             io.Combo.Input(
                 "device", options=device_options(), tooltip=DEVICE_TOOLTIP, advanced=True
             ),
@@ -89,7 +95,12 @@ class SharedLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> list[Any]:
         """The version of the file: when it is replaced, ComfyUI runs the loader again."""
-        path = folder_paths.get_full_path(cls.FOLDER, inputs[cls.FILE_INPUT])
+        name = inputs[cls.FILE_INPUT]
+        if not inputs.get("keep_loaded"):  # also where a cached prompt spares the loader its run
+            REGISTRY.let_go(keeper())
+        if not isinstance(name, str):
+            return ["computed by another node"]
+        path = folder_paths.get_full_path(cls.FOLDER, name)
         try:
             file = FileIdentity.of(path) if path else None
         except OSError as error:  # execute says it in a sentence
@@ -109,8 +120,13 @@ class SharedLoader(io.ComfyNode):
                 raise ValueError(f"{os.path.basename(path)} changed while it was read; run again.")
             return loaded
 
-        acquired = REGISTRY.acquire(ModelKey(file, (cls.FOLDER, *options)), load_unchanged, keep)
-        upstream.LOADED.record(acquired.model.model, file)
+        key = ModelKey(file, (cls.FOLDER, *options))
+        try:
+            acquired = REGISTRY.acquire(key, load_unchanged, keeper() if keep else None)
+        except checkpoint.CheckpointError as error:
+            # ComfyUI shows the type before the sentence; a built-in one has the shorter name.
+            raise ValueError(str(error)) from None
+        environment.LOADED.record(acquired.model.model, file)
         return acquired
 
     @classmethod
@@ -125,12 +141,10 @@ class SharedLoader(io.ComfyNode):
             "reused": acquired.reused,
             "seconds": round(acquired.seconds, 3),
         }
-        verb = "reused, first load took" if acquired.reused else "loaded in"
         sharing = f"shared by {facts['holders']}" if facts["holders"] > 1 else "not shared"
-        text = (
-            f"{mib(facts['bytes'])} · {facts['dtype']} · {facts['device']} · {sharing} · "
-            f"{verb} {acquired.seconds:.2f} s"
-        )
+        seconds = f"{acquired.seconds:.2f} s"
+        load = f"reused (load took {seconds})" if acquired.reused else f"loaded in {seconds}"
+        text = " · ".join((mib(facts["bytes"]), facts["dtype"], facts["device"], sharing, load))
         return shown(handle, text=text, **facts)
 
 
@@ -173,9 +187,12 @@ class LoadDiffusionModel(SharedLoader):
                 io.Combo.Input(
                     "unet_name",
                     options=files_in(cls.FOLDER),
-                    tooltip="A file of models/diffusion_models.",
+                    tooltip="A Qwen-Image .safetensors file in models/diffusion_models.",
                 ),
-                *cls.common_inputs(tuple(DTYPES)),
+                io.Combo.Input(
+                    "weight_dtype", options=list(DTYPES), tooltip=DTYPE_TOOLTIP, advanced=True
+                ),
+                *cls.common_inputs(),
             ],
             outputs=[io.Model.Output()],
         )
@@ -221,9 +238,15 @@ class LoadTextEncoder(SharedLoader):
                 io.Combo.Input(
                     "clip_name",
                     options=files_in(cls.FOLDER),
-                    tooltip="A file of models/text_encoders.",
+                    tooltip="A Qwen2.5-VL .safetensors file in models/text_encoders.",
                 ),
-                *cls.common_inputs(tuple(d for d in DTYPES if d != "fp8_e4m3fn_fast")),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(TEXT_DTYPES),
+                    tooltip=TEXT_DTYPE_TOOLTIP,
+                    advanced=True,
+                ),
+                *cls.common_inputs(),
             ],
             outputs=[io.Clip.Output()],
         )
@@ -268,9 +291,14 @@ class LoadVAE(SharedLoader):
             search_aliases=["vae loader", "qwen image vae", "wan vae", "shared"],
             inputs=[
                 io.Combo.Input(
-                    "vae_name", options=files_in(cls.FOLDER), tooltip="A file of models/vae."
+                    "vae_name",
+                    options=files_in(cls.FOLDER),
+                    tooltip="A Qwen-Image VAE, a .safetensors file in models/vae.",
                 ),
-                *cls.common_inputs(VAE_DTYPES),
+                io.Combo.Input(
+                    "weight_dtype", options=list(VAE_DTYPES), tooltip=DTYPE_TOOLTIP, advanced=True
+                ),
+                *cls.common_inputs(),
             ],
             outputs=[io.Vae.Output()],
         )

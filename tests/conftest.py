@@ -24,7 +24,8 @@ def _register_pack() -> None:
 
     A test then writes `from pack.core import tiling`, whatever the checkout's folder is called.
     """
-    for name in ("pack", "__init__", ROOT.name):
+    own = "pack" if ROOT.name in sys.stdlib_module_names else ROOT.name  # a clone called "copy"
+    for name in ("pack", "__init__", own):
         module = types.ModuleType(name)
         module.__file__ = str(ROOT / "__init__.py")
         module.__path__ = [str(ROOT)]

@@ -59,10 +59,10 @@ class Host:
         self.loop.run_until_complete(
             nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False)
         )
+        self._add_test_nodes()  # before the pack: what changes later is not trusted
         assert self.loop.run_until_complete(
             nodes.load_custom_node(str(pack), module_parent="custom_nodes")
         )
-        self._add_test_nodes()
         self.pack = self._module(pack)
         self.restart()
 

@@ -134,7 +134,9 @@ def test_damaged_files_get_one_sentence(tmp_path_factory: pytest.TempPathFactory
     save_file({"a": torch.zeros(30)}, path)
     whole = path.read_bytes()
     path.write_bytes(whole[: content % len(whole)] if isinstance(content, int) else content)
-    with pytest.raises(CheckpointError, match=r"^damaged\.safetensors .*download it again\.$"):
+    with pytest.raises(
+        CheckpointError, match=r"^damaged\.safetensors .*download (it again|the file itself)\.$"
+    ):
         checkpoint.read_header(str(path))
 
 
@@ -148,6 +150,17 @@ def test_hostile_headers_are_refused(tmp_path: Path) -> None:
     path.write_bytes(struct.pack("<Q", 1 << 50) + b"{}")
     with pytest.raises(CheckpointError, match="beginning is damaged"):
         checkpoint.read_header(str(path))
+
+
+def test_a_web_page_and_a_git_lfs_pointer_are_told_apart(tmp_path: Path) -> None:
+    for content, says in (
+        (b"<!DOCTYPE html>", "a web page"),
+        (b"version https://git-lfs", "a Git LFS"),
+    ):
+        path = tmp_path / "page.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"page.safetensors is {says}.*download the file"):
+            checkpoint.read_header(str(path))
 
 
 def test_other_formats_are_refused_by_name(tmp_path: Path) -> None:

@@ -40,6 +40,11 @@ values = st.recursive(
 )
 
 
+def encoded(value: object, seconds: float = 0.0, parts: dict | None = None) -> bytes:
+    """An entry's bytes."""
+    return codec.encode(codec.Entry(value, seconds, parts or {}, "cpu"))
+
+
 def same(a: object, b: object) -> bool:
     """Equal in type, structure, order and every bit."""
     if type(a) is not type(b):
@@ -68,21 +73,21 @@ def conditioning() -> list:
 @given(values)
 @settings(max_examples=300, deadline=None)
 def test_any_value_comes_back_bit_by_bit(value: object) -> None:
-    entry = codec.decode(codec.encode(value, 1.5, {"text": "t"}))
+    entry = codec.decode(encoded(value, 1.5, {"text": "t"}))
     assert same(entry.value, value)
-    assert entry.seconds == 1.5 and entry.parts == {"text": "t"}
+    assert (entry.seconds, entry.parts, entry.device) == (1.5, {"text": "t"}, "cpu")
 
 
 def test_strided_and_aliased_tensors_keep_their_values() -> None:
     base = torch.arange(12.0).reshape(3, 4)
     value = [base.T, base[:, 1], base]
-    assert same(codec.decode(codec.encode(value, 0, {})).value, [t.contiguous() for t in value])
+    assert same(codec.decode(encoded(value, 0, {})).value, [t.contiguous() for t in value])
 
 
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_no_flipped_bit_is_believed(data: st.DataObject) -> None:
-    good = codec.encode(conditioning(), 1.0, {"text": "x"})
+    good = encoded(conditioning(), 1.0, {"text": "x"})
     position = data.draw(st.integers(0, len(good) - 1))
     bad = bytearray(good)
     bad[position] ^= 1 << data.draw(st.integers(0, 7))
@@ -96,7 +101,7 @@ def test_no_flipped_bit_is_believed(data: st.DataObject) -> None:
 @given(st.binary(max_size=300) | st.integers(0, 400))
 @settings(max_examples=200, deadline=None)
 def test_garbage_and_truncations_are_corrupt(content: bytes | int) -> None:
-    good = codec.encode(conditioning(), 1.0, {})
+    good = encoded(conditioning(), 1.0, {})
     data = good[:content] if isinstance(content, int) else content
     with pytest.raises(codec.Corrupt):
         codec.decode(data)
@@ -113,7 +118,7 @@ def test_a_header_that_claims_a_huge_tensor_is_corrupt_and_costs_nothing() -> No
 
 
 def test_a_future_version_is_told_apart_from_damage() -> None:
-    data = codec.encode(conditioning(), 1.0, {}).replace(b'"version":"1"', b'"version":"7"')
+    data = encoded(conditioning(), 1.0, {}).replace(b'"version":"1"', b'"version":"7"')
     with pytest.raises(codec.FutureVersion, match="format 7"):
         codec.decode(data)
 
@@ -132,11 +137,11 @@ def test_a_future_version_is_told_apart_from_damage() -> None:
 )
 def test_what_cannot_be_kept_exactly_is_refused_with_its_place(value: object, part: str) -> None:
     with pytest.raises(codec.Unstorable, match=part):
-        codec.encode(value, 0, {})
+        encoded(value, 0, {})
 
 
 def test_bottomless_nesting_is_refused() -> None:
     value: list = []
     value.append(value)
     with pytest.raises(codec.Unstorable, match="deeper"):
-        codec.encode(value, 0, {})
+        encoded(value, 0, {})

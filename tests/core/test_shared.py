@@ -33,41 +33,50 @@ def load() -> Loaded:
 
 
 def test_the_same_key_gives_the_same_model_while_it_lives(registry) -> None:
-    first = registry.acquire(key(), load, keep=False)
-    second = registry.acquire(key(), load, keep=False)
+    first = registry.acquire(key(), load, keeper=None)
+    second = registry.acquire(key(), load, keeper=None)
     assert second.model is first.model and second.reused and not first.reused
     assert second.parts == {"part": 1} and second.seconds == first.seconds
 
 
 def test_options_and_file_versions_are_other_models(registry) -> None:
     models = [
-        registry.acquire(k, load, keep=False).model for k in (key(1), key(2), key(1, ("fp16",)))
+        registry.acquire(k, load, keeper=None).model for k in (key(1), key(2), key(1, ("fp16",)))
     ]
     assert len(set(map(id, models))) == 3
 
 
 def test_what_nobody_holds_is_gone(registry) -> None:
-    registry.acquire(key(), load, keep=False)
+    registry.acquire(key(), load, keeper=None)
     gc.collect()
-    assert not registry.acquire(key(), load, keep=False).reused
+    assert not registry.acquire(key(), load, keeper=None).reused
 
 
-def test_keep_holds_until_a_run_without_it_or_a_release(registry) -> None:
-    registry.acquire(key(), load, keep=True)
+def test_keep_holds_until_the_keeper_lets_go_or_a_release(registry) -> None:
+    registry.acquire(key(), load, keeper="1")
+    registry.acquire(key(), load, keeper="2")
+    registry.acquire(key(), load, keeper=None)  # another loader of the file, which keeps nothing
+    registry.let_go("1")
     gc.collect()
-    assert registry.acquire(key(), load, keep=True).reused
-    assert registry.acquire(key(), load, keep=False).reused
+    assert registry.acquire(key(), load, keeper=None).reused
+    registry.let_go("2")
     gc.collect()
-    assert not registry.acquire(key(), load, keep=True).reused
+    assert not registry.acquire(key(), load, keeper="1").reused
     assert registry.kept() == [key()] and registry.release() == 1 and registry.kept() == []
     gc.collect()
-    assert not registry.acquire(key(), load, keep=False).reused
+    assert not registry.acquire(key(), load, keeper=None).reused
+
+
+def test_a_keeper_keeps_one_model_at_a_time(registry) -> None:
+    registry.acquire(key(1, ("bf16",)), load, keeper="1")
+    registry.acquire(key(1, ("fp8",)), load, keeper="1")
+    assert registry.kept() == [key(1, ("fp8",))]
 
 
 def test_a_new_version_of_a_file_drops_the_kept_old_one(registry) -> None:
-    registry.acquire(key(1), load, keep=True)
-    registry.acquire(key(1, (), "/other"), load, keep=True)
-    registry.acquire(key(2), load, keep=True)
+    registry.acquire(key(1), load, keeper="1")
+    registry.acquire(key(1, (), "/other"), load, keeper="2")
+    registry.acquire(key(2), load, keeper="3")
     assert registry.kept() == [key(1, (), "/other"), key(2)]
 
 
@@ -76,8 +85,8 @@ def test_a_failed_load_leaves_nothing_and_can_be_tried_again(registry) -> None:
         raise OSError("no")
 
     with pytest.raises(OSError, match="no"):
-        registry.acquire(key(), fail, keep=True)
-    assert registry.kept() == [] and not registry.acquire(key(), load, keep=False).reused
+        registry.acquire(key(), fail, keeper="1")
+    assert registry.kept() == [] and not registry.acquire(key(), load, keeper=None).reused
 
 
 def test_threads_that_ask_at_once_load_once(registry) -> None:
@@ -90,7 +99,7 @@ def test_threads_that_ask_at_once_load_once(registry) -> None:
 
     found: list[object] = []
     threads = [
-        threading.Thread(target=lambda: found.append(registry.acquire(key(), slow, False).model))
+        threading.Thread(target=lambda: found.append(registry.acquire(key(), slow, None).model))
         for _ in range(8)
     ]
     for thread in threads:

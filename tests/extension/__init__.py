@@ -126,6 +126,68 @@ class StockLike:
         return (architectures.load_text_encoder(path, {}),)
 
 
-CLASSES = (RandomClip, RandomBase, CounterClip, NaNClip, NotIdempotentClip, WorkflowReader)
+class Layers(TextList):
+    RETURN_TYPES = ("INT",)
+
+    def run(self):
+        return ([-1, -2],)
+
+
+class Joined(TextList):
+    """A text made of two, for any input: a file name too."""
+
+    RETURN_TYPES = ("*",)
+    OUTPUT_IS_LIST = (False,)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"a": ("STRING",), "b": ("STRING",)}}
+
+    def run(self, a, b):
+        return (a + b,)
+
+
+class Expand(Passing):
+    """A node that hands its CLIP object into a graph of its own."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+
+    def run(self, clip):
+        from comfy_execution.graph_utils import GraphBuilder
+
+        graph = GraphBuilder()
+        inner = graph.node("QwenVRAMCachedTextEncode", clip=clip, text="a fox", cache="memory")
+        return {"result": (inner.out(0),), "expand": graph.finalize()}
+
+
+class Bare:
+    """Encodes as a CLIP does, and is none."""
+
+    def __init__(self, clip):
+        self.clip = clip
+
+    def tokenize(self, text):
+        return self.clip.tokenize(text)
+
+    def encode_from_tokens_scheduled(self, tokens):
+        return self.clip.encode_from_tokens_scheduled(tokens)
+
+
+class BareClip(Passing):
+    def run(self, clip):
+        return (Bare(clip),)
+
+
+class OwnIdClip(Passing):
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"clip": ("CLIP",)}, "hidden": {"node_id": "UNIQUE_ID"}}
+
+    def run(self, clip, node_id):
+        return (clip,)
+
+
+CLASSES = (Layers, Joined, Expand, BareClip, OwnIdClip)
+CLASSES += (RandomClip, RandomBase, CounterClip, NaNClip, NotIdempotentClip, WorkflowReader)
 CLASSES += (HookedClip, NoClip, TextList, WideConditioning, StockLike)
 NODE_CLASS_MAPPINGS = {f"Test{c.__name__}": c for c in CLASSES}

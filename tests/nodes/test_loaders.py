@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from pack.tests.graphs import CLIP, LORA, UNET, VAE, loader, node, text_to_image
+from pack.tests.graphs import (
+    CLIP,
+    LORA,
+    UNET,
+    VAE,
+    encode,
+    loader,
+    node,
+    preview,
+    text_to_image,
+)
 from pack.tests.host import RunError
 from safetensors.torch import load_file, save_file
 
@@ -86,13 +96,69 @@ def test_the_node_shows_size_dtype_device_sharing_and_seconds(fresh) -> None:
     )
 
 
-def test_unused_models_are_gone_and_kept_ones_stay_until_released(fresh) -> None:
-    load(fresh, "DiffusionModel", keep_loaded=True)
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [
+        ("DiffusionModel", "QwenImageTransformer2DModel"),
+        ("TextEncoder", "Llama2_"),
+        ("VAE", "WanVAE"),
+    ],
+)
+def test_unused_models_are_gone_and_kept_ones_stay_until_released(fresh, kind, weights) -> None:
+    load(fresh, kind, keep_loaded=True)
     fresh.restart()
-    assert live_weights(fresh, "QwenImageTransformer2DModel") == 1
-    assert load(fresh, "DiffusionModel")[1]["reused"]
+    assert live_weights(fresh, weights) == 1
+    assert load(fresh, kind)[1]["reused"]
     fresh.restart()
-    assert live_weights(fresh, "QwenImageTransformer2DModel") == 0
+    assert live_weights(fresh, weights) == 0
+
+
+def test_keeping_ends_when_it_is_switched_off_although_the_loader_does_not_run(fresh) -> None:
+    graph = {
+        "clip": loader("TextEncoder", CLIP, keep_loaded=True),
+        "e": encode("x"),
+        **preview("e"),
+    }
+    fresh.run(graph)
+    fresh.restart()
+    assert live_weights(fresh, "Llama2_") == 1
+    graph["clip"]["inputs"]["keep_loaded"] = False
+    run = fresh.run(graph)
+    assert "clip" not in run.executed
+    fresh.restart()
+    assert live_weights(fresh, "Llama2_") == 0
+
+
+def test_another_loader_of_the_file_does_not_end_keeping(fresh) -> None:
+    load(fresh, "VAE", keep_loaded=True)
+    fresh.restart()
+    fresh.run({"other": loader("VAE", VAE), "out": node("PreviewAny", source=["other", 0])})
+    fresh.restart()
+    assert live_weights(fresh, "WanVAE") == 1
+
+
+def test_fp8_fast_computes_in_fp8_and_plain_fp8_does_not(fresh) -> None:
+    for option in ("fp8_e4m3fn", "fp8_e4m3fn_fast"):
+        output, _ = load(fresh, "DiffusionModel", weight_dtype=option)
+        assert output.model.model_config.optimizations["fp8"] is (option == "fp8_e4m3fn_fast")
+
+
+def test_a_device_that_is_not_there_gets_a_sentence(fresh) -> None:
+    with pytest.raises(ValueError, match="This machine has no device gpu:7"):
+        fresh.part("nodes.architectures").resolve_device("gpu:7")
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_shared(fresh, monkeypatch) -> None:
+    architectures = fresh.part("nodes.architectures")
+    read, path = architectures.load_vae, fresh.models / "vae" / VAE
+
+    def touching(*args):
+        os.utime(path)
+        return read(*args)
+
+    monkeypatch.setattr(architectures, "load_vae", touching)
+    with pytest.raises(RunError, match="changed while it was read; run again"):
+        load(fresh, "VAE")
 
 
 def test_a_clone_alone_keeps_the_weights_shared(fresh) -> None:
@@ -206,7 +272,7 @@ class TestWrongFiles:
             (
                 "DiffusionModel",
                 f"loras/{LORA}",
-                "is a LoRA (it belongs into models/loras); this node needs a Qwen-Image diffusion model.",
+                "is a LoRA (it belongs in models/loras); this node needs a Qwen-Image diffusion model.",
             ),
             (
                 "TextEncoder",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def test_make_demo_reuses_the_prompt_in_a_new_process(comfyui: Path) -> None:
 
 def test_the_demo_says_in_one_sentence_what_it_lacks() -> None:
     command = [sys.executable, "-m", "demo"]
-    env = {"COMFYUI_PATH": str(ROOT), "PATH": ""}
+    env = {**os.environ, "COMFYUI_PATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("Set-up failed: COMFYUI_PATH")

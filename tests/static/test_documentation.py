@@ -107,10 +107,12 @@ def schemas() -> dict[str, Schema]:
 
 @functools.cache
 def strings_of_the_code() -> list[str]:
-    """Every piece of text in nodes/ and core/, as a status line can be made of."""
+    """Every piece of text in nodes/, core/ and js/, as a status line can be made of."""
     files = [*SOURCES, *(ROOT / "core").glob("*.py")]
     every = (n for f in files for n in ast.walk(ast.parse(f.read_text(encoding="utf-8"))))
-    return [n.value for n in every if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    scripts = [f.read_text(encoding="utf-8") for f in (ROOT / "js").glob("*.js")]
+    texts = [n.value for n in every if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return texts + scripts
 
 
 # ----------------------------------------------------------------------- reading the documentation

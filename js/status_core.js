@@ -1,0 +1,27 @@
+// What the status line of a node says when the node did not run. Pure: no DOM, no app.
+
+const NOT_RUN = {
+  en: "not run again: ComfyUI still had the result",
+  zh: "未重新运行：ComfyUI 仍保有结果",
+};
+
+/** The sentence in the frontend's language, English where there is no translation. */
+export function notRun(locale) {
+  return NOT_RUN[locale] ?? NOT_RUN[String(locale).split("-")[0]] ?? NOT_RUN.en;
+}
+
+/** A node by its execution id; in subgraphs that is a path of ids, as "12:3". */
+export function findNode(rootGraph, executionId) {
+  let graph = rootGraph;
+  let node = null;
+  for (const id of String(executionId).split(":")) {
+    node = graph?.getNodeById?.(Number(id)) ?? graph?.getNodeById?.(id) ?? null;
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+/** Execution ids of this pack's nodes among those that ComfyUI reports as cached. */
+export function oursAmong(rootGraph, executionIds) {
+  return executionIds.filter((id) => findNode(rootGraph, id)?.comfyClass?.startsWith("QwenVRAM"));
+}

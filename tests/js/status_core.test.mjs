@@ -1,0 +1,27 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { findNode, notRun, oursAmong } from "../../js/status_core.js";
+
+const graph = (nodes) => ({ getNodeById: (id) => nodes[id] ?? null });
+const inner = graph({ 3: { comfyClass: "QwenVRAMLoadVAE" }, 4: { comfyClass: "KSampler" } });
+const root = graph({ 1: { comfyClass: "QwenVRAMCachedTextEncode" }, 2: { subgraph: inner } });
+
+test("nodes are found by their execution ids, inside subgraphs too", () => {
+  assert.equal(findNode(root, "1").comfyClass, "QwenVRAMCachedTextEncode");
+  assert.equal(findNode(root, "2:3").comfyClass, "QwenVRAMLoadVAE");
+  assert.equal(findNode(root, "2:9"), null);
+  assert.equal(findNode(root, "1:3"), null);
+  assert.equal(findNode(undefined, "1"), null);
+});
+
+test("only this pack's nodes are spoken for", () => {
+  assert.deepEqual(oursAmong(root, ["1", "2", "2:3", "2:4", "7"]), ["1", "2:3"]);
+});
+
+test("the sentence follows the frontend's language", () => {
+  assert.match(notRun("en"), /^not run again/);
+  assert.match(notRun("zh"), /未重新运行/);
+  assert.equal(notRun("zh-TW"), notRun("zh"));
+  assert.equal(notRun("fr"), notRun("en"));
+  assert.equal(notRun(undefined), notRun("en"));
+});
