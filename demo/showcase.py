@@ -149,16 +149,12 @@ def run(comfyui: Path, text: str | None = None, keep_cache: bool = False) -> Non
 
 def _shrink(node: dict[str, Any]) -> None:
     """Sets size and steps of an editor-format node as the table says."""
-    values = node.get("widgets_values") or []
+    values, named = node.get("widgets_values"), node.get("widgets_values_named", {})
     if node["type"] == "EmptySD3LatentImage":
         values[:2] = [NUMBERS["width"], NUMBERS["height"]]
+        named.update(width=NUMBERS["width"], height=NUMBERS["height"])
     elif node["type"] == "PrimitiveInt" and "steps" in node.get("title", "").lower():
-        values[0] = NUMBERS["steps"]
-    named = node.get("widgets_values_named") or {}
-    for name in named.keys() & NUMBERS.keys():
-        named[name] = NUMBERS[name]
-    if "value" in named and node["type"] == "PrimitiveInt":
-        named["value"] = values[0]
+        values[0] = named["value"] = NUMBERS["steps"]
 
 
 def _offer_workflows() -> None:
