@@ -60,28 +60,42 @@ class SharedRegistry(Generic[Model]):
         self._loads = threading.Lock()
         self._entries: dict[ModelKey, Entry[Model]] = {}
         self._kept: dict[ModelKey, tuple[Model, set[str]]] = {}
+        self._leaving: dict[ModelKey, Model] = {}
 
     def acquire(self, key: ModelKey, load: Callable[[], Loaded], keeper: str | None) -> Acquired:
         """Return the live model of `key`, or load it, and hold on to it for `keeper`, if any.
 
-        A keeper (a loader node's id) keeps one model at a time.
+        A keeper (a loader node) keeps one model at a time.
         """
         with self._loads:
             acquired = self._live(key) or self._load(key, load)
-        if keeper is not None:
-            with self._lock:
+        with self._lock:
+            self._leaving.pop(key, None)
+            if keeper is not None:
                 self.let_go(keeper)
+                self.forget_leaving()
                 self._retire(key)
                 self._kept.setdefault(key, (acquired.model, set()))[1].add(keeper)
         return acquired
 
-    def let_go(self, keeper: str) -> None:
-        """End what `keeper` keeps; what another keeper or anybody else holds stays."""
+    def let_go(self, keeper: str, path: str | None = None) -> None:
+        """End what `keeper` keeps (of the file `path`); what somebody else holds stays.
+
+        The model itself stays until it is acquired again or `forget_leaving`: the loader that was
+        switched off may be about to run.
+        """
         with self._lock:
-            for key, (_, keepers) in list(self._kept.items()):
-                keepers.discard(keeper)
+            for key, (model, keepers) in list(self._kept.items()):
+                if path in (None, key.file.path):
+                    keepers.discard(keeper)
                 if not keepers:
                     del self._kept[key]
+                    self._leaving[key] = model
+
+    def forget_leaving(self) -> None:
+        """Drop what nobody keeps any more."""
+        with self._lock:
+            self._leaving.clear()
 
     def kept(self) -> list[ModelKey]:
         """Keys of the models that `keep` holds on to."""
@@ -93,6 +107,7 @@ class SharedRegistry(Generic[Model]):
         with self._lock:
             count = len(self._kept)
             self._kept.clear()
+            self._leaving.clear()
             return count
 
     def _live(self, key: ModelKey) -> Acquired | None:

@@ -19,6 +19,7 @@ from ..core.conditioning_store import ConditioningStore, Hit
 from ..core.file_identity import FileIdentity
 from ..core.graph_identity import NotCacheable, digest, identify_upstream
 from . import environment, upstream
+from .loaders import REGISTRY
 from .status import shown
 
 MEMORY_BYTES = 256 << 20
@@ -200,6 +201,7 @@ class CachedTextEncode(io.ComfyNode):
     @classmethod
     def hand_out(cls, hit: Hit, seconds: float) -> io.NodeOutput:
         """A stored conditioning, found in `seconds`."""
+        REGISTRY.forget_leaving()  # an encoder that was kept, and is neither kept nor needed now
         if hit.entry.device.startswith("cuda"):
             settle_attention()
         saved = max(0.0, hit.entry.seconds - seconds)

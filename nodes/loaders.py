@@ -69,12 +69,6 @@ def resolve(folder: str, name: str) -> str:
     return path
 
 
-def keeper() -> str:
-    """Who keeps a model loaded: the loader node that runs now."""
-    context = get_executing_context()
-    return context.node_id if context is not None else ""
-
-
 class SharedLoader(io.ComfyNode):
     """What the three loaders have in common."""
 
@@ -96,8 +90,6 @@ class SharedLoader(io.ComfyNode):
     def fingerprint_inputs(cls, **inputs: Any) -> list[Any]:
         """The version of the file: when it is replaced, ComfyUI runs the loader again."""
         name = inputs[cls.FILE_INPUT]
-        if not inputs.get("keep_loaded"):  # also where a cached prompt spares the loader its run
-            REGISTRY.let_go(keeper())
         if not isinstance(name, str):
             return ["computed by another node"]
         path = folder_paths.get_full_path(cls.FOLDER, name)
@@ -105,7 +97,17 @@ class SharedLoader(io.ComfyNode):
             file = FileIdentity.of(path) if path else None
         except OSError as error:  # execute says it in a sentence
             return ["unreadable", str(error)]
-        return [file.path, file.size, file.mtime_ns] if file else ["missing"]
+        if file is None:
+            return ["missing"]
+        if not inputs.get("keep_loaded"):  # here, because a cached prompt spares the loader its run
+            REGISTRY.let_go(cls.keeper(), file.path)
+        return [file.path, file.size, file.mtime_ns]
+
+    @classmethod
+    def keeper(cls) -> str:
+        """Who keeps a model loaded: the loader node that runs now."""
+        context = get_executing_context()
+        return f"{cls.FOLDER}:{context.node_id if context else ''}"
 
     @classmethod
     def acquire(
@@ -122,7 +124,7 @@ class SharedLoader(io.ComfyNode):
 
         key = ModelKey(file, (cls.FOLDER, *options))
         try:
-            acquired = REGISTRY.acquire(key, load_unchanged, keeper() if keep else None)
+            acquired = REGISTRY.acquire(key, load_unchanged, cls.keeper() if keep else None)
         except checkpoint.CheckpointError as error:
             # ComfyUI shows the type before the sentence; a built-in one has the shorter name.
             raise ValueError(str(error)) from None

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from pack.core.file_identity import FileIdentity
 from pack.core.shared import Loaded, ModelKey, SharedRegistry
+from pack.tests.links import symlink
 
 
 class Model:
@@ -57,9 +58,14 @@ def test_keep_holds_until_the_keeper_lets_go_or_a_release(registry) -> None:
     registry.acquire(key(), load, keeper="2")
     registry.acquire(key(), load, keeper=None)  # another loader of the file, which keeps nothing
     registry.let_go("1")
+    registry.let_go("2", "/another file")
     gc.collect()
     assert registry.acquire(key(), load, keeper=None).reused
     registry.let_go("2")
+    gc.collect()
+    assert registry.acquire(key(), load, keeper="2").reused  # it was only about to leave
+    registry.let_go("2")
+    registry.forget_leaving()
     gc.collect()
     assert not registry.acquire(key(), load, keeper="1").reused
     assert registry.kept() == [key()] and registry.release() == 1 and registry.kept() == []
@@ -112,7 +118,7 @@ def test_threads_that_ask_at_once_load_once(registry) -> None:
 def test_file_identity_follows_links_and_sees_a_replacement(tmp_path: Path) -> None:
     file, link = tmp_path / "a", tmp_path / "b"
     file.write_text("one")
-    link.symlink_to(file)
+    symlink(link, file)
     before = FileIdentity.of(file)
     assert FileIdentity.of(link) == before
     file.write_text("three")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from pack.tests.graphs import CLIP, LORA, encode, loader, node, preview, text_to_image
 from pack.tests.host import RunError
+from pack.tests.links import symlink
 from safetensors.torch import load_file, save_file
 
 LONG = ("a small blue bunny dances in the snow, " * 100).ljust(50_000, "=")
@@ -230,7 +231,7 @@ def test_a_replaced_encoder_is_a_miss_at_once_and_never_stale(fresh, encoder) ->
 def test_touching_the_encoder_or_using_a_link_to_it(fresh, encoder) -> None:
     fresh.run(prompt(clip=loader("TextEncoder", encoder.name)))
     link = encoder.with_name("link.safetensors")
-    link.symlink_to(encoder)
+    symlink(link, encoder)
     fresh.restart()
     run = fresh.run(prompt(clip=loader("TextEncoder", link.name)))
     assert run.status("e")["why"] == "graph before clip changed"  # the same file, but another value

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from pack.tests.graphs import CLIP, LORA, encode, loader, node, preview
+from pack.tests.links import symlink
 from pack.tests.nodes.test_conditioning import edit, prompt, same
 
 
@@ -96,13 +97,13 @@ def test_a_link_that_is_moved_to_another_old_file(fresh, environment, encoder, o
     other, link = encoder.with_name("other.safetensors"), encoder.with_name("link.safetensors")
     shutil.copy(encoder, other)
     edit(other)
-    link.symlink_to(encoder)
+    symlink(link, encoder)
     start_now(environment)
     kind = loader("TextEncoder", link.name) if ours else node("TestStockLike", clip_name=link.name)
     graph = prompt("one", clip=kind)
     assert fresh.run(graph).status("e")["kept"] == "stored"
     link.unlink()
-    link.symlink_to(other)
+    symlink(link, other)
     graph["e"]["inputs"]["text"] = "two"
     kept = fresh.run(graph).status("e")["kept"]
     assert kept == "stored" if ours else kept.endswith("changed after ComfyUI started")
