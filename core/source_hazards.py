@@ -71,8 +71,10 @@ def _hazard_of(node: ast.AST, module_names: set[str]) -> str | None:
         return f"changes the variable {node.names[0]} outside itself"
     if isinstance(node, ast.AugAssign) and _outlives(node.target, module_names):
         return f"counts in {ast.unparse(node.target)}"
-    if isinstance(node, ast.Assign) and any(_from_itself(t, node.value) for t in node.targets):
-        return f"counts in {ast.unparse(node.targets[0])}"
+    if isinstance(node, ast.Assign):
+        lasting = [t for t in node.targets if _outlives(t, module_names)]
+        if any(_from_itself(t, node.value) for t in lasting):
+            return f"counts in {ast.unparse(lasting[0])}"
     if isinstance(node, (ast.Attribute, ast.Call)):
         return _unpredictable(node)
     return None
@@ -88,8 +90,9 @@ def _outlives(target: ast.expr, module_names: set[str]) -> bool:
 def _from_itself(target: ast.expr, value: ast.expr) -> bool:
     """`self.n = self.n + 1`: an attribute made from its own last value."""
     own = ast.unparse(target)
-    made = isinstance(target, (ast.Attribute, ast.Subscript)) and isinstance(value, ast.BinOp)
-    return made and any(ast.unparse(n) == own for n in ast.walk(value) if isinstance(n, ast.expr))
+    return isinstance(value, ast.BinOp) and any(
+        ast.unparse(n) == own for n in ast.walk(value) if isinstance(n, ast.expr)
+    )
 
 
 def _unpredictable(node: ast.Attribute | ast.Call) -> str | None:

@@ -161,7 +161,7 @@ def _libraries() -> set[Path]:
 
 def _functions_of(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
     """Every function of a module, and every method of the classes that it defines."""
-    for name, member in vars(module).items():
+    for name, member in list(vars(module).items()):
         if isinstance(member, type) and member.__module__ == module.__name__:
             for method_name, method in vars(member).items():
                 yield f"{name}.{method_name}", method

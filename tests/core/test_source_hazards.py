@@ -43,6 +43,8 @@ class N:
         ("return requests.get(path)", "depends on something outside ComfyUI"),
         ("self.loaded = (path, sd); return sd", None),
         ("t = time.perf_counter(); return load(path)", None),
+        ("local = dict(path); local['n'] = local['n'] + 1", None),
+        ("COUNTER['n'] = COUNTER['n'] + 1", "counts in COUNTER['n']"),
         ("n += 1; total = n + 1; return total", None),
         ("local = {}; local['n'] = 1; return load(path).sample(path)", None),
     ],
