@@ -1,0 +1,80 @@
+"""A small network that tells what a picture shows: the judge of the embedded model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from .animals import ACCESSORIES, ACTIONS, ANIMALS, BACKGROUNDS, COLOURS, Scene
+
+SIDE = 128
+HEADS: dict[str, tuple[object, ...]] = {
+    "animal": ANIMALS,
+    "colour": tuple(COLOURS),
+    "accessory": ACCESSORIES,
+    "action": ACTIONS,
+    "background": BACKGROUNDS,
+    "watermark": (False, True),
+}
+WIDTHS = (16, 24, 40, 64, 64)
+FEATURES = 2 * WIDTHS[-1]
+FILE = Path(__file__).parent / "models" / "animal_classifier.safetensors"
+
+
+class Classifier(torch.nn.Module):
+    """Five strided convolutions, mean and maximum over the picture, one linear head each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[torch.nn.Module] = []
+        for before, after in zip((3, *WIDTHS), WIDTHS, strict=False):
+            layers += [
+                torch.nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
+                torch.nn.BatchNorm2d(after),
+                torch.nn.SiLU(),
+            ]
+        self.body = torch.nn.Sequential(*layers)
+        self.heads = torch.nn.ModuleDict(
+            {name: torch.nn.Linear(FEATURES, len(values)) for name, values in HEADS.items()}
+        )
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1], any size, to (B, FEATURES)."""
+        x = F.interpolate(images, (SIDE, SIDE), mode="area")
+        x = self.body(x)
+        return torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logits of each head."""
+        features = self.features(images)
+        return {name: head(features) for name, head in self.heads.items()}
+
+
+def labels(scenes: Iterable[Scene]) -> dict[str, torch.Tensor]:
+    """The right class of each head."""
+    scenes = list(scenes)
+    return {
+        name: torch.tensor([values.index(getattr(scene, name)) for scene in scenes])
+        for name, values in HEADS.items()
+    }
+
+
+def right(
+    model: Classifier, images: torch.Tensor, scenes: Sequence[Scene]
+) -> dict[str, torch.Tensor]:
+    """For each head, which of the pictures it finds to be as the scene says."""
+    with torch.no_grad():
+        found = model(images)
+    return {name: found[name].argmax(1).cpu() == wanted for name, wanted in labels(scenes).items()}
+
+
+def load(path: Path = FILE) -> Classifier:
+    """The trained classifier."""
+    from safetensors.torch import load_file
+
+    model = Classifier()
+    model.load_state_dict({k: v.float() for k, v in load_file(path).items()}, strict=False)
+    return model.eval()
