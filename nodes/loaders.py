@@ -18,7 +18,7 @@ from ..core import checkpoint
 from ..core.file_identity import FileIdentity
 from ..core.shared import Acquired, Loaded, ModelKey, SharedRegistry
 from . import architectures, environment
-from .status import mib, shown
+from .status import shown, size_text
 
 REGISTRY: SharedRegistry[ModelPatcher] = SharedRegistry()
 
@@ -146,7 +146,9 @@ class SharedLoader(io.ComfyNode):
         sharing = f"shared by {facts['holders']}" if facts["holders"] > 1 else "not shared"
         seconds = f"{acquired.seconds:.2f} s"
         load = f"reused (load took {seconds})" if acquired.reused else f"loaded in {seconds}"
-        text = " · ".join((mib(facts["bytes"]), facts["dtype"], facts["device"], sharing, load))
+        text = " · ".join(
+            (size_text(facts["bytes"]), facts["dtype"], facts["device"], sharing, load)
+        )
         return shown(handle, text=text, **facts)
 
 

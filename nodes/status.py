@@ -25,6 +25,6 @@ def shown(*outputs: Any, text: str, **facts: Any) -> io.NodeOutput:
     return io.NodeOutput(*outputs, ui={"qwen_vram": [{"text": text, **facts}]})
 
 
-def mib(size_bytes: int) -> str:
+def size_text(size_bytes: int) -> str:
     """A size for people: MB below one GB, else GB (decimal, as shops and ComfyUI's log count)."""
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
