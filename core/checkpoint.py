@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .sign_codes import VOCABULARY
+
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 
@@ -16,6 +18,7 @@ TRANSFORMER = "a Qwen-Image diffusion model"
 TEXT_ENCODER = "a Qwen2.5-VL text encoder"
 VAE = "a Qwen-Image (Wan 2.1) VAE"
 
+TOKEN_TABLE = "model.embed_tokens.weight"
 TEXT_HEAD_DIM = 128  # fixed in ComfyUI's Qwen2.5-VL for every size of model
 VISION_HEAD_DIM = 80
 
@@ -220,7 +223,7 @@ def transformer_config(header: Header) -> dict[str, Any]:
 def text_encoder_config(header: Header) -> dict[str, Any]:
     """Dimensions of a Qwen2.5-VL language model and, under "vision", of its vision tower."""
     layer = "model.layers.0."
-    vocabulary, hidden = header.shape("model.embed_tokens.weight")
+    vocabulary, hidden = _token_table(header)
     config: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
@@ -232,6 +235,25 @@ def text_encoder_config(header: Header) -> dict[str, Any]:
     if header.count("visual.blocks."):
         config["vision"] = _vision_config(header)
     return config
+
+
+def _token_table(header: Header) -> tuple[int, ...]:
+    """The shape of the vocabulary, whether the file has it or says how to compute it."""
+    if TOKEN_TABLE in header.tensors:
+        return header.shape(TOKEN_TABLE)
+    name, vocabulary = _name(header.path), header.hints().get("vocabulary")
+    if vocabulary is None:
+        raise CheckpointError(
+            f"{name} lacks the vocabulary {TOKEN_TABLE}; download the complete file, or, if it was "
+            'trained on computed codes, put {"vocabulary": "sign_codes"} into its metadata entry '
+            '"qwen_vram".'
+        )
+    if vocabulary != "sign_codes":
+        raise CheckpointError(
+            f"{name} asks for the vocabulary {json.dumps(vocabulary)}, and only "
+            f'"sign_codes" is known; update this pack, or use a file with {TOKEN_TABLE}.'
+        )
+    return VOCABULARY, header.shape("model.norm.weight")[0]
 
 
 def _vision_config(header: Header) -> dict[str, int]:

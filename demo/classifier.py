@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .animals import ACCESSORIES, ACTIONS, ANIMALS, BACKGROUNDS, COLOURS, Scene
+from .embedded import CLASSIFIER, FOLDER
 
 SIDE = 128
 HEADS: dict[str, tuple[object, ...]] = {
@@ -19,9 +20,8 @@ HEADS: dict[str, tuple[object, ...]] = {
     "background": BACKGROUNDS,
     "watermark": (False, True),
 }
-WIDTHS = (16, 24, 40, 64, 64)
+WIDTHS = (16, 24, 32, 48, 48)
 FEATURES = 2 * WIDTHS[-1]
-FILE = Path(__file__).parent / "models" / "animal_classifier.safetensors"
 
 
 class Classifier(torch.nn.Module):
@@ -71,10 +71,19 @@ def right(
     return {name: found[name].argmax(1).cpu() == wanted for name, wanted in labels(scenes).items()}
 
 
-def load(path: Path = FILE) -> Classifier:
+def load(path: Path = FOLDER / CLASSIFIER) -> Classifier:
     """The trained classifier."""
     from safetensors.torch import load_file
 
     model = Classifier()
     model.load_state_dict({k: v.float() for k, v in load_file(path).items()}, strict=False)
     return model.eval()
+
+
+def frechet(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Frechet distance of two sets of features (N, FEATURES), as in FID (arXiv 1706.08500)."""
+    one, other = one.double().cpu(), other.double().cpu()
+    a, b = torch.cov(one.T), torch.cov(other.T)
+    eigenvalues = torch.linalg.eigvals(a @ b).real.clamp(min=0)
+    mean = (one.mean(0) - other.mean(0)).square().sum()
+    return float(mean + a.trace() + b.trace() - 2 * eigenvalues.sqrt().sum())

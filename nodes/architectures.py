@@ -24,6 +24,7 @@ from comfy.text_encoders.hunyuan_video import llama_detect
 
 from ..core import checkpoint
 from ..core.shared import Loaded
+from ..core.sign_codes import sign_codes
 
 Handle = TypeVar("Handle", comfy.sd.CLIP, comfy.sd.VAE)
 
@@ -158,8 +159,12 @@ def load_text_encoder(
     """
     header = checkpoint.read_header(path)
     checkpoint.require(header, checkpoint.TEXT_ENCODER)
+    config = checkpoint.text_encoder_config(header)
     sd, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     sd, _ = comfy.utils.convert_old_quants(sd, model_prefix="", metadata=metadata)
+    if checkpoint.TOKEN_TABLE not in sd:  # then the file says that it is to be computed
+        dtype = sd["model.norm.weight"].dtype
+        sd[checkpoint.TOKEN_TABLE] = sign_codes(config["hidden_size"]).to(dtype)
     traits = llama_detect(sd)
     if "dtype" in options:  # the host's loader always takes what the file's norms have
         traits["dtype_llama"] = options["dtype"]
@@ -169,7 +174,7 @@ def load_text_encoder(
     sized = {
         **options,
         "qwen25_7b_class": AnySizeQwen25VLModel,
-        "qwen25_7b_model_config": checkpoint.text_encoder_config(header),
+        "qwen25_7b_model_config": config,
     }
     clip = comfy.sd.CLIP(
         target,

@@ -35,7 +35,7 @@ HOST_FOLDERS = ("comfy", "comfy_api", "comfy_execution", "comfy_extras")
 PACK_ROOT = Path(__file__).resolve().parents[1]
 # Of this pack, the code that has a part in the numbers; an update of the rest keeps the cache.
 PACK_SOURCES = (
-    *("core/checkpoint.py", "core/conditioning_codec.py"),
+    *("core/checkpoint.py", "core/conditioning_codec.py", "core/sign_codes.py"),
     *("nodes/architectures.py", "nodes/conditioning.py", "nodes/loaders.py"),
 )
 

@@ -43,98 +43,99 @@ def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return images[..., 1:, :] - images[..., :-1, :], images[..., 1:] - images[..., :-1]
 
 
+def _loss(vae: wan.WanVAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What training makes small, and the mean error alone; `x` is (B, 3, 1, H, W)."""
+    z = vae.encode(x)
+    # The decoder meets latents that a few sampling steps have not quite cleaned.
+    y = vae.decode(z + 0.07 * z.detach().std() * torch.randn_like(z))
+    error = (y - x).abs().mean()
+    slopes = sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x), strict=True))
+    square = (y - x).square().mean()
+    return error + 0.5 * slopes + square + 1e-4 * z.square().mean(), error.detach()
+
+
 def train_vae(
-    sheets: list[Pictures], steps: int, seconds: float, batch: int, device: str
+    sheets: list[Pictures], steps: int, batch: int, device: str
 ) -> tuple[wan.WanVAE, dict[str, float]]:
-    """A VAE whose latents have Wan 2.1's statistics; stops at `steps` or after `seconds`."""
+    """A VAE whose latents have Wan 2.1's statistics, from `steps` batches of `batch` pictures."""
     wan.CausalConv3d.forward = networks.flat_convolution
     torch.manual_seed(1)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     vae = networks.new_vae().to(device)
     average = copy.deepcopy(vae)
     pools = [torch.from_numpy(sheet.wait()).to(device) for sheet in sheets]
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-4, fused=device == "cuda"
     )
-    start, step, losses = time.time(), 0, []
-    while True:
-        progress = max(step / steps, (time.time() - start) / seconds)
-        if progress >= 1:
-            break
-        rate = 2.5e-3 * min(1, (step + 1) / 100) * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
-        optimizer.param_groups[0]["lr"] = rate
-        which = 0 if step % 6 else 1 + step // 6 % (len(pools) - 1)
-        pool = pools[which]
+    start, errors = time.time(), []
+    for step in range(steps):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01
+        optimizer.param_groups[0]["lr"] = 2.5e-3 * min(1, (step + 1) / 100) * cosine
+        pool = pools[0 if step % 6 else 1 + step // 6 % (len(pools) - 1)]
         count = max(1, batch * pools[0][0].numel() // pool[0].numel())
         x = pixels(pool[torch.randint(len(pool), (count,), device=device)], device)
-        x = x.to(memory_format=torch.channels_last).unsqueeze(2)
-        z = vae.encode(x)
-        y = vae.decode(z + 0.07 * z.detach().std() * torch.randn_like(z))
-        error = (y - x).abs().mean()
-        slopes = sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x), strict=True))
-        loss = error + 0.5 * slopes + (y - x).square().mean() + 1e-4 * z.square().mean()
+        loss, error = _loss(vae, x.to(memory_format=torch.channels_last).unsqueeze(2))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
-            decay = min(0.998, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(average.parameters()), list(vae.parameters()), 1 - decay)
-        step += 1
-        if step % 50 == 0:
-            losses.append(error.item())
-        if step % 500 == 0:
-            print(
-                f"vae {step} {time.time() - start:.0f}s L1 {np.mean(losses[-10:]):.4f}", flush=True
-            )
-    figures = {"vae_steps": step, "vae_seconds": time.time() - start}
-    with torch.no_grad():
-        z = torch.cat(
-            [
-                average.encode(pixels(pools[0][i : i + 32], device).unsqueeze(2))
-                for i in range(0, min(1024, len(pools[0])), 32)
-            ]
-        )
-        mean, std = z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4)) + 1e-4
-        networks.fold_statistics(average, mean, std)
-        for pool, sheet in zip(pools, sheets, strict=True):
-            x = pixels(pool[:32], device)
-            y = decode(average, encode(average, x))
-            key = f"vae_{sheet.width}x{sheet.height}"
-            figures[f"{key}_l1"] = (x - y).abs().mean().item()
-            figures[f"{key}_psnr"] = -10 * math.log10(((x - y.clamp(-1, 1)) / 2).square().mean())
-    return average, figures
+            share = max(0.002, 9 / (step + 10))
+            torch._foreach_lerp_(list(average.parameters()), list(vae.parameters()), share)
+        errors.append(error)
+        if (step + 1) % 500 == 0:
+            mean = torch.stack(errors[-100:]).mean().item()
+            print(f"vae {step + 1} {time.time() - start:.0f}s L1 {mean:.4f}", flush=True)
+    _fold(average, pools[0], device)
+    return average, {"vae_seconds": time.time() - start, **_measured(average, pools, device)}
+
+
+@torch.no_grad()
+def _fold(vae: wan.WanVAE, pool: torch.Tensor, device: str) -> None:
+    parts = [pool[i : i + 32] for i in range(0, min(1024, len(pool)), 32)]
+    z = torch.cat([vae.encode(pixels(part, device).unsqueeze(2)) for part in parts])
+    networks.fold_statistics(vae, z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4)) + 1e-4)
+
+
+@torch.no_grad()
+def _measured(vae: wan.WanVAE, pools: list[torch.Tensor], device: str) -> dict[str, float]:
+    figures = {}
+    for pool in pools:
+        x = pixels(pool[:32], device)
+        error = (x - decode(vae, encode(vae, x)).clamp(-1, 1)) / 2
+        key = f"vae_psnr_{x.shape[-1]}x{x.shape[-2]}"
+        figures[key] = round(-10 * math.log10(error.square().mean()), 2)
+    return figures
+
+
+@torch.no_grad()
+def _small(sheet: Pictures, vae: wan.WanVAE, device: str) -> torch.Tensor:
+    """The classifier's pictures; half went through the VAE, for it is to judge content alone."""
+    pool, small = torch.from_numpy(sheet.wait()), []
+    for i in range(0, len(pool), 64):
+        x = pixels(pool[i : i + 64], device)
+        if i // 64 % 2:
+            x = decode(vae, encode(vae, x)).clamp(-1, 1)
+        small.append(F.interpolate(x, (classifier.SIDE, classifier.SIDE), mode="area").half())
+    return torch.cat(small)
 
 
 def train_classifier(
     sheet: Pictures, vae: wan.WanVAE, steps: int, device: str
 ) -> tuple[classifier.Classifier, dict[str, float]]:
-    """Half of its pictures went through the VAE, so that it judges content and not sharpness."""
+    """The judge of the embedded model, tested on pictures that it has not seen."""
     torch.manual_seed(2)
-    total = len(sheet.scenes)
-    pixels_ = torch.from_numpy(sheet.wait())
-    small = []
-    with torch.no_grad():
-        for i in range(0, total, 64):
-            x = pixels(pixels_[i : i + 64], device)
-            if i // 64 % 2:
-                x = decode(vae, encode(vae, x)).clamp(-1, 1)
-            side = (classifier.SIDE, classifier.SIDE)
-            small.append(F.interpolate(x, side, mode="area").half())
-    images = torch.cat(small)
+    images, total = _small(sheet, vae, device), len(sheet.scenes)
     wanted = {k: v.to(device) for k, v in classifier.labels(sheet.scenes).items()}
     held = max(64, total // 16)
     model = classifier.Classifier().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.02)
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 4e-3 * min(1, (step + 1) / 100) * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 100) * (1 - step / steps)
         index = torch.randint(held, total, (256,), device=device)
         x = images[index].float()
         x = x + 0.05 * torch.randn_like(x) * torch.rand(256, 1, 1, 1, device=device)
-        shift = torch.randint(-8, 9, (2,)).tolist()
-        logits = model(torch.roll(x, shift, (2, 3)))
+        logits = model(torch.roll(x, torch.randint(-8, 9, (2,)).tolist(), (2, 3)))
         loss = sum(F.cross_entropy(logits[k], v[index]) for k, v in wanted.items())
         optimizer.zero_grad()
         loss.backward()

@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, os.environ["COMFYUI_PATH"])
-import comfy.options  # noqa: E402
+from .host import QwenImageTransformer2DModel, Wan21, operations, wan
 
-comfy.options.enable_args_parsing(False)
-from comfy.cli_args import args  # noqa: E402
-
-args.use_pytorch_cross_attention = True
-args.cpu = not torch.cuda.is_available()
-import comfy.model_management  # noqa: E402
-import comfy.ops  # noqa: E402
-from comfy.latent_formats import Wan21  # noqa: E402
-from comfy.ldm.qwen_image.model import (  # noqa: E402
-    QwenImageTransformer2DModel,
-    QwenImageTransformerBlock,  # noqa: F401
-)
-from comfy.ldm.wan import vae as wan  # noqa: E402
-from comfy.text_encoders import llama, qwen_vl  # noqa: E402
-
-comfy.model_management.in_training = True  # rope without the kernel that has no gradient
-
-VOCABULARY = 152064
-TEXT_HIDDEN = 64
-VISION = {"hidden_size": 32, "intermediate_size": 32, "num_heads": 1, "num_layers": 1}
-ATTENTION_GAIN = 0.02  # untrained attention must not blur the words
 VAE_DIM = 8
 LAYERS, HEADS, HEAD_DIM, ROPE_AXES = 6, 4, 32, (4, 14, 14)
-
-TRANSFORMER_FILE = "diffusion_models/tiny_animals_edit.safetensors"
-TEXT_ENCODER_FILE = "text_encoders/tiny_animals_text.safetensors"
-VAE_FILE = "vae/tiny_animals_vae.safetensors"
 
 
 def initialise(module: torch.nn.Module, seed: int, zero: tuple[str, ...] = ()) -> None:
@@ -70,73 +41,21 @@ def save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, st
 
 
 # -------------------------------------------------------------------------------- transformer
-def new_transformer() -> QwenImageTransformer2DModel:
+def new_transformer(text_width: int) -> QwenImageTransformer2DModel:
     """A transformer that at first predicts nothing at all."""
     model = QwenImageTransformer2DModel(
         num_layers=LAYERS,
         num_attention_heads=HEADS,
         attention_head_dim=HEAD_DIM,
-        joint_attention_dim=TEXT_HIDDEN,
+        joint_attention_dim=text_width,
         axes_dims_rope=ROPE_AXES,
         default_ref_method="index_timestep_zero",
         dtype=torch.float32,
         device="cpu",
-        operations=comfy.ops.disable_weight_init,
+        operations=operations,
     )
     initialise(model, 10, ("img_mod.1.", "txt_mod.1.", "norm_out.linear.", "proj_out."))
     return model
-
-
-# ------------------------------------------------------------------------------- text encoder
-def sign_codes() -> torch.Tensor:
-    """The vocabulary: fixed signs from integer arithmetic (splitmix64 of the row), never stored."""
-    words = (TEXT_HIDDEN + 63) // 64
-    x = np.arange(VOCABULARY * words, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        x ^= x >> np.uint64(30)
-        x *= np.uint64(0xBF58476D1CE4E5B9)
-        x ^= x >> np.uint64(27)
-        x *= np.uint64(0x94D049BB133111EB)
-        x ^= x >> np.uint64(31)
-    bits = np.unpackbits(x.view(np.uint8).reshape(VOCABULARY, words * 8), axis=1)
-    return torch.from_numpy(bits[:, :TEXT_HIDDEN].astype(np.float32)) * 2 - 1
-
-
-class TextEncoder(torch.nn.Module):
-    """Qwen2.5-VL's parts under their names in the file."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        config = llama.Qwen25_7BVLI_Config(
-            vocab_size=1,  # the codes are looked up outside
-            hidden_size=TEXT_HIDDEN,
-            intermediate_size=TEXT_HIDDEN,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-        )
-        place = {"device": "cpu", "dtype": torch.float32, "ops": comfy.ops.disable_weight_init}
-        self.model = llama.Llama2_(config, **place)
-        self.visual = qwen_vl.Qwen2VLVisionTransformer(
-            output_hidden_size=TEXT_HIDDEN, **VISION, **place
-        )
-        initialise(self, 11)
-        with torch.no_grad():
-            self.model.layers[0].self_attn.o_proj.weight.mul_(ATTENTION_GAIN)
-            self.model.layers[0].mlp.down_proj.weight.mul_(0.3)
-
-    def features(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """What the encoder makes of embeddings, but for the attention, which is nearly off."""
-        layer = self.model.layers[0]
-        x = embeddings + layer.mlp(layer.post_attention_layernorm(embeddings))
-        return self.model.norm(x)
-
-    def save(self, path: Path) -> None:
-        """Writes everything but the vocabulary."""
-        state = {k: v.half() for k, v in self.state_dict().items() if "embed_tokens" not in k}
-        hints = {"vision_heads": VISION["num_heads"], "vocabulary": "sign_codes"}
-        save(state, path, {"qwen_vram": json.dumps(hints)})
 
 
 # ---------------------------------------------------------------------------------------- VAE

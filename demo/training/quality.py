@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +11,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import animals, classifier, prompts
+from .. import animals, classifier, edits, prompts
 from . import autoencoder
-from .denoiser import Text, sample
-from .world import TAIL, Tokens
+from .context import Text
+from .sampling import Request, sample
+from .world import TAIL
 
 NAMED = ("animal", "colour", "accessory", "action", "background")
+SQUARE = (256, 256)
+OTHER_SIZES = ((384, 384), (512, 512), (240, 320), (320, 240), (512, 288))
+GUIDANCES = (1.0, 2.0, 3.5)
+SHOWN_GUIDANCE = 2.0
+CUDA_BATCH = 200  # pictures of 256x256
 SHOWN = (
     "a small blue bunny in a dress is dancing in the snow",
     "一只戴帽子的小熊",
@@ -38,26 +44,20 @@ def picture(scene: animals.Scene, size: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy(np.asarray(animals.draw(scene, *size)).copy()).float() / 255
 
 
-def contact_sheet(
-    pictures: Sequence[np.ndarray], columns: int, path: Path, side: int = 128
-) -> None:
+def pictures(scenes: Sequence[animals.Scene]) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1]."""
+    return torch.stack([picture(s, SQUARE) for s in scenes]).permute(0, 3, 1, 2) * 2 - 1
+
+
+def contact_sheet(images: Sequence[np.ndarray], columns: int, path: Path, side: int = 128) -> None:
     """Pictures (H, W, 3) in rows, each scaled into a square."""
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * side, rows * side), "white")
-    for i, pixels in enumerate(pictures):
+    for i, pixels in enumerate(images):
         image = Image.fromarray(pixels)
         image.thumbnail((side - 2, side - 2), Image.Resampling.LANCZOS)
         sheet.paste(image, (i % columns * side, i // columns * side))
     sheet.quantize(128).save(path, optimize=True)
-
-
-def frechet(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Frechet distance of two sets of features, as in FID."""
-    one, other = one.double().cpu(), other.double().cpu()
-    a, b = torch.cov(one.T), torch.cov(other.T)
-    eigenvalues = torch.linalg.eigvals(a @ b).real.clamp(min=0)
-    mean = (one.mean(0) - other.mean(0)).square().sum()
-    return float(mean + a.trace() + b.trace() - 2 * eigenvalues.sqrt().sum())
 
 
 class Judge:
@@ -72,140 +72,156 @@ class Judge:
         device: str,
     ) -> None:
         self.model, self.vae, self.classifier = model.eval(), vae, judge
-        self.text, self.device, self.tokens = text, device, Tokens()
+        self.text, self.device = text, device
+
+    def request(
+        self, ids: list[list[int]], size: tuple[int, int], guidance: float, before: object
+    ) -> Request:
+        """One batch of prompts, padded at the end, where nothing before can see it."""
+        length = max(map(len, ids))
+        padded = torch.tensor([row + [0] * (length - len(row)) for row in ids])
+        real = torch.tensor([[i < len(row) for i in range(length)] for row in ids])
+        shown = size if before is not None else None
+        null = torch.tensor(TAIL).expand(len(ids), -1)
+        context, negative = self.text(padded, shown), self.text(null, shown)
+        front = context.shape[1] - length
+        mask = torch.cat((torch.ones(len(ids), front), real.long()), 1).long().to(self.device)
+        reference = None
+        if before is not None:
+            reference = autoencoder.encode(self.vae, before.to(self.device))
+        return Request(context, mask, negative, reference, guidance)
 
     @torch.no_grad()
     def draw(
         self,
         texts: Sequence[str],
-        size: tuple[int, int] = (256, 256),
+        size: tuple[int, int] = SQUARE,
         guidance: float = 1.0,
         before: torch.Tensor | None = None,
         steps: int = 8,
     ) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1]; `before` (B, 3, H, W) makes it an edit."""
-        ids = [t + TAIL for t in self.tokens(list(texts))]
+        ids = [row + TAIL for row in self.text.tokens(texts)]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out = torch.zeros(len(texts), 3, size[1], size[0])
-        limit = max(8, 200 * 65536 // (size[0] * size[1])) if self.device == "cuda" else 8
+        limit = max(8, CUDA_BATCH * 65536 // (size[0] * size[1])) if self.device == "cuda" else 8
         for i in range(0, len(order), limit):
             part = order[i : i + limit]
-            length = max(len(ids[j]) for j in part)
-            padded = torch.tensor([ids[j] + [0] * (length - len(ids[j])) for j in part])
-            mask = torch.tensor([[k < len(ids[j]) for k in range(length)] for j in part])
-            mask = mask.long().to(self.device)
+            given = None if before is None else before[part]
+            request = self.request([ids[j] for j in part], size, guidance, given)
             shape = (len(part), 16, 1, size[1] // 8, size[0] // 8)
-            context = self.text.table[padded.to(self.device)]
-            negative = self.text.table[torch.tensor(TAIL, device=self.device)]
-            negative = negative.expand(len(part), -1, -1)
-            reference = None
-            if before is not None:
-                reference = autoencoder.encode(self.vae, before[part].to(self.device))
-                context = self.text.with_picture(context, size, True)
-                negative = self.text.with_picture(negative, size, True)
-                front = context.shape[1] - length
-                mask = torch.cat((mask.new_ones(len(part), front), mask), 1)
-            x = sample(self.model, shape, context, i, steps, guidance, negative, reference, mask)
+            x = sample(self.model, shape, request, i, steps)
             out[part] = autoencoder.decode(self.vae, x).clamp(-1, 1).float().cpu()
         return out
+
+    def _by_parts(self, images: torch.Tensor, use: Callable[[int, torch.Tensor], object]) -> list:
+        return [use(i, images[i : i + 256].to(self.device)) for i in range(0, len(images), 256)]
 
     def right(
         self, images: torch.Tensor, scenes: Sequence[animals.Scene]
     ) -> dict[str, torch.Tensor]:
         """The classifier's verdict for each head."""
-        parts = [
-            classifier.right(
-                self.classifier, images[i : i + 256].to(self.device), scenes[i : i + 256]
-            )
-            for i in range(0, len(images), 256)
-        ]
+        parts = self._by_parts(
+            images, lambda i, x: classifier.right(self.classifier, x, scenes[i : i + 256])
+        )
         return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """What the classifier sees in pictures, (B, FEATURES)."""
+        return torch.cat(self._by_parts(images, lambda _, x: self.classifier.features(x)))
 
-@torch.no_grad()
-def judge(
-    model: torch.nn.Module,
-    vae: object,
-    network: classifier.Classifier,
-    text: Text,
-    device: str,
-    count: int,
-    out: Path,
-) -> dict[str, object]:
-    """Every figure of demo/README.md; writes the contact sheets."""
-    torch.manual_seed(7)
-    judge_ = Judge(model, vae, network, text, device)
-    rng = random.Random(900)
-    scenes = [replace(animals.random_scene(rng), accent="") for _ in range(count)]
-    figures: dict[str, object] = {}
+
+def shares_of(hits: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Share right of each thing that prompts name, and of all of them at once."""
+    shares = {k: round(hits[k].float().mean().item(), 4) for k in NAMED}
+    everything = torch.stack([hits[k] for k in NAMED]).all(0)
+    return {**shares, "all": round(everything.float().mean().item(), 4)}
+
+
+def judge_prompts(judge: Judge, scenes: list[animals.Scene], out: Path) -> dict[str, object]:
+    """Known and held-out wordings at several guidances; writes a sheet of the held-out ones."""
+    rng = random.Random(901)
     wordings = {
         "seen": [prompts.describe(rng, s) for s in scenes],
         "held_out": [prompts.held_out(rng, s) for s in scenes],
     }
-    drawn = torch.stack([picture(s, (256, 256)) for s in scenes]).permute(0, 3, 1, 2) * 2 - 1
+    drawn = judge.features(pictures(scenes))
+    figures: dict[str, object] = {
+        "frechet_renderer_with_itself": round(classifier.frechet(drawn[::2], drawn[1::2]), 3)
+    }
     for name, texts in wordings.items():
-        for guidance in (1.0, 2.0, 3.5):
-            images = judge_.draw(texts, guidance=guidance)
-            hits = judge_.right(images, scenes)
-            shares = {k: round(hits[k].float().mean().item(), 4) for k in NAMED}
-            everything = torch.stack([hits[k] for k in NAMED]).all(0)
-            shares["all"] = round(everything.float().mean().item(), 4)
-            with torch.no_grad():
-                features = [
-                    torch.cat(
-                        [network.features(x[i : i + 256].to(device)) for i in range(0, count, 256)]
-                    )
-                    for x in (drawn, images)
-                ]
-            shares["frechet"] = round(frechet(*features), 3)
-            figures[f"{name}_cfg{guidance}"] = shares
-            if name == "held_out" and guidance == 2.0:
-                wrong = [i for i in range(count) if not everything[i]][:24]
-                (out / "wrong.txt").write_text("\n".join(texts[i] for i in wrong), "utf-8")
-                contact_sheet([*autoencoder.to_bytes(images[:48])], 12, out / "sheet_held_out.png")
-    with torch.no_grad():
-        split = [network.features(drawn[i::2].to(device)) for i in (0, 1)]
-    figures["frechet_renderer_with_itself"] = round(frechet(*split), 3)
-    shown = [*autoencoder.to_bytes(judge_.draw(SHOWN, guidance=2.0))]
-    for size in ((384, 384), (512, 512), (240, 320), (320, 240), (512, 288)):
-        images = judge_.draw(SHOWN, size, 2.0)
-        shown += [*autoencoder.to_bytes(images)]
-        part = scenes[: max(8, count // 8)]
-        hits = judge_.right(judge_.draw(wordings["seen"][: len(part)], size, 2.0), part)
-        figures[f"size_{size[0]}x{size[1]}"] = {
-            k: round(hits[k].float().mean().item(), 3) for k in NAMED
-        }
-    contact_sheet(shown, len(SHOWN), out / "sheet_shown.png")
-    figures["edits"], rows = judge_edits(judge_, rng, count)
-    contact_sheet(rows, 14, out / "sheet_edits.png")
+        for guidance in GUIDANCES:
+            images = judge.draw(texts, guidance=guidance)
+            hits = judge.right(images, scenes)
+            distance = classifier.frechet(drawn, judge.features(images))
+            figures[f"{name}_cfg{guidance}"] = {**shares_of(hits), "frechet": round(distance, 3)}
+            if name == "held_out" and guidance == SHOWN_GUIDANCE:
+                _show_held_out(images, texts, hits, out)
     return figures
 
 
-def judge_edits(
-    judge_: Judge, rng: random.Random, count: int
-) -> tuple[dict[str, object], list[np.ndarray]]:
-    """Share of edits after which everything is as asked, by kind; and before | after | asked."""
-    edits = [prompts.scene_edit(rng, 1) for _ in range(count)]
-    before = torch.stack([picture(e[1], (256, 256)) for e in edits]).permute(0, 3, 1, 2) * 2 - 1
-    wanted = torch.stack([picture(e[2], (256, 256)) for e in edits]).permute(0, 3, 1, 2) * 2 - 1
-    after_scenes = [e[2] for e in edits]
+def _show_held_out(
+    images: torch.Tensor, texts: list[str], hits: dict[str, torch.Tensor], out: Path
+) -> None:
+    lines = []
+    for i, text in enumerate(texts):
+        missed = [k for k in NAMED if not hits[k][i]]
+        if missed:
+            lines.append(f"{i}: {', '.join(missed)}: {text}")
+    (out / "wrong.txt").write_text("\n".join(lines[:40]), "utf-8")
+    contact_sheet([*autoencoder.to_bytes(images[:48])], 12, out / "sheet_held_out.png")
+
+
+def judge_sizes(judge: Judge, scenes: list[animals.Scene], out: Path) -> dict[str, object]:
+    """Sizes other than 256x256, and a sheet of the same prompts at each."""
+    rng = random.Random(902)
+    shown = [*autoencoder.to_bytes(judge.draw(SHOWN, guidance=SHOWN_GUIDANCE))]
     figures: dict[str, object] = {}
-    rows: list[np.ndarray] = []
-    for guidance in (1.0, 2.0):
-        after = judge_.draw([e[3][0] for e in edits], (256, 256), guidance, before)
-        hits = judge_.right(after, after_scenes)
+    part = scenes[: max(8, len(scenes) // 8)]
+    texts = [prompts.held_out(rng, s) for s in part]
+    for size in OTHER_SIZES:
+        shown += [*autoencoder.to_bytes(judge.draw(SHOWN, size, SHOWN_GUIDANCE))]
+        hits = judge.right(judge.draw(texts, size, SHOWN_GUIDANCE), part)
+        figures[f"size_{size[0]}x{size[1]}"] = shares_of(hits)
+    contact_sheet(shown, len(SHOWN), out / "sheet_shown.png")
+    return figures
+
+
+def judge_edits(judge: Judge, count: int, out: Path) -> dict[str, object]:
+    """Share of edits after which everything is as asked, by kind; and before | after in a sheet."""
+    rng = random.Random(903)
+    asked = [edits.scene_edit(rng, 1) for _ in range(count)]
+    before, wanted = pictures([e[1] for e in asked]), pictures([e[2] for e in asked])
+    figures: dict[str, object] = {}
+    for guidance in GUIDANCES[:2]:
+        after = judge.draw([e[3][0] for e in asked], SQUARE, guidance, before)
+        hits = judge.right(after, [e[2] for e in asked])
         every = torch.stack([hits[k] for k in classifier.HEADS]).all(0)
-        difference = (after - wanted).square().mean((1, 2, 3)) / 4
-        for kind in prompts.EDITS:
-            index = [i for i, e in enumerate(edits) if e[0] == kind]
+        error = (after - wanted).square().mean((1, 2, 3)) / 4
+        for kind in edits.EDITS:
+            index = [i for i, e in enumerate(asked) if e[0] == kind]
             if index:
                 figures[f"{kind}_cfg{guidance}"] = {
                     "right": round(every[index].float().mean().item(), 3),
-                    "psnr": round(float(-10 * difference[index].mean().log10()), 2),
+                    "psnr": round(float(-10 * error[index].mean().log10()), 2),
                     "n": len(index),
                 }
         figures[f"all_cfg{guidance}"] = round(every.float().mean().item(), 4)
         if guidance == 1.0:
-            for i in range(min(28, count)):
-                rows += [*autoencoder.to_bytes(torch.stack((before[i], after[i])))]
-    return figures, rows
+            pairs = torch.stack((before, after), 1)[:28].flatten(0, 1)
+            contact_sheet([*autoencoder.to_bytes(pairs)], 14, out / "sheet_edits.png")
+    return figures
+
+
+@torch.no_grad()
+def judge(subject: Judge, count: int, out: Path) -> dict[str, object]:
+    """Every figure of the training; writes the contact sheets."""
+    torch.manual_seed(7)
+    rng = random.Random(900)
+    scenes = [replace(animals.random_scene(rng), accent="") for _ in range(count)]
+    return {
+        **judge_prompts(subject, scenes, out),
+        **judge_sizes(subject, scenes, out),
+        "edits": judge_edits(subject, count, out),
+    }

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .. import animals, prompts
+from .. import animals, edits, prompts
+from .host import qwen_image
 
-IM_START, IM_END, ASSISTANT, NEWLINE, USER = 151644, 151645, 77091, 198, 872
-VISION_START, VISION_END = 151652, 151653
+IM_START, IM_END, ASSISTANT, NEWLINE, VISION_END = 151644, 151645, 77091, 198, 151653
 TAIL = [IM_END, NEWLINE, IM_START, ASSISTANT, NEWLINE]
 ORDINARY_TOKENS = 151643
-LONGEST = 56
+LONGEST = 60
+STRANGE = 0.4  # share of the prompts with unknown tokens among them
 PROMPTS = 4  # wordings for each picture
 
 
@@ -70,42 +71,66 @@ def draw_all(sheets: Sequence[Pictures]) -> multiprocessing.pool.Pool:
 
 # -------------------------------------------------------------------------------------- tokens
 class Tokens:
-    """Qwen's tokenizer, as the text encoder of ComfyUI uses it."""
+    """Qwen's tokenizer and ComfyUI's templates for it."""
 
     def __init__(self) -> None:
-        from transformers import Qwen2Tokenizer
-
-        folder = os.path.join(os.environ["COMFYUI_PATH"], "comfy/text_encoders/qwen25_tokenizer")
-        self.tokenizer = Qwen2Tokenizer.from_pretrained(folder)
-        self.picture = self.tokenizer("Picture 1: ")["input_ids"] + [VISION_START]
+        self.host = qwen_image.QwenImageTokenizer()
+        self.tokenizer = self.host.qwen25_7b.tokenizer
+        draw, edit = self.host.llama_template, self.host.llama_template_images
+        start = edit.split("<|vision_start|>")[0]
+        self.before_text = self([draw.split("{}")[0]])[0]
+        self.before_picture = self([f"{start}<|vision_start|>"])[0]
+        self.before_numbered_picture = self([f"{start}Picture 1: <|vision_start|>"])[0]
+        self.dropped_before_text = len(self.before_text)  # what ComfyUI cuts off after encoding
+        self.dropped_before_picture = len(self([start])[0])
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, without template."""
         return self.tokenizer(list(texts))["input_ids"]
 
 
+@dataclass(frozen=True)
+class Group:
+    """Prompts of one length, end of the template included, so that a batch needs no mask."""
+
+    owner: torch.Tensor  # (N,) index of the picture
+    tokens: torch.Tensor  # (N, length)
+
+    def batch(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`count` random rows of both."""
+        pick = torch.randint(len(self.owner), (count,))
+        return self.owner[pick], self.tokens[pick]
+
+
+Groups = dict[int, Group]
+
+
 def noisy(rng: random.Random, tokens: list[int]) -> list[int]:
-    """Now and then with tokens in between that the model has never seen: it learns to skip them."""
-    if rng.random() < 0.25:
+    """Often with tokens in between that nobody has seen, alone or in a row.
+
+    So the model learns to skip whatever it does not know: other wordings, other words.
+    """
+    if rng.random() < STRANGE:
         tokens = list(tokens)
-        for _ in range(rng.choice((1, 1, 2, 3, 4))):
-            tokens.insert(rng.randint(0, len(tokens)), rng.randrange(ORDINARY_TOKENS))
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            place = rng.choice((0, len(tokens), rng.randint(0, len(tokens))))
+            row = rng.choice((1, 1, 1, 2, 3, 5))
+            tokens[place:place] = [rng.randrange(ORDINARY_TOKENS) for _ in range(row)]
     return tokens
 
 
 def by_length(
     rng: random.Random, tokens: list[list[int]], owners: list[int], smallest: int
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """{length: (index of the picture, tokens)}: batches of one length need no mask."""
-    groups: dict[int, tuple[list[int], list[list[int]]]] = defaultdict(lambda: ([], []))
+) -> Groups:
+    """The prompts by their length; lengths of fewer than `smallest` prompts are left out."""
+    rows: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
     for owner, ids in zip(owners, tokens, strict=True):
         ids = noisy(rng, ids)[:LONGEST] + TAIL
-        groups[len(ids)][0].append(owner)
-        groups[len(ids)][1].append(ids)
+        rows[len(ids)].append((owner, ids))
     return {
-        length: (torch.tensor(index), torch.tensor(ids))
-        for length, (index, ids) in sorted(groups.items())
-        if len(index) >= smallest
+        length: Group(torch.tensor([o for o, _ in rows]), torch.tensor([i for _, i in rows]))
+        for length, rows in sorted(rows.items())
+        if len(rows) >= smallest
     }
 
 
@@ -127,7 +152,7 @@ def draw_edits(
     rng = random.Random(seed)
     before, after, texts, kinds = [], [], [], []
     for _ in range(count):
-        kind, one, other, wordings = prompts.scene_edit(rng, PROMPTS)
+        kind, one, other, wordings = edits.scene_edit(rng, PROMPTS)
         before.append(one)
         after.append(other)
         texts += wordings

@@ -28,6 +28,16 @@ OFFICIAL_ENCODER = {
     "visual.patch_embed.proj.weight": (1280, 3, 2, 14, 14),
     **{f"visual.blocks.{i}.mlp.gate_proj.weight": (3420, 1280) for i in range(32)},
 }
+SIGN_CODES = '{"vocabulary": "sign_codes"}'
+LACKS = (
+    "x.safetensors lacks the vocabulary model.embed_tokens.weight; download the complete file, or, "
+    'if it was trained on computed codes, put {"vocabulary": "sign_codes"} into its metadata entry '
+    '"qwen_vram".'
+)
+UNKNOWN = (
+    'x.safetensors asks for the vocabulary {}, and only "sign_codes" is known; update this pack, or '
+    "use a file with model.embed_tokens.weight."
+)
 WAN_VAE = {"decoder.head.0.gamma": (96, 1, 1, 1), "encoder.conv1.weight": (96, 3, 3, 3, 3)}
 
 
@@ -73,6 +83,44 @@ def test_vision_heads_come_from_the_metadata_where_the_width_cannot_tell() -> No
     assert checkpoint.text_encoder_config(told)["vision"]["num_heads"] == 2
     with pytest.raises(CheckpointError, match="broken qwen_vram metadata"):
         checkpoint.text_encoder_config(header(shapes, qwen_vram="{"))
+
+
+NO_TABLE = {k: s for k, s in OFFICIAL_ENCODER.items() if "embed_tokens" not in k}
+
+
+def test_a_text_encoder_without_a_vocabulary_gets_the_dimensions_of_the_computed_one() -> None:
+    told = header({**NO_TABLE, "model.norm.weight": (3584,)}, qwen_vram=SIGN_CODES)
+    expected = checkpoint.text_encoder_config(header(OFFICIAL_ENCODER))
+    assert checkpoint.kind_of(told) == checkpoint.TEXT_ENCODER
+    assert checkpoint.text_encoder_config(told) == expected
+    narrow = header({**NO_TABLE, "model.norm.weight": (64,)}, qwen_vram=SIGN_CODES)
+    assert checkpoint.text_encoder_config(narrow)["hidden_size"] == 64
+
+
+def test_a_vocabulary_in_the_file_comes_before_what_its_metadata_says() -> None:
+    shapes = {**OFFICIAL_ENCODER, "model.embed_tokens.weight": (10, 20)}
+    for hint in (SIGN_CODES, '{"vocabulary": "another"}'):
+        config = checkpoint.text_encoder_config(header(shapes, qwen_vram=hint))
+        assert (config["vocab_size"], config["hidden_size"]) == (10, 20)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "sentence"),
+    [
+        ({}, LACKS),
+        ({"qwen_vram": '{"vision_heads": 16}'}, LACKS),
+        ({"qwen_vram": '{"vocabulary": null}'}, LACKS),
+        ({"qwen_vram": '["sign_codes"]'}, LACKS),
+        ({"qwen_vram": '{"vocabulary": "hash"}'}, UNKNOWN.format('"hash"')),
+        ({"qwen_vram": '{"vocabulary": "sign_codes2"}'}, UNKNOWN.format('"sign_codes2"')),
+        ({"qwen_vram": '{"vocabulary": ["sign_codes"]}'}, UNKNOWN.format('["sign_codes"]')),
+        ({"qwen_vram": SIGN_CODES}, "x.safetensors lacks the tensor model.norm.weight."),
+    ],
+)
+def test_a_missing_vocabulary_gets_a_sentence(metadata: dict[str, str], sentence: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.text_encoder_config(header(NO_TABLE, **metadata))
+    assert str(error.value) == sentence
 
 
 @given(st.integers(1, 64).map(lambda n: n * 4))

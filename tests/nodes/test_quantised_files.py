@@ -41,6 +41,29 @@ def test_fp8_scaled_files_load_stay_small_and_come_close(fresh, folder, name, la
     target.unlink()
 
 
+def test_an_fp8_scaled_encoder_without_a_vocabulary_computes_it(fresh) -> None:
+    folder = fresh.models / "text_encoders"
+    state = scaled_fp8(load_file(folder / CLIP), "model.layers.")
+    shape = state.pop("model.embed_tokens.weight").shape
+    codes = fresh.part("core.sign_codes").sign_codes(shape[1]).to(torch.bfloat16)
+    hints = {"qwen_vram": '{"vision_heads": 2, "vocabulary": "sign_codes"}'}
+    save_file(state, folder / "bare_fp8.safetensors", hints)
+    save_file(
+        {**state, "model.embed_tokens.weight": codes}, folder / "table_fp8.safetensors", hints
+    )
+    graph = {}
+    for name in ("bare", "table"):
+        graph[name] = loader("TextEncoder", f"{name}_fp8.safetensors")
+        graph[f"{name}_e"] = encode("a fox", clip=name)
+        graph.update(preview(f"{name}_e"))
+    run = fresh.run(graph)
+    bare, table = (run.outputs[f"{name}_e"][0][0][0][0] for name in ("bare", "table"))
+    assert torch.equal(bare, table)
+    assert run.status("bare")["bytes"] == run.status("table")["bytes"]
+    for name in ("bare", "table"):
+        (folder / f"{name}_fp8.safetensors").unlink()
+
+
 def test_a_transformer_inside_an_all_in_one_checkpoint_loads(fresh) -> None:
     target = fresh.models / "diffusion_models" / "whole.safetensors"
     plain = load_file(fresh.models / "diffusion_models" / UNET)
