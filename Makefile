@@ -8,7 +8,7 @@ help:  ## show this list
 setup:  ## create .venv and find or install ComfyUI
 	@$(PYTHON) -m demo setup
 
-demo:  ## run the bundled workflow twice on tiny checkpoints
+demo:  ## draw and edit with the bundled workflow on the embedded model
 	@$(PYTHON) -m demo
 
 run:  ## open ComfyUI with the pack in the browser

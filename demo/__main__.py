@@ -1,4 +1,4 @@
-"""The commands: demo (the default), setup, serve, test, check and clean."""
+"""The commands: demo (the default), setup, serve, quality, test, check and clean."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ def _options(command: str, rest: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=name)
     if command == "demo":
         parser.description = (
-            f"Runs the bundled workflow twice. Other commands: {', '.join(COMMANDS[1:])}."
+            f"Draws and edits with the bundled workflow. Other commands: {', '.join(COMMANDS[1:])}."
         )
         parser.add_argument("--prompt", metavar="TEXT", help="the text to draw")
         parser.add_argument(
             "--keep-cache", action="store_true", help="start with the conditioning of earlier demos"
         )
+    elif command == "quality":
+        parser.description = "Measures the embedded model through ComfyUI's own sampling."
+        parser.add_argument("--count", type=int, default=200, metavar="N", help="prompts, edits")
+        parser.add_argument("--sheets", type=Path, metavar="DIR", help="draw contact sheets there")
+        parser.add_argument("--models", type=Path, metavar="DIR", help="another model's folder")
     elif command == "setup":
         parser.add_argument("--tests", action="store_true", help="also what the tests need")
     return parser.parse_args(rest)
@@ -77,6 +82,19 @@ def _serve(comfyui: Path, rest: Sequence[str]) -> int:
     return 0
 
 
+def _quality(comfyui: Path, rest: Sequence[str]) -> int:
+    from .artist import Artist, import_comfyui
+    from .embedded import FOLDER
+    from .quality import measure
+    from .showcase import has_accelerator
+
+    options = _options("quality", rest)
+    import_comfyui(comfyui, cpu=not has_accelerator())
+    models = options.models or FOLDER
+    measure(Artist(models), models, options.count, options.sheets)
+    return 0
+
+
 def _test(comfyui: Path, rest: Sequence[str]) -> int:
     targets = [] if any(argument.startswith("tests") for argument in rest) else ["tests"]
     return _call("pytest", *targets, *rest)
@@ -101,6 +119,7 @@ def _clean() -> None:
 IN_VENV: dict[str, Callable[[Path, Sequence[str]], int]] = {
     "demo": _demo,
     "serve": _serve,
+    "quality": _quality,
     "test": _test,
     "check": _check,
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,10 @@ class Settings:
     seed: int = 0
     sampler: str = "euler"
     scheduler: str = "simple"
+
+    def with_seed(self, seed: int) -> Settings:
+        """The same with other noise."""
+        return replace(self, seed=seed)
 
 
 def import_comfyui(comfyui: Path, cpu: bool) -> None:

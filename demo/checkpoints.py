@@ -1,13 +1,16 @@
-"""Makes sure that a models folder holds the tiny checkpoints, whoever needs them."""
+"""Makes sure that a models folder holds the embedded model and the random tiny checkpoints."""
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from . import embedded
 from .environment import ROOT, say
 
 GENERATOR = Path(__file__).with_name("tiny_checkpoints.py")
@@ -18,7 +21,8 @@ class CheckpointsError(RuntimeError):
 
 
 def make_checkpoints(comfyui: Path, models: Path) -> None:
-    """Writes the tiny checkpoints unless this version of the generator already has."""
+    """Copies the embedded model, and writes the random ones unless this generator already has."""
+    place_embedded(models)
     stamp, version = models / "tiny.stamp", hashlib.sha256(GENERATOR.read_bytes()).hexdigest()
     if stamp.is_file() and stamp.read_text() == version:
         return
@@ -35,3 +39,14 @@ def make_checkpoints(comfyui: Path, models: Path) -> None:
     if done.returncode:
         raise CheckpointsError(f"The tiny checkpoints could not be written:\n{done.stderr}")
     stamp.write_text(version)
+
+
+def place_embedded(models: Path) -> None:
+    """Copies the embedded model into a models folder; what is already there stays untouched."""
+    for name in (embedded.TRANSFORMER, embedded.TEXT_ENCODER, embedded.VAE):
+        source, target = embedded.FOLDER / name, models / name
+        if not target.is_file() or not filecmp.cmp(source, target, shallow=False):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+            shutil.copyfile(source, partial)
+            os.replace(partial, target)

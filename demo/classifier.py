@@ -62,6 +62,16 @@ def labels(scenes: Iterable[Scene]) -> dict[str, torch.Tensor]:
     }
 
 
+def seen(model: Classifier, images: torch.Tensor) -> list[dict[str, object]]:
+    """What the classifier sees in each picture (B, 3, H, W)."""
+    with torch.no_grad():
+        found = {name: logits.argmax(1).tolist() for name, logits in model(images).items()}
+    return [
+        {name: HEADS[name][classes[i]] for name, classes in found.items()}
+        for i in range(len(images))
+    ]
+
+
 def right(
     model: Classifier, images: torch.Tensor, scenes: Sequence[Scene]
 ) -> dict[str, torch.Tensor]:

@@ -1,21 +1,26 @@
-"""The demo: one bundled workflow, twice, in two ComfyUI processes that share only the disk."""
+"""The demo: the bundled workflow and an edit, then again in a process that shares only the disk."""
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import shutil
 import time
 import webbrowser
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 
 from .checkpoints import make_checkpoints
 from .conversion import load_workflow
+from .edit_graph import edit_graph
 from .environment import ROOT, say
+from .figures import contact_sheet
 from .progress import ProgressLine, table
 from .server import Result, Server
 from .substitutions import MODEL_FILES, NUMBERS, Prompt, substitute
@@ -24,6 +29,12 @@ BASE = ROOT / ".demo"
 WORKFLOW = ROOT / "workflows" / "qwen_image_2512.json"
 ENCODER_LOADER = "QwenVRAMLoadTextEncoder"
 CACHED_ENCODE = "QwenVRAMCachedTextEncode"
+PROMPTS = (
+    "a small blue bunny with glasses in the snow",
+    "a red fox reading a book on the beach",
+    "一只戴帽子的小熊",
+)
+EDIT = "change the background to a meadow, with flowers"
 BROWSER_PORT = 8188
 
 
@@ -33,10 +44,11 @@ class DemoError(RuntimeError):
 
 @dataclass
 class Run:
-    """One finished run of the workflow in a server process of its own."""
+    """One finished run of a graph."""
 
     result: Result
     png: bytes
+    path: Path
 
 
 # -------------------------------------------------------------------------------------- preparing
@@ -90,7 +102,8 @@ def set_text(prompt: Prompt, text: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------- running
-def _run_once(server: Server, prompt: Prompt, number: int) -> Run:
+def _run_once(server: Server, prompt: Prompt, name: str, text: str) -> Run:
+    print(f"\n{name}: {text}")
     line, start = ProgressLine(prompt), time.perf_counter()
     result = server.submit(prompt, line.on_event)
     seconds = time.perf_counter() - start
@@ -100,10 +113,10 @@ def _run_once(server: Server, prompt: Prompt, number: int) -> Run:
     saved = [image.content for image in result.images if image.kind == "output"]
     if not saved:
         raise DemoError("The workflow ended without a saved picture.")
-    path = BASE / "output" / f"demo_{number}.png"
+    path = BASE / "output" / f"demo_{name}.png"
     path.write_bytes(saved[0])
-    print(f"\nRun {number}: {seconds:.1f} s, picture {path}\n\n{table(prompt, result)}\n")
-    return Run(result, saved[0])
+    print(f"{seconds:.1f} s, picture {path}\n\n{table(prompt, result)}")
+    return Run(result, saved[0], path)
 
 
 def _pixels(png: bytes) -> tuple[tuple[int, int], bytes]:
@@ -111,50 +124,79 @@ def _pixels(png: bytes) -> tuple[tuple[int, int], bytes]:
         return image.size, image.convert("RGBA").tobytes()
 
 
-def _verdict(prompt: Prompt, first: Run, second: Run, fresh: bool) -> None:
+def _verdict(prompt: Prompt, first: Run, again: Run, fresh: bool) -> None:
     """Says what the host's events and the pictures prove, or raises with what they do not."""
     loaders = [i for i, node in prompt.items() if node["class_type"] == ENCODER_LOADER]
     if not loaders:
         raise DemoError(f"{WORKFLOW.name} has no {ENCODER_LOADER}.")
-    runs = [any(i in run.result.executed for i in loaders) for run in (first, second)]
-    for number, ran in enumerate(runs, 1):
+    runs = [any(i in run.result.executed for i in loaders) for run in (first, again)]
+    print()
+    for name, ran in zip(("first", "second"), runs, strict=True):
         count = "executed" if ran else "not executed"
-        print(f"ComfyUI's events of run {number}: the text encoder's loader was {count}.")
+        print(f"ComfyUI's events in the {name} process: the text encoder's loader was {count}.")
     if runs[1]:
-        raise DemoError("The second run loaded the text encoder; its conditioning was not reused.")
+        raise DemoError("The second process loaded the text encoder; nothing was reused.")
     if fresh and not runs[0]:
         raise DemoError("The first run did not load the text encoder although its cache was empty.")
-    if _pixels(first.png) != _pixels(second.png):
+    if _pixels(first.png) != _pixels(again.png):
         raise DemoError("The two pictures differ.")
     print("The two pictures are identical, pixel by pixel.")
 
 
+def _edited(server: Server, picture: Run) -> Run:
+    """Changes a picture that this demo has drawn."""
+    folder = BASE / "input"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / picture.path.name).write_bytes(picture.png)
+    prompt = edit_graph(picture.path.name, EDIT)
+    return _run_once(server, prompt, "edit", f"{EDIT} ({picture.path.name})")
+
+
+def _drawn(server: Server, texts: Sequence[str]) -> tuple[Prompt, list[Run]]:
+    """The bundled workflow with each text; also the graph of the first."""
+    graph = substitute(load_workflow(WORKFLOW, server.get_json("/object_info")))
+    prompts, runs = [], []
+    for number, text in enumerate(texts, 1):
+        prompt = copy.deepcopy(graph)
+        set_text(prompt, text)
+        runs.append(_run_once(server, prompt, str(number), text))
+        prompts.append(prompt)
+    return prompts[0], runs
+
+
 def run(comfyui: Path, text: str | None = None, keep_cache: bool = False) -> None:
-    """Runs the bundled workflow in two processes and raises if the second one was not spared."""
+    """Draws and edits, repeats the first prompt in a new process; raises if that was not spared."""
     make_checkpoints(comfyui, BASE / "models")
     if not keep_cache:
         shutil.rmtree(BASE / "user" / "__qwen_vram", ignore_errors=True)
     cpu = not has_accelerator()
+    texts = PROMPTS if text is None else (text,)
     say(f"starting ComfyUI from {comfyui} {'on the CPU' if cpu else 'on the GPU'}")
     with _server(comfyui, cpu) as server:
-        prompt = substitute(load_workflow(WORKFLOW, server.get_json("/object_info")))
-        if text is not None:
-            set_text(prompt, text)
-        first = _run_once(server, prompt, 1)
-    say("stopped it; starting a new ComfyUI process for the same prompt")
+        prompt, runs = _drawn(server, texts)
+        edited = _edited(server, runs[-1])
+    say("stopped it; starting a new ComfyUI process for the first prompt again")
     with _server(comfyui, cpu) as server:
-        second = _run_once(server, prompt, 2)
-    _verdict(prompt, first, second, fresh=not keep_cache)
+        again = _run_once(server, prompt, "again", texts[0])
+    _verdict(prompt, runs[0], again, fresh=not keep_cache)
+    sheet = BASE / "output" / "demo.png"
+    pictures = [PIL.Image.open(io.BytesIO(r.png)).convert("RGB") for r in (*runs, edited)]
+    contact_sheet([np.asarray(p) for p in pictures], len(pictures), sheet, side=256)
+    print(f"All pictures side by side: {sheet}")
 
 
 def _shrink(node: dict[str, Any]) -> None:
-    """Sets size and steps of an editor-format node as the table says."""
+    """Sets size, steps and prompt of an editor-format node to what the embedded model knows."""
     values, named = node.get("widgets_values"), node.get("widgets_values_named", {})
     if node["type"] == "EmptySD3LatentImage":
         values[:2] = [NUMBERS["width"], NUMBERS["height"]]
         named.update(width=NUMBERS["width"], height=NUMBERS["height"])
     elif node["type"] == "PrimitiveInt" and "steps" in node.get("title", "").lower():
         values[0] = named["value"] = NUMBERS["steps"]
+    elif node["type"] == "PrimitiveFloat" and "cfg" in node.get("title", "").lower():
+        values[0] = named["value"] = NUMBERS["cfg"]
+    elif node["type"] == CACHED_ENCODE and "positive" in node.get("title", "").lower():
+        values[0] = named["text"] = PROMPTS[0]
 
 
 def _offer_workflows() -> None:

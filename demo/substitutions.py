@@ -1,19 +1,29 @@
-"""The one table by which a bundled workflow runs on tiny checkpoints; nothing else is changed."""
+"""The one table by which a bundled workflow runs on the embedded model; nothing else is changed."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
+
+from . import embedded
 
 Prompt = dict[str, dict[str, Any]]
 
+
+def _name(path: str) -> str:
+    return PurePosixPath(path).name
+
+
 MODEL_FILES = {
-    "qwen_image_2512_fp8_e4m3fn.safetensors": "tiny_qwen_image.safetensors",
-    "qwen_2.5_vl_7b_fp8_scaled.safetensors": "tiny_qwen_2.5_vl.safetensors",
-    "qwen_image_vae.safetensors": "tiny_wan_vae.safetensors",
-    "Qwen-Image-2512-Lightning-4steps-V1.0-fp32.safetensors": "tiny_lightning.safetensors",
+    "qwen_image_2512_fp8_e4m3fn.safetensors": _name(embedded.TRANSFORMER),
+    "qwen_2.5_vl_7b_fp8_scaled.safetensors": _name(embedded.TEXT_ENCODER),
+    "qwen_image_vae.safetensors": _name(embedded.VAE),
+    "Qwen-Image-2512-Lightning-4steps-V1.0-fp32.safetensors": "tiny_animals_lora.safetensors",
 }
-NUMBERS = {"width": 256, "height": 256, "steps": 4}
+NUMBERS: dict[str, int | float] = {"width": 256, "height": 256, "steps": 8, "cfg": 2.0}
+PRIMITIVES = ("PrimitiveInt", "PrimitiveFloat")
 
 _MODEL_SUFFIXES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -26,19 +36,21 @@ def _is_link(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
 
 
-def _tiny_file(value: str, node_id: str, node: dict[str, Any], name: str) -> str:
+def _tiny_file(
+    files: Mapping[str, str], value: str, node_id: str, node: dict[str, Any], name: str
+) -> str:
     if not value.lower().endswith(_MODEL_SUFFIXES):
         return value
-    if value not in MODEL_FILES:
+    if value not in files:
         raise UnknownModelFile(
             f"Node {node_id} ({node['class_type']}) names the model file {value!r} in {name!r}, "
             "for which demo/substitutions.py has no tiny checkpoint: add it to MODEL_FILES."
         )
-    return MODEL_FILES[value]
+    return files[value]
 
 
-def _set_number(prompt: Prompt, node_id: str, name: str, number: int, seen: set[str]) -> None:
-    """Sets an input to a number, following links through switches to the integers behind it."""
+def _set_number(prompt: Prompt, node_id: str, name: str, number: float, seen: set[str]) -> None:
+    """Sets an input to a number, following links through switches to the numbers behind it."""
     inputs = prompt[node_id]["inputs"]
     if not _is_link(inputs[name]):
         inputs[name] = number
@@ -47,7 +59,7 @@ def _set_number(prompt: Prompt, node_id: str, name: str, number: int, seen: set[
     if source in seen or source not in prompt:
         return
     seen.add(source)
-    if prompt[source]["class_type"] == "PrimitiveInt":
+    if prompt[source]["class_type"] in PRIMITIVES:
         prompt[source]["inputs"]["value"] = number
         return
     for key, value in prompt[source]["inputs"].items():
@@ -55,13 +67,13 @@ def _set_number(prompt: Prompt, node_id: str, name: str, number: int, seen: set[
             _set_number(prompt, source, key, number, seen)
 
 
-def substitute(prompt: Prompt) -> Prompt:
+def substitute(prompt: Prompt, files: Mapping[str, str] = MODEL_FILES) -> Prompt:
     """A copy of an API-format prompt with model files, sizes and steps replaced by the table."""
     prompt = copy.deepcopy(prompt)
     for node_id, node in prompt.items():
         for name, value in node["inputs"].items():
-            if name in NUMBERS and (_is_link(value) or isinstance(value, int)):
+            if name in NUMBERS and (_is_link(value) or isinstance(value, (int, float))):
                 _set_number(prompt, node_id, name, NUMBERS[name], set())
             elif isinstance(value, str):
-                node["inputs"][name] = _tiny_file(value, node_id, node, name)
+                node["inputs"][name] = _tiny_file(files, value, node_id, node, name)
     return prompt

@@ -18,6 +18,7 @@ VISION = {"hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "num_laye
 LAYERS = 2
 LORA_RANK = 4
 LORA_GAIN = 4.0  # enough for a change that the eye sees in a picture of random weights
+ANIMALS_LORA_GAIN = 0.3  # the embedded model still draws, but another picture
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 # ComfyUI can be imported only once its folder is on the path and its arguments are parsed, so
@@ -111,19 +112,19 @@ def write_vae(path: Path) -> None:
     _save(vae.state_dict().items(), path)
 
 
-def write_lora(path: Path) -> None:
-    """Writes a LoRA strong enough that its effect can be seen in the picture."""
+def write_lora(path: Path, blocks: int, gain: float) -> None:
+    """Writes a random LoRA for the first `blocks`; both models have the same width."""
     import torch
 
     generator = torch.Generator().manual_seed(4)
     width = HEADS * HEAD_DIM
     tensors: dict[str, torch.Tensor] = {}
-    for block in range(LAYERS):
+    for block in range(blocks):
         for target in LORA_TARGETS:
             key = f"transformer_blocks.{block}.attn.{target}"
             down = torch.randn(LORA_RANK, width, generator=generator) * width**-0.5
             tensors[f"{key}.lora_down.weight"] = down
-            up = torch.randn(width, LORA_RANK, generator=generator) * LORA_GAIN
+            up = torch.randn(width, LORA_RANK, generator=generator) * gain
             tensors[f"{key}.lora_up.weight"] = up
             tensors[f"{key}.alpha"] = torch.tensor(float(LORA_RANK))
     _save(tensors.items(), path)
@@ -136,7 +137,8 @@ def write_all(out_dir: Path) -> None:
     write_transformer(transformers / "tiny_qwen_image_edit.safetensors", "index_timestep_zero")
     write_text_encoder(out_dir / "text_encoders" / "tiny_qwen_2.5_vl.safetensors")
     write_vae(out_dir / "vae" / "tiny_wan_vae.safetensors")
-    write_lora(out_dir / "loras" / "tiny_lightning.safetensors")
+    write_lora(out_dir / "loras" / "tiny_lightning.safetensors", LAYERS, LORA_GAIN)
+    write_lora(out_dir / "loras" / "tiny_animals_lora.safetensors", 6, ANIMALS_LORA_GAIN)
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from .classifier import load as load_classifier
 from .edits import scene_edit
+from .figures import contact_sheet
+from .prompts import held_out
 from .training import autoencoder, networks, quality
 from .training.context import Text
 from .training.data import World
@@ -44,7 +46,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="folder of the results and of the checkpoint")
     parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--text-steps", type=int, default=8000)
-    parser.add_argument("--steps", type=int, default=30000)
+    parser.add_argument("--steps", type=int, default=22000)
     parser.add_argument("--seconds", type=float, default=1e9, help="end the schedule by then")
     parser.add_argument("--stop-after", type=float, default=1e9, help="seconds, then checkpoint")
     parser.add_argument("--tokens", type=int, default=72_000, help="tokens in a batch")
@@ -91,7 +93,7 @@ class Run:
             sheet = self.world.vae_sheets[0].pixels[:8]
             back = autoencoder.encode(vae, autoencoder.pixels(sheet, self.device))
             rows = [*sheet, *autoencoder.to_bytes(autoencoder.decode(vae, back))]
-            quality.contact_sheet(rows, 8, self.out / "sheet_vae.png")
+            contact_sheet(rows, 8, self.out / "sheet_vae.png")
         vae = networks.new_vae()
         vae.load_state_dict({k: v.float() for k, v in load_file(path).items()})
         wan.CausalConv3d.forward = networks.flat_convolution
@@ -138,7 +140,7 @@ class Run:
         rng, count = random.Random(904), min(500, self.options.judge)
         scenes, texts = draw_scenes(905, count)
         asked = asked_of_scenes(scenes)
-        held = [quality.prompts.held_out(rng, scene) for scene in scenes]
+        held = [held_out(rng, scene) for scene in scenes]
         kinds, before, after, edits = zip(*(scene_edit(rng, 1) for _ in scenes), strict=True)
         tokens = text.tokens
         return {

@@ -152,11 +152,15 @@ def is_trusted(path: str) -> bool:
 
 @functools.cache
 def _libraries() -> set[Path]:
-    """Where Python keeps its own modules and what pip installed."""
+    """Where Python keeps its own modules and what pip installed, also beside it (PYTHONPATH)."""
     named = (sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
-    return {
-        Path(p).resolve() for p in (*named, *site.getsitepackages(), site.getusersitepackages())
-    }
+    places = [Path(p) for p in (*named, *site.getsitepackages(), site.getusersitepackages())]
+    packs = custom_packages().values()
+    for place in (Path(p).resolve() for p in sys.path if p):
+        installed = next(place.glob("*.dist-info"), None) is not None
+        if installed and not any(place.is_relative_to(pack) for pack in packs):
+            places.append(place)
+    return {place.resolve() for place in places}
 
 
 def _functions_of(module: types.ModuleType) -> Iterator[tuple[str, Any]]:

@@ -80,9 +80,10 @@ class Host:
         args.preview_method = type(args.preview_method)("none")
 
     def _write_checkpoints(self) -> None:
-        from pack.demo import tiny_checkpoints
+        from pack.demo import checkpoints, tiny_checkpoints
 
         tiny_checkpoints.write_all(self.models)
+        checkpoints.place_embedded(self.models)
         (self.base / "input").mkdir(exist_ok=True)
 
     def _add_test_nodes(self) -> None:

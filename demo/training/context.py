@@ -6,9 +6,7 @@ import math
 
 import torch
 
-from core.sign_codes import sign_codes
-
-from .host import qwen_vl
+from .host import qwen_vl, sign_codes
 from .text_encoder import TextEncoder
 from .world import VISION_END, Tokens
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .context import Text
-from .host import QwenImageTransformerBlock
+from .host import QwenImageTransformerBlock, model_management
 from .sampling import SHIFT
 from .weights import Weights
 from .world import TAIL, Groups
@@ -169,6 +169,7 @@ class Denoiser:
     def train(self, checkpoint: Callable[[float], None]) -> dict[str, object]:
         """Trains to the end of the schedule; `checkpoint` is told the progress now and then."""
         weights, schedule = self.weights, self.schedule
+        model_management.in_training = True  # rope without the kernel that has no gradient
         undo = fused() if weights.device == "cuda" else lambda: None
         for bucket in self.buckets * COMPILING:
             self.step(bucket, schedule.begun)
@@ -186,6 +187,7 @@ class Denoiser:
                 checkpoint(progress)
             progress = schedule.progress(weights.step)
         undo()
+        model_management.in_training = False
         checkpoint(progress)
         seconds = schedule.elapsed()
         speed = (weights.step - first) / max(seconds, 1e-3)

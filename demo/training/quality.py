@@ -4,60 +4,33 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
-from .. import animals, classifier, edits, prompts
+from .. import animals, classifier, prompts
+from ..figures import (
+    NAMED,
+    OTHER_SIZES,
+    SHOWN,
+    SQUARE,
+    again,
+    contact_sheet,
+    drawn,
+    edit_shares,
+    edits_to_judge,
+    scenes_to_judge,
+    shares_of,
+    to_tensor,
+)
 from . import autoencoder
 from .context import Text
 from .sampling import Request, sample
 from .world import TAIL
 
-NAMED = ("animal", "colour", "accessory", "action", "background")
-SQUARE = (256, 256)
-OTHER_SIZES = ((384, 384), (512, 512), (240, 320), (320, 240), (512, 288))
 GUIDANCES = (1.0, 2.0, 3.5)
 SHOWN_GUIDANCE = 2.0
 CUDA_BATCH = 200  # pictures of 256x256
-SHOWN = (
-    "a small blue bunny in a dress is dancing in the snow",
-    "一只戴帽子的小熊",
-    "a red fox reading a book on the beach",
-    "green pig with glasses, at night",
-    "purple cat",
-    "一只粉色的大象在草地上睡觉",
-    "An orange lion with a blue scarf sitting in a room.",
-    "a yellow duck wearing a red hat",
-    "a photo of a brown dog",
-    "黄色的青蛙穿着裙子跳舞",
-    "bunny, blue",
-    "a photo of a mountain",
-)
-
-
-def picture(scene: animals.Scene, size: tuple[int, int]) -> torch.Tensor:
-    """(H, W, 3) in [0, 1]."""
-    return torch.from_numpy(np.asarray(animals.draw(scene, *size)).copy()).float() / 255
-
-
-def pictures(scenes: Sequence[animals.Scene]) -> torch.Tensor:
-    """(B, 3, H, W) in [-1, 1]."""
-    return torch.stack([picture(s, SQUARE) for s in scenes]).permute(0, 3, 1, 2) * 2 - 1
-
-
-def contact_sheet(images: Sequence[np.ndarray], columns: int, path: Path, side: int = 128) -> None:
-    """Pictures (H, W, 3) in rows, each scaled into a square."""
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * side, rows * side), "white")
-    for i, pixels in enumerate(images):
-        image = Image.fromarray(pixels)
-        image.thumbnail((side - 2, side - 2), Image.Resampling.LANCZOS)
-        sheet.paste(image, (i % columns * side, i // columns * side))
-    sheet.quantize(128).save(path, optimize=True)
 
 
 class Judge:
@@ -132,13 +105,6 @@ class Judge:
         return torch.cat(self._by_parts(images, lambda _, x: self.classifier.features(x)))
 
 
-def shares_of(hits: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Share right of each thing that prompts name, and of all of them at once."""
-    shares = {k: round(hits[k].float().mean().item(), 4) for k in NAMED}
-    everything = torch.stack([hits[k] for k in NAMED]).all(0)
-    return {**shares, "all": round(everything.float().mean().item(), 4)}
-
-
 def judge_prompts(judge: Judge, scenes: list[animals.Scene], out: Path) -> dict[str, object]:
     """Known and held-out wordings at several guidances; writes a sheet of the held-out ones."""
     rng = random.Random(901)
@@ -146,15 +112,14 @@ def judge_prompts(judge: Judge, scenes: list[animals.Scene], out: Path) -> dict[
         "seen": [prompts.describe(rng, s) for s in scenes],
         "held_out": [prompts.held_out(rng, s) for s in scenes],
     }
-    drawn = judge.features(pictures(scenes))
-    figures: dict[str, object] = {
-        "frechet_renderer_with_itself": round(classifier.frechet(drawn[::2], drawn[1::2]), 3)
-    }
+    true = judge.features(to_tensor([drawn(s) for s in scenes]))
+    other = judge.features(to_tensor([drawn(s) for s in again(scenes)]))
+    figures: dict[str, object] = {"frechet_of_renderer": round(classifier.frechet(true, other), 3)}
     for name, texts in wordings.items():
         for guidance in GUIDANCES:
             images = judge.draw(texts, guidance=guidance)
             hits = judge.right(images, scenes)
-            distance = classifier.frechet(drawn, judge.features(images))
+            distance = classifier.frechet(true, judge.features(images))
             figures[f"{name}_cfg{guidance}"] = {**shares_of(hits), "frechet": round(distance, 3)}
             if name == "held_out" and guidance == SHOWN_GUIDANCE:
                 _show_held_out(images, texts, hits, out)
@@ -189,25 +154,15 @@ def judge_sizes(judge: Judge, scenes: list[animals.Scene], out: Path) -> dict[st
 
 
 def judge_edits(judge: Judge, count: int, out: Path) -> dict[str, object]:
-    """Share of edits after which everything is as asked, by kind; and before | after in a sheet."""
-    rng = random.Random(903)
-    asked = [edits.scene_edit(rng, 1) for _ in range(count)]
-    before, wanted = pictures([e[1] for e in asked]), pictures([e[2] for e in asked])
+    """Edits at several guidances; before and after in a sheet."""
+    asked = edits_to_judge(count)
+    before, wanted = (to_tensor([drawn(e[i]) for e in asked]) for i in (1, 2))
     figures: dict[str, object] = {}
     for guidance in GUIDANCES[:2]:
         after = judge.draw([e[3][0] for e in asked], SQUARE, guidance, before)
+        errors = (after - wanted).square().mean((1, 2, 3)) / 4
         hits = judge.right(after, [e[2] for e in asked])
-        every = torch.stack([hits[k] for k in classifier.HEADS]).all(0)
-        error = (after - wanted).square().mean((1, 2, 3)) / 4
-        for kind in edits.EDITS:
-            index = [i for i, e in enumerate(asked) if e[0] == kind]
-            if index:
-                figures[f"{kind}_cfg{guidance}"] = {
-                    "right": round(every[index].float().mean().item(), 3),
-                    "psnr": round(float(-10 * error[index].mean().log10()), 2),
-                    "n": len(index),
-                }
-        figures[f"all_cfg{guidance}"] = round(every.float().mean().item(), 4)
+        figures[f"edits_cfg{guidance}"] = edit_shares(asked, hits, errors)
         if guidance == 1.0:
             pairs = torch.stack((before, after), 1)[:28].flatten(0, 1)
             contact_sheet([*autoencoder.to_bytes(pairs)], 14, out / "sheet_edits.png")
@@ -218,10 +173,9 @@ def judge_edits(judge: Judge, count: int, out: Path) -> dict[str, object]:
 def judge(subject: Judge, count: int, out: Path) -> dict[str, object]:
     """Every figure of the training; writes the contact sheets."""
     torch.manual_seed(7)
-    rng = random.Random(900)
-    scenes = [replace(animals.random_scene(rng), accent="") for _ in range(count)]
+    scenes = scenes_to_judge(count)
     return {
         **judge_prompts(subject, scenes, out),
         **judge_sizes(subject, scenes, out),
-        "edits": judge_edits(subject, count, out),
+        **judge_edits(subject, count, out),
     }

@@ -51,7 +51,8 @@ def test_cold_restarted_and_stock_pictures_are_the_same(
             result = server.submit(prompt)
         assert result.status == "success", result.error
         if wanted:
-            assert result.outputs["positive"]["qwen_vram"][0]["result"] == wanted
+            shown = result.outputs["positive"]["qwen_vram"][0]
+            assert shown["result"] == wanted, shown["text"]
         pictures.append(np.asarray(PIL.Image.open(io.BytesIO(result.images[0].content))))
     assert np.array_equal(pictures[0], pictures[1])
     assert np.array_equal(pictures[0], pictures[2])

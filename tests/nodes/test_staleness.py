@@ -139,6 +139,34 @@ def test_host_functions_replaced_from_inside_comfyuis_folder(
     assert "source of comfy.text_encoders.llama.apply_rope cannot be found" in why(fresh, prompt())
 
 
+@pytest.mark.parametrize(
+    ("folder", "trusted"),
+    [
+        ("elsewhere", True),  # pip install --target, then PYTHONPATH
+        ("custom_nodes/test_extension/vendored", False),
+        ("without_packages", False),
+    ],
+)
+def test_a_library_beside_python_is_trusted_and_one_inside_a_pack_is_not(
+    fresh, environment, monkeypatch, folder, trusted
+) -> None:
+    place = fresh.base / folder
+    place.mkdir()
+    if folder != "without_packages":
+        (place / "library-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(str(place))
+    caches = (environment._libraries, environment.is_trusted)
+    try:
+        for cache in caches:
+            cache.cache_clear()
+        assert environment.is_trusted(str(place / "library.py")) is trusted
+    finally:
+        shutil.rmtree(place)
+        monkeypatch.undo()
+        for cache in caches:
+            cache.cache_clear()
+
+
 def test_the_code_of_a_pack_that_replaces_host_code_counts(fresh, environment, monkeypatch) -> None:
     fresh.run(prompt())
     names = {"original": environment.llama.apply_rope}

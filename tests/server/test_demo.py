@@ -8,27 +8,48 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from pack.demo import classifier
 from pack.demo.environment import inside_venv
+from pack.demo.figures import to_tensor
 from pack.demo.substitutions import MODEL_FILES, UnknownModelFile, substitute
 from pack.tests.conftest import ROOT
+from PIL import Image
+
+DRAWN = {
+    "demo_1.png": {
+        "animal": "bunny",
+        "colour": "blue",
+        "accessory": "glasses",
+        "background": "snow",
+    },
+    "demo_2.png": {"animal": "fox", "colour": "red", "action": "reading", "background": "beach"},
+    "demo_3.png": {"animal": "bear", "accessory": "hat"},
+    "demo_edit.png": {"animal": "bear", "accessory": "hat", "background": "meadow"},
+}
 
 
-def test_make_demo_reuses_the_prompt_in_a_new_process(comfyui: Path) -> None:
+def test_make_demo_draws_what_it_is_asked_and_reuses_the_prompt(comfyui: Path) -> None:
     if not inside_venv():
         pytest.skip("the demo runs inside .venv, where `make test` runs the tests")
-    command = [sys.executable, "-m", "demo", "--prompt", "一只戴帽子的小熊 🐻"]
+    command = [sys.executable, "-m", "demo"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     for line in (
-        "events of run 1: the text encoder's loader was executed",
-        "events of run 2: the text encoder's loader was not executed",
+        "events in the first process: the text encoder's loader was executed",
+        "events in the second process: the text encoder's loader was not executed",
         "The two pictures are identical, pixel by pixel.",
         "miss: new text",
         "hit (disk)",
     ):
         assert line in done.stdout, done.stdout
-    assert (ROOT / ".demo" / "output" / "demo_2.png").is_file()
+    judge = classifier.load()
+    for name, asked in DRAWN.items():
+        with Image.open(ROOT / ".demo" / "output" / name) as image:
+            pixels = to_tensor([np.asarray(image.convert("RGB"))])
+        found = classifier.seen(judge, pixels)[0]
+        assert {k: found[k] for k in asked} == asked, name
 
 
 def test_the_demo_says_in_one_sentence_what_it_lacks() -> None:

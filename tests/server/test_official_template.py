@@ -1,4 +1,8 @@
-"""The official 2512 template: ours in place of its loaders and encoders gives the same picture."""
+"""The official 2512 template: ours in place of its loaders and encoders gives the same picture.
+
+Both draw with the embedded model; stock knows its narrow sizes from tests/teach_stock, and gets the
+text encoder with the vocabulary written out, which ours computes.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,17 @@ import copy
 import importlib.resources
 import io
 import json
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
+from pack.core.sign_codes import sign_codes
 from pack.demo.conversion import to_api
-from pack.demo.substitutions import substitute
+from pack.demo.embedded import FOLDER, TEXT_ENCODER
+from pack.demo.substitutions import MODEL_FILES, substitute
+from safetensors.torch import load_file, save_file
 
 OURS = {
     "UNETLoader": ("QwenVRAMLoadDiffusionModel", {"device": "default", "keep_loaded": False}),
@@ -33,12 +41,21 @@ def pixels(png: bytes) -> np.ndarray:
     return np.asarray(PIL.Image.open(io.BytesIO(png)))
 
 
+STOCK_TEXT_ENCODER = "animals_with_vocabulary.safetensors"
+
+
 @pytest.fixture(scope="module")
 def template(server) -> dict[str, Any]:
-    """The untouched template from comfyui-workflow-templates, as an API graph on tiny weights."""
+    """The untouched template from comfyui-workflow-templates, as an API graph on the embedded model."""
+    path = FOLDER / TEXT_ENCODER
+    tensors = load_file(path)
+    norm = tensors["model.norm.weight"]
+    tensors["model.embed_tokens.weight"] = sign_codes(len(norm)).to(norm.dtype)
+    save_file(tensors, server.base / "models" / "text_encoders" / STOCK_TEXT_ENCODER)
+    files = {k: STOCK_TEXT_ENCODER if v == path.name else v for k, v in MODEL_FILES.items()}
     folder = importlib.resources.files("comfyui_workflow_templates_json") / "templates"
     workflow = json.loads((folder / "image_qwen_Image_2512.json").read_text(encoding="utf-8"))
-    graph = substitute(to_api(workflow, server.get_json("/object_info")))
+    graph = substitute(to_api(workflow, server.get_json("/object_info")), files)
     for node in graph.values():
         if "seed" in node["inputs"]:
             node["inputs"]["seed"] = 7
@@ -52,6 +69,8 @@ def with_ours(graph: dict[str, Any]) -> dict[str, Any]:
         if node["class_type"] in OURS:
             node["class_type"], extra = OURS[node["class_type"]]
             node["inputs"].pop("type", None)
+            if "clip_name" in node["inputs"]:
+                node["inputs"]["clip_name"] = PurePosixPath(TEXT_ENCODER).name
             node["inputs"].update(extra)
     return graph
 

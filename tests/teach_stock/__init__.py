@@ -48,16 +48,29 @@ class TinyConfig(llama.Qwen25_7BVLI_Config):
     num_attention_heads: int = 4
 
 
+@dataclasses.dataclass
+class AnimalsConfig(TinyConfig):
+    """The same with the dimensions of the embedded text encoder."""
+
+    intermediate_size: int = 64
+
+
+TINY_VISION = {"hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "num_layers": 2}
+ANIMALS_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "num_layers": 1}
+
+
 @contextlib.contextmanager
-def tiny_sizes():
+def tiny_sizes(clip_name):
     """While the stock CLIPLoader runs, and no longer."""
     config, vision = llama.Qwen25_7BVLI_Config, qwen_vl.Qwen2VLVisionTransformer
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "num_layers": 2}
+    embedded = "animals" in clip_name
+    sizes = ANIMALS_VISION if embedded else TINY_VISION
 
     def tiny_vision(**given):
         return vision(**{**given, **sizes})
 
-    llama.Qwen25_7BVLI_Config, qwen_vl.Qwen2VLVisionTransformer = TinyConfig, tiny_vision
+    llama.Qwen25_7BVLI_Config = AnimalsConfig if embedded else TinyConfig
+    qwen_vl.Qwen2VLVisionTransformer = tiny_vision
     try:
         yield
     finally:
@@ -68,9 +81,9 @@ stock_load_clip = nodes.CLIPLoader.load_clip
 
 
 @functools.wraps(stock_load_clip)
-def load_clip(self, *args, **kwargs):
-    with tiny_sizes():
-        return stock_load_clip(self, *args, **kwargs)
+def load_clip(self, clip_name, *args, **kwargs):
+    with tiny_sizes(clip_name):
+        return stock_load_clip(self, clip_name, *args, **kwargs)
 
 
 nodes.CLIPLoader.load_clip = load_clip
