@@ -100,17 +100,18 @@ class Quality:
             contact_sheet(shown, len(SHOWN), sheet / "demo_sizes.jpg")
         return figures
 
-    def edits(self, count: int, sheet: Path | None) -> dict[str, object]:
-        """Instructions to change a picture of the renderer, 256x256."""
+    def edits(
+        self, count: int, size: tuple[int, int] = SQUARE, sheet: Path | None = None
+    ) -> dict[str, object]:
+        """Instructions to change a picture of the renderer."""
         asked = edits_to_judge(count)
-        before = [drawn(edit[1]) for edit in asked]
+        before = [drawn(edit[1], size) for edit in asked]
+        jobs = list(enumerate(zip(asked, before, strict=True)))
         after = [
             self.artist.edit(edit[3][0], picture, EDITING.with_seed(seed))
-            for seed, (edit, picture) in counted(
-                list(enumerate(zip(asked, before, strict=True))), count, "edits"
-            )
+            for seed, (edit, picture) in counted(jobs, count, f"edits {size[0]}x{size[1]}")
         ]
-        images, wanted = to_tensor(after), to_tensor([drawn(edit[2]) for edit in asked])
+        images, wanted = to_tensor(after), to_tensor([drawn(edit[2], size) for edit in asked])
         hits = classifier.right(self.judge, images, [edit[2] for edit in asked])
         if sheet:
             pairs = [picture for pair in zip(before, after, strict=True) for picture in pair]
@@ -124,7 +125,8 @@ def measure(artist: Artist, models: Path, count: int, sheets: Path | None) -> di
     figures = {
         **quality.wordings(count, sheets),
         "sizes": quality.sizes(max(12, count // 8), sheets),
-        "edits": quality.edits(count, sheets),
+        "edits": quality.edits(count, sheet=sheets),
+        "edits_512x512": quality.edits(max(12, count // 6), (512, 512)),
     }
     figures["seconds"] = round(time.time() - start)
     print(json.dumps(figures, indent=1))
