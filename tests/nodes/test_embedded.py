@@ -7,28 +7,13 @@ import torch
 from pack.demo import classifier, figures
 from pack.demo.animals import Scene
 from pack.demo.edit_graph import edit_graph
-from pack.demo.embedded import FOLDER, TEXT_ENCODER, TRANSFORMER, VAE
-from pack.tests.graphs import encode, loader, node, text_to_image
+from pack.demo.embedded import FOLDER, TRANSFORMER, VAE
+from pack.tests.graphs import embedded_text_to_image, node
 from PIL import Image
 
 BEAR = Scene("bear", "brown", accessory="hat")
 FOX = Scene("fox", "red", action="reading", background="beach")
 TEXTS = {"一只戴帽子的小熊": BEAR, "a red fox reading a book on the beach": FOX}
-
-
-def embedded_graph(text: str, seed: int = 1, steps: int = 8, **latent: int):
-    """`text_to_image` with the embedded model."""
-    graph = text_to_image(text, seed=seed, steps=steps, size=256)
-    for name, kind, path in (
-        ("unet", "DiffusionModel", TRANSFORMER),
-        ("clip", "TextEncoder", TEXT_ENCODER),
-        ("vae", "VAE", VAE),
-    ):
-        graph[name] = loader(kind, path.rpartition("/")[2])
-    graph["negative"] = encode("")
-    graph["sampler"]["inputs"]["cfg"] = 2.0
-    graph["latent"]["inputs"].update(latent)
-    return graph
 
 
 def picture(run) -> torch.Tensor:
@@ -53,12 +38,14 @@ def asked(scene: Scene) -> dict[str, object]:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_picture_shows_what_the_text_asks_for(host, judge, text) -> None:
-    assert seen(judge, picture(host.run(embedded_graph(text)))) == asked(TEXTS[text])
+    assert seen(judge, picture(host.run(embedded_text_to_image(text)))) == asked(TEXTS[text])
 
 
 @pytest.mark.parametrize("size", figures.OTHER_SIZES)
 def test_it_does_so_at_other_sizes(host, judge, size) -> None:
-    graph = embedded_graph("a red fox reading a book on the beach", width=size[0], height=size[1])
+    graph = embedded_text_to_image(
+        "a red fox reading a book on the beach", width=size[0], height=size[1]
+    )
     image = picture(host.run(graph))
     assert image.shape[1:] == size[::-1]
     found = seen(judge, image)
@@ -70,19 +57,19 @@ def test_it_does_so_at_other_sizes(host, judge, size) -> None:
 
 
 def test_a_cached_prompt_draws_the_same_picture_and_another_prompt_another(fresh) -> None:
-    graph = embedded_graph("purple cat")
+    graph = embedded_text_to_image("purple cat")
     first = picture(fresh.run(graph))
     fresh.restart()
     again = fresh.run(graph)
     assert "hit" in again.status("positive")["text"]
     assert torch.equal(picture(again), first)
-    assert not torch.equal(picture(fresh.run(embedded_graph("purple dog"))), first)
+    assert not torch.equal(picture(fresh.run(embedded_text_to_image("purple dog"))), first)
 
 
 def test_image_to_image_keeps_the_scene_and_changes_the_colour(host, judge) -> None:
     image = figures.drawn(Scene("cat", "orange", background="meadow", jitter=3))
     Image.fromarray(image).save(host.base / "input" / "cat.png")
-    graph = embedded_graph("a yellow cat in a meadow")
+    graph = embedded_text_to_image("a yellow cat in a meadow")
     graph["given"] = node("LoadImage", image="cat.png")
     graph["latent"] = node("VAEEncode", pixels=["given", 0], vae=["vae", 0])
     graph["sampler"]["inputs"]["denoise"] = 0.7
@@ -91,7 +78,7 @@ def test_image_to_image_keeps_the_scene_and_changes_the_colour(host, judge) -> N
 
 
 def test_a_lora_changes_the_picture_and_its_absence_restores_it(fresh) -> None:
-    graph = embedded_graph("purple cat")
+    graph = embedded_text_to_image("purple cat")
     plain = picture(fresh.run(graph))
     graph["lora"] = node(
         "LoraLoaderModelOnly",
