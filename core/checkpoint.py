@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .sign_codes import VOCABULARY
-
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 
@@ -21,6 +19,7 @@ VAE = "a Qwen-Image (Wan 2.1) VAE"
 TOKEN_TABLE = "model.embed_tokens.weight"
 TEXT_HEAD_DIM = 128  # fixed in ComfyUI's Qwen2.5-VL for every size of model
 VISION_HEAD_DIM = 80
+VOCABULARY = 152064  # rows of Qwen2.5-VL's table
 
 
 class CheckpointError(ValueError):

@@ -16,6 +16,13 @@ from .environment import ROOT, VENV, SetupError, ensure, inside_venv, say, venv_
 # Everything else of this package needs what set-up installs, so the commands import it themselves.
 
 
+def _several(text: str) -> int:
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"{text} is less than 2")
+    return number
+
+
 def _options(command: str, rest: Sequence[str]) -> argparse.Namespace:
     name = "python -m demo" + ("" if command == "demo" else f" {command}")
     parser = argparse.ArgumentParser(prog=name)
@@ -29,7 +36,9 @@ def _options(command: str, rest: Sequence[str]) -> argparse.Namespace:
         )
     elif command == "quality":
         parser.description = "Measures the embedded model through ComfyUI's own sampling."
-        parser.add_argument("--count", type=int, default=200, metavar="N", help="prompts, edits")
+        parser.add_argument(
+            "--count", type=_several, default=240, metavar="N", help="prompts, edits; 2 or more"
+        )
         parser.add_argument("--sheets", type=Path, metavar="DIR", help="draw contact sheets there")
         parser.add_argument("--models", type=Path, metavar="DIR", help="another model's folder")
     elif command == "setup":
@@ -84,14 +93,22 @@ def _serve(comfyui: Path, rest: Sequence[str]) -> int:
 
 def _quality(comfyui: Path, rest: Sequence[str]) -> int:
     from .artist import Artist, import_comfyui
-    from .embedded import FOLDER
+    from .embedded import FILES, FOLDER
     from .quality import measure
     from .showcase import has_accelerator
 
     options = _options("quality", rest)
     import_comfyui(comfyui, cpu=not has_accelerator())
     models = options.models or FOLDER
-    measure(Artist(models), models, options.count, options.sheets)
+    missing = [name for name in FILES if not (models / name).is_file()]
+    if missing:
+        print(f"{models} lacks {', '.join(missing)}.", file=sys.stderr)
+        return 1
+    try:
+        measure(Artist(models), models, options.count, options.sheets)
+    except ValueError as error:  # CheckpointError is one
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from .embedded import TEXT_ENCODER, TRANSFORMER, VAE
 from .environment import ROOT
@@ -64,26 +63,23 @@ def _architectures() -> Any:
 
 
 class Artist:
-    """The embedded model, ready to draw; call `import_comfyui` first.
+    """The embedded model, ready to draw; call `import_comfyui` first."""
 
-    `dtype` is that of all weights; None is ComfyUI's choice for the device.
-    """
-
-    def __init__(self, models: Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, models: Path) -> None:
         import nodes
         from comfy_extras import nodes_edit_model, nodes_model_advanced, nodes_qwen, nodes_sd3
 
         pack = _architectures()
-        options = {} if dtype is None else {"dtype": dtype}
-        transformer = pack.load_transformer(str(models / TRANSFORMER), options)
+        transformer = pack.load_transformer(str(models / TRANSFORMER), {})
         sampling = nodes_model_advanced.ModelSamplingAuraFlow()
         self.model = sampling.patch_aura(transformer, SHIFT)[0]
-        self.clip = pack.load_text_encoder(str(models / TEXT_ENCODER), options)
-        self.vae = pack.load_vae(str(models / VAE), dtype, "default")
+        self.clip = pack.load_text_encoder(str(models / TEXT_ENCODER), {})
+        self.vae = pack.load_vae(str(models / VAE), None, "default")
         self.nodes, self.empty = nodes, nodes_sd3.EmptySD3LatentImage
         self.encode_edit = nodes_qwen.TextEncodeQwenImageEditPlus
         self.reference = nodes_edit_model.ReferenceLatent
 
+    @torch.inference_mode()
     def draw(
         self, text: str, size: tuple[int, int] = (256, 256), settings: Settings = Settings()
     ) -> np.ndarray:
@@ -92,6 +88,7 @@ class Artist:
         positive, negative = (encode(self.clip, words)[0] for words in (text, ""))
         return self._sample(positive, negative, size, settings)
 
+    @torch.inference_mode()
     def edit(self, text: str, picture: np.ndarray, settings: Settings = Settings()) -> np.ndarray:
         """The picture (H, W, 3) changed as the text says, in the same size."""
         image = torch.from_numpy(picture.astype(np.float32) / 255)[None]
@@ -106,16 +103,9 @@ class Artist:
         self, positive: Any, negative: Any, size: tuple[int, int], settings: Settings
     ) -> np.ndarray:
         s, empty = settings, self.empty.execute(*size).args[0]
-        with torch.inference_mode():
-            latent = self.nodes.KSampler().sample(
-                *(self.model, s.seed, s.steps, s.cfg, s.sampler, s.scheduler),
-                *(positive, negative, empty),
-            )[0]
-            image = self.nodes.VAEDecode().decode(self.vae, latent)[0]
+        latent = self.nodes.KSampler().sample(
+            *(self.model, s.seed, s.steps, s.cfg, s.sampler, s.scheduler),
+            *(positive, negative, empty),
+        )[0]
+        image = self.nodes.VAEDecode().decode(self.vae, latent)[0]
         return (image[0].float().clamp(0, 1) * 255).round().byte().cpu().numpy()
-
-
-def save_png(picture: np.ndarray, path: Path) -> None:
-    """Writes (H, W, 3) bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)

@@ -42,7 +42,7 @@ def make_checkpoints(comfyui: Path, models: Path) -> None:
 
 
 def place_embedded(models: Path) -> None:
-    """Copies the embedded model into a models folder; what is already there stays untouched."""
+    """Copies the embedded model into a models folder, unless the same files are there already."""
     for name in (embedded.TRANSFORMER, embedded.TEXT_ENCODER, embedded.VAE):
         source, target = embedded.FOLDER / name, models / name
         if not target.is_file() or not filecmp.cmp(source, target, shallow=False):

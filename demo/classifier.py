@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from .animals import ACCESSORIES, ACTIONS, ANIMALS, BACKGROUNDS, COLOURS, Scene
 from .embedded import CLASSIFIER, FOLDER
@@ -42,8 +43,12 @@ class Classifier(torch.nn.Module):
         )
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1], any size, to (B, FEATURES)."""
-        x = F.interpolate(images, (SIDE, SIDE), mode="area")
+        """(B, 3, H, W) in [-1, 1], any size, to (B, FEATURES); sees the square in the middle."""
+        height, width = images.shape[-2:]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        square = images[..., top : top + side, left : left + side]
+        x = F.interpolate(square, (SIDE, SIDE), mode="area")
         x = self.body(x)
         return torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)
 
@@ -82,11 +87,12 @@ def right(
 
 
 def load(path: Path = FOLDER / CLASSIFIER) -> Classifier:
-    """The trained classifier."""
-    from safetensors.torch import load_file
-
+    """The trained classifier. Raises ValueError for a file that is none."""
     model = Classifier()
-    model.load_state_dict({k: v.float() for k, v in load_file(path).items()}, strict=False)
+    state = {k: v.float() for k, v in load_file(path).items()}
+    missing, unknown = model.load_state_dict(state, strict=False)
+    if unknown or not all(name.endswith("num_batches_tracked") for name in missing):
+        raise ValueError(f"{path} is not the classifier of this version: it has other tensors.")
     return model.eval()
 
 

@@ -9,3 +9,4 @@ TRANSFORMER = "diffusion_models/tiny_animals_edit.safetensors"
 TEXT_ENCODER = "text_encoders/tiny_animals_text.safetensors"
 VAE = "vae/tiny_animals_vae.safetensors"
 CLASSIFIER = "animal_classifier.safetensors"
+FILES = (TRANSFORMER, TEXT_ENCODER, VAE, CLASSIFIER)

@@ -34,6 +34,7 @@ from .figures import (
 )
 
 EDITING = Settings(cfg=1.0)
+FEWEST_FOR_DISTANCE = 200  # fewer say more about their number than about the model
 SHEET_COLUMNS = 12
 Item = TypeVar("Item")
 
@@ -71,16 +72,18 @@ class Quality:
         scenes, figures = scenes_to_judge(count), {}
         with torch.no_grad():
             features = self.judge.features(to_tensor([drawn(s) for s in scenes]))
-            other = self.judge.features(to_tensor([drawn(s) for s in again(scenes)]))
-            figures["frechet_of_renderer"] = round(classifier.frechet(features, other), 2)
+            if count >= FEWEST_FOR_DISTANCE:
+                other = self.judge.features(to_tensor([drawn(s) for s in again(scenes)]))
+                figures["frechet_of_renderer"] = round(classifier.frechet(features, other), 2)
             for name, word in (("held_out", prompts.held_out), ("known", prompts.describe)):
                 rng = random.Random(901)
                 texts = [word(rng, scene) for scene in scenes]
                 pictures = self.draw(texts, SQUARE, Settings(), f"{name} wordings")
                 images = to_tensor(pictures)
-                distance = classifier.frechet(features, self.judge.features(images))
-                shares = shares_of(classifier.right(self.judge, images, scenes))
-                figures[name] = {**shares, "frechet": round(distance, 2)}
+                figures[name] = shares_of(classifier.right(self.judge, images, scenes))
+                if count >= FEWEST_FOR_DISTANCE:
+                    distance = classifier.frechet(features, self.judge.features(images))
+                    figures[name]["frechet"] = round(distance, 2)
                 if sheet and name == "held_out":
                     contact_sheet(pictures[:48], SHEET_COLUMNS, sheet / "demo_held_out.jpg")
         return figures

@@ -93,12 +93,16 @@ def positive_encoders(prompt: Prompt) -> set[str]:
 
 
 def set_text(prompt: Prompt, text: str) -> None:
-    """Replaces the text of the positive prompt."""
+    """Replaces the text of the positive prompt, and empties the others.
+
+    The embedded model has learnt no other negative prompt than the empty one.
+    """
     encoders = positive_encoders(prompt)
     if not encoders:
         raise DemoError(f"{WORKFLOW.name} has no {CACHED_ENCODE} on a sampler's positive input.")
-    for node_id in encoders:
-        prompt[node_id]["inputs"]["text"] = text
+    for node_id, node in prompt.items():
+        if node["class_type"] == CACHED_ENCODE:
+            node["inputs"]["text"] = text if node_id in encoders else ""
 
 
 # ---------------------------------------------------------------------------------------- running
@@ -195,8 +199,9 @@ def _shrink(node: dict[str, Any]) -> None:
         values[0] = named["value"] = NUMBERS["steps"]
     elif node["type"] == "PrimitiveFloat" and "cfg" in node.get("title", "").lower():
         values[0] = named["value"] = NUMBERS["cfg"]
-    elif node["type"] == CACHED_ENCODE and "positive" in node.get("title", "").lower():
-        values[0] = named["text"] = PROMPTS[0]
+    elif node["type"] == CACHED_ENCODE:
+        positive = "positive" in node.get("title", "").lower()
+        values[0] = named["text"] = PROMPTS[0] if positive else ""
 
 
 def _offer_workflows() -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from .classifier import load as load_classifier
 from .edits import scene_edit
+from .embedded import CLASSIFIER, TEXT_ENCODER, TRANSFORMER, VAE
 from .figures import contact_sheet
 from .prompts import held_out
 from .training import autoencoder, networks, quality
@@ -30,28 +32,30 @@ from .training.text_training import Reader, reading, train_text_encoder
 from .training.weights import Weights
 from .training.world import Groups, draw_scenes
 
-VAE, CLASSIFIER, TEXT, TRANSFORMER, CHECKPOINT, FIGURES = (
-    "vae.safetensors",
-    "classifier.safetensors",
-    "text.safetensors",
-    "transformer.safetensors",
-    "master.safetensors",
-    "figures.json",
-)
+CHECKPOINT, FIGURES = "checkpoint.safetensors", "figures.json"
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
 
 
 def options() -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(prog="python -m demo.train", description=__doc__)
     parser.add_argument("out", type=Path, help="folder of the results and of the checkpoint")
-    parser.add_argument("--vae-steps", type=int, default=4000)
-    parser.add_argument("--text-steps", type=int, default=8000)
-    parser.add_argument("--steps", type=int, default=22000)
-    parser.add_argument("--seconds", type=float, default=1e9, help="end the schedule by then")
-    parser.add_argument("--stop-after", type=float, default=1e9, help="seconds, then checkpoint")
-    parser.add_argument("--tokens", type=int, default=72_000, help="tokens in a batch")
+    parser.add_argument("--vae-steps", type=positive, default=4000)
+    parser.add_argument("--text-steps", type=positive, default=8000)
+    parser.add_argument("--steps", type=positive, default=22000)
+    parser.add_argument(
+        "--stop-after", type=float, default=1e9, help="seconds, then leave a checkpoint"
+    )
+    parser.add_argument("--tokens", type=positive, default=72_000, help="tokens in a batch")
     parser.add_argument("--pictures", type=float, default=1.0, help="share of the data; toy: 0.002")
-    parser.add_argument("--judge", type=int, default=1000, help="pictures for the figures")
+    parser.add_argument("--judge", type=positive, default=1000, help="pictures for the figures")
     return parser.parse_args()
 
 
@@ -76,7 +80,9 @@ class Run:
     def note(self, figures: dict[str, object]) -> None:
         """Keeps figures beside the weights."""
         self.figures.update(figures)
-        (self.out / FIGURES).write_text(json.dumps(self.figures, indent=1))
+        partial = self.out / f"{FIGURES}.partial"
+        partial.write_text(json.dumps(self.figures, indent=1))
+        os.replace(partial, self.out / FIGURES)
 
     # ----------------------------------------------------------------------------- the stages
     def vae(self) -> wan.WanVAE:
@@ -115,7 +121,7 @@ class Run:
 
     def text(self) -> tuple[Text, dict[str, Groups]]:
         """The text encoder, trained or loaded, and all prompts as tokens."""
-        path = self.out / TEXT
+        path = self.out / TEXT_ENCODER
         text = Text(TextEncoder(), self.device)
         self.world.show(text)
         groups = self.world.groups(text)
@@ -130,7 +136,10 @@ class Run:
         state = {k: v.float() for k, v in load_file(path).items()}
         missing, unknown = text.encoder.load_state_dict(state, strict=False)
         if unknown or missing != ["model.embed_tokens.weight"]:
-            raise RuntimeError(f"{path} does not fit: lacks {missing}, knows {unknown}")
+            raise RuntimeError(
+                f"{path} is another encoder (it lacks {missing}, has {unknown}); delete it, and "
+                "the command trains a new one."
+            )
         text.encoder.requires_grad_(False)
         self.world.show(text)  # with the rounding of the file
         return text, groups
@@ -140,12 +149,13 @@ class Run:
         rng, count = random.Random(904), min(500, self.options.judge)
         scenes, texts = draw_scenes(905, count)
         asked = asked_of_scenes(scenes)
+        unaccented = asked_of_scenes([replace(scene, accent="") for scene in scenes])
         held = [held_out(rng, scene) for scene in scenes]
         kinds, before, after, edits = zip(*(scene_edit(rng, 1) for _ in scenes), strict=True)
         tokens = text.tokens
         return {
             "seen": reading(text, reader, tokens(texts[:: len(texts) // count]), asked),
-            "held_out": reading(text, reader, tokens(held), asked),
+            "held_out": reading(text, reader, tokens(held), unaccented),
             "edits": reading(
                 text,
                 reader,
@@ -157,25 +167,27 @@ class Run:
     def go(self) -> None:
         """Everything, in order."""
         o = self.options
+        if (self.out / TRANSFORMER).exists():
+            self.say(f"{self.out / TRANSFORMER} is there already; delete it to go on training")
+            return
         vae = self.vae()
         judge = self.classifier(vae)
         text, groups = self.text()
         buckets = self.world.buckets(groups, vae, self.device)
         self.say("latents ready")
         weights = Weights(text.encoder.model.norm.weight.shape[0], self.device)
-        schedule = Schedule(o.steps, o.seconds, o.stop_after, o.tokens)
         if (self.out / CHECKPOINT).exists():
-            weights.load(self.out)
-            schedule.begun = float(self.figures["progress"])
-            self.say("resumed at step", weights.step, "progress", schedule.begun)
-
-        def checkpoint(progress: float) -> None:
-            weights.save(self.out)
-            self.note({"progress": progress, "step": weights.step})
-
-        self.note(Denoiser(weights, text, buckets, schedule).train(checkpoint))
+            weights.load(self.out / CHECKPOINT)
+            self.say("resumed at step", weights.step)
+        schedule = Schedule(o.steps, o.stop_after, o.tokens)
+        denoiser = Denoiser(weights, text, buckets, schedule)
+        self.note(denoiser.train(lambda: weights.save(self.out / CHECKPOINT)))
+        self.note({"step": weights.step})
+        if weights.step < o.steps:
+            self.say("stopped at step", weights.step, "- the same command goes on from there")
+            return
         weights.export(self.out / TRANSFORMER)
-        self.say("trained", self.figures["step"])
+        self.say("trained", weights.step)
         subject = quality.Judge(weights.result(), vae, judge, text, self.device)
         self.note(quality.judge(subject, o.judge, self.out))
         self.say(json.dumps(self.figures, indent=1))

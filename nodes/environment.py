@@ -158,7 +158,10 @@ def _libraries() -> set[Path]:
     packs = custom_packages().values()
     for place in (Path(p).resolve() for p in sys.path if p):
         installed = next(place.glob("*.dist-info"), None) is not None
-        if installed and not any(place.is_relative_to(pack) for pack in packs):
+        inside = any(place.is_relative_to(pack) for pack in packs)
+        # A place that holds packs, as pip install --target custom_nodes makes, is no library.
+        around = any(root.is_relative_to(place) for root in (*packs, HOST_ROOT))
+        if installed and not inside and not around:
             places.append(place)
     return {place.resolve() for place in places}
 

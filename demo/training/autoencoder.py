@@ -127,12 +127,13 @@ def train_classifier(
     torch.manual_seed(2)
     images, total = _small(sheet, vae, device), len(sheet.scenes)
     wanted = {k: v.to(device) for k, v in classifier.labels(sheet.scenes).items()}
-    held = max(64, total // 16)
+    order = torch.randperm(total)  # pictures with a watermark come last in the sheet
+    held, rest = order[: max(64, total // 16)], order[max(64, total // 16) :].to(device)
     model = classifier.Classifier().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.02)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 100) * (1 - step / steps)
-        index = torch.randint(held, total, (256,), device=device)
+        index = rest[torch.randint(len(rest), (256,), device=device)]
         x = images[index].float()
         x = x + 0.05 * torch.randn_like(x) * torch.rand(256, 1, 1, 1, device=device)
         logits = model(torch.roll(x, torch.randint(-8, 9, (2,)).tolist(), (2, 3)))
@@ -141,6 +142,6 @@ def train_classifier(
         loss.backward()
         optimizer.step()
     model.eval()
-    scenes: list[Scene] = list(sheet.scenes[:held])
-    hits = classifier.right(model, images[:held].float(), scenes)
+    scenes: list[Scene] = [sheet.scenes[i] for i in held.tolist()]
+    hits = classifier.right(model, images[held.to(device)].float(), scenes)
     return model, {f"classifier_{k}": v.float().mean().item() for k, v in hits.items()}

@@ -135,7 +135,6 @@ class World:
                 sheet.share.late,
                 latents(sheet.pictures, vae, device),
                 groups[sheet.name],
-                sheet.asked,
                 latents(sheet.before, vae, device) if sheet.before else None,
             )
             for sheet in self.sheets

@@ -35,7 +35,6 @@ class Bucket:
     late: float
     latents: torch.Tensor
     groups: Groups
-    asked: torch.Tensor
     before: torch.Tensor | None = None
 
     @property
@@ -44,29 +43,14 @@ class Bucket:
         return self.latents.shape[-1] * 8, self.latents.shape[-2] * 8
 
 
-@dataclass
+@dataclass(frozen=True)
 class Schedule:
-    """How long to train: `steps`, or `seconds` for the whole if that comes first."""
+    """How long to train."""
 
     steps: int
-    seconds: float = math.inf
     stop_after: float = math.inf  # seconds of this process
     tokens: int = 72_000  # in a batch
-    begun: float = 0.0  # progress of an earlier process
     every: float = 60.0  # seconds between checkpoints
-
-    def start(self) -> None:
-        """The clock begins once everything is compiled."""
-        self.started = time.time()
-
-    def elapsed(self) -> float:
-        """Seconds since then."""
-        return time.time() - self.started
-
-    def progress(self, step: int) -> float:
-        """From 0 to 1."""
-        passed = self.begun + (1 - self.begun) * self.elapsed() / self.seconds
-        return max(step / self.steps, passed)
 
 
 def rate_at(progress: float, step: int) -> float:
@@ -158,6 +142,12 @@ class Denoiser:
         self.weights.update(rate_at(progress, self.weights.step))
         self.losses[bucket.name].append(loss.detach())
 
+    def compile(self) -> None:
+        """Every size a few times, so that the blocks are compiled; the weights stay as they are."""
+        for bucket in self.buckets * COMPILING:
+            self.loss(bucket).backward()
+            self.weights.model.zero_grad(set_to_none=True)
+
     def means(self, last: int) -> dict[str, float]:
         """Mean loss of each bucket's last batches."""
         return {
@@ -166,29 +156,33 @@ class Denoiser:
             if values
         }
 
-    def train(self, checkpoint: Callable[[float], None]) -> dict[str, object]:
-        """Trains to the end of the schedule; `checkpoint` is told the progress now and then."""
-        weights, schedule = self.weights, self.schedule
+    def train(self, checkpoint: Callable[[], None]) -> dict[str, object]:
+        """Trains to the end of the schedule, or until it is to stop; always leaves a checkpoint."""
+        weights = self.weights
         model_management.in_training = True  # rope without the kernel that has no gradient
         undo = fused() if weights.device == "cuda" else lambda: None
-        for bucket in self.buckets * COMPILING:
-            self.step(bucket, schedule.begun)
-        schedule.start()
-        saved, first = 0.0, weights.step
-        progress = schedule.progress(weights.step)
-        while progress < 1 and schedule.elapsed() < schedule.stop_after:
+        try:
+            if weights.device == "cuda":
+                self.compile()
+            start, first = time.time(), weights.step
+            self._steps(start, checkpoint)
+        finally:
+            undo()
+            model_management.in_training = False
+        checkpoint()
+        seconds = time.time() - start
+        speed = (weights.step - first) / max(seconds, 1e-3)
+        return {"steps_per_second": round(speed, 2), "loss": self.means(200)}
+
+    def _steps(self, start: float, checkpoint: Callable[[], None]) -> None:
+        weights, schedule, saved = self.weights, self.schedule, start
+        while weights.step < schedule.steps and time.time() - start < schedule.stop_after:
+            progress = weights.step / schedule.steps
             shares = [b.early if progress < FIRST_PART else b.late for b in self.buckets]
             self.step(self.rng.choices(self.buckets, shares)[0], progress)
             if weights.step % 500 == 0:
-                line = f"step {weights.step} {schedule.elapsed():.0f}s p {progress:.3f}"
-                print(line, self.means(100), flush=True)
-            if schedule.elapsed() - saved > schedule.every:
-                saved = schedule.elapsed()
-                checkpoint(progress)
-            progress = schedule.progress(weights.step)
-        undo()
-        model_management.in_training = False
-        checkpoint(progress)
-        seconds = schedule.elapsed()
-        speed = (weights.step - first) / max(seconds, 1e-3)
-        return {"steps_per_second": speed, "seconds": seconds, "loss": self.means(200)}
+                seconds = time.time() - start
+                print(f"step {weights.step} {seconds:.0f}s", self.means(100), flush=True)
+            if time.time() - saved > schedule.every:
+                saved = time.time()
+                checkpoint()

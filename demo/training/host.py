@@ -3,22 +3,25 @@
 # ruff: noqa: E402, F401
 from __future__ import annotations
 
-import os
 import sys
 
 import torch
 
-from ..environment import ROOT
+from ..environment import ROOT, find_comfyui
 
-sys.path.insert(0, os.environ["COMFYUI_PATH"])  # before our own folder, which has nodes too
+comfyui = find_comfyui()
+if comfyui is None:
+    raise SystemExit("ComfyUI was not found: set COMFYUI_PATH to its folder.")
+sys.path.insert(0, str(comfyui))  # before our own folder, which has nodes too
 sys.path.append(str(ROOT))  # for core, whatever package the demo belongs to
 import comfy.options
 
 comfy.options.enable_args_parsing(False)
 from comfy.cli_args import args
 
-args.use_pytorch_cross_attention = True
-args.cpu = not torch.cuda.is_available()
+if "comfy.model_management" not in sys.modules:  # then the device is settled already
+    args.use_pytorch_cross_attention = True
+    args.cpu = not torch.cuda.is_available()
 import comfy.ops
 from comfy import model_management
 from comfy.latent_formats import Wan21

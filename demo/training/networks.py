@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from .host import QwenImageTransformer2DModel, Wan21, operations, wan
 
@@ -31,8 +32,6 @@ def initialise(module: torch.nn.Module, seed: int, zero: tuple[str, ...] = ()) -
 
 def save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Writes under a temporary name first, readable by everyone."""
-    from safetensors.torch import save_file
-
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata)

@@ -1,9 +1,9 @@
 """The text encoder: Qwen2.5-VL's architecture, trained to know what a prompt asks for.
 
 A published text encoder comes trained, too: what the transformer sees is not words but meaning.
-This one learns from prompts alone (no picture), in a minute: at every token of the template's end
-a linear reading must tell which animal, colour, clothes, action and place are asked for, or which
-edit. The transformer then finds the whole request at places that never move.
+This one learns from prompts, in two minutes, and sees no drawing that belongs to them: at every
+token of the template's end a linear reading must tell which animal, colour, clothes, action and
+place are asked for, or which edit. The transformer then finds that at places which never move.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from . import networks
 
@@ -59,24 +60,23 @@ class Weights:
         for p in self.working:
             p.grad = None
 
-    def save(self, folder: Path) -> None:
-        """Four files, each under 16 MiB; the moments need no full precision."""
-        for name in KEPT:
-            tensors = getattr(self, name)
-            if name in ("first", "second"):
+    def save(self, path: Path) -> None:
+        """One file, replaced as a whole; the moments need no full precision."""
+        state = {}
+        for part in KEPT:
+            tensors = getattr(self, part)
+            if part in ("first", "second"):
                 tensors = [p.bfloat16() for p in tensors]
-            state = dict(zip(self.names, tensors, strict=True))
-            networks.save(state, folder / f"{name}.safetensors", {"step": str(self.step)})
+            state |= {f"{part}.{n}": p for n, p in zip(self.names, tensors, strict=True)}
+        networks.save(state, path, {"step": str(self.step)})
 
-    def load(self, folder: Path) -> None:
+    def load(self, path: Path) -> None:
         """Continue from what `save` wrote."""
-        from safetensors import safe_open
-
-        for name in KEPT:
-            with safe_open(folder / f"{name}.safetensors", "pt") as file:
-                self.step = int(file.metadata()["step"])
-                for key, tensor in zip(self.names, getattr(self, name), strict=True):
-                    tensor.copy_(file.get_tensor(key))
+        with safe_open(path, "pt") as file:
+            self.step = int(file.metadata()["step"])
+            for part in KEPT:
+                for name, tensor in zip(self.names, getattr(self, part), strict=True):
+                    tensor.copy_(file.get_tensor(f"{part}.{name}"))
         with torch.no_grad():
             torch._foreach_copy_(self.working, self.master)
 

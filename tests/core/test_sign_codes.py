@@ -7,7 +7,8 @@ import random
 
 import pytest
 import torch
-from pack.core.sign_codes import VOCABULARY, sign_codes
+from pack.core.checkpoint import VOCABULARY
+from pack.core.sign_codes import sign_codes
 
 # The first 64 signs of a few rows at width 64, written down once: trained files depend on them.
 ROWS = {

@@ -110,8 +110,8 @@ def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(training, tmp_path) ->
     weights, resumed = (training.weights.Weights(64, "cpu") for _ in range(2))
     for seed in range(3):
         step(weights, seed)
-    weights.save(tmp_path)
-    resumed.load(tmp_path)
+    weights.save(tmp_path / "checkpoint.safetensors")
+    resumed.load(tmp_path / "checkpoint.safetensors")
     assert resumed.step == 3
     for a, b in zip(weights.average, resumed.average, strict=True):
         assert torch.equal(a, b)

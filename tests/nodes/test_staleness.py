@@ -145,23 +145,27 @@ def test_host_functions_replaced_from_inside_comfyuis_folder(
         ("elsewhere", True),  # pip install --target, then PYTHONPATH
         ("custom_nodes/test_extension/vendored", False),
         ("without_packages", False),
+        ("custom_nodes", False),  # pip install --target custom_nodes
+        ("above_the_host", False),
     ],
 )
 def test_a_library_beside_python_is_trusted_and_one_inside_a_pack_is_not(
     fresh, environment, monkeypatch, folder, trusted
 ) -> None:
     place = fresh.base / folder
-    place.mkdir()
+    made = place / "library-1.0.dist-info" if place.exists() else place
+    place.mkdir(exist_ok=True)
     if folder != "without_packages":
         (place / "library-1.0.dist-info").mkdir()
     monkeypatch.syspath_prepend(str(place))
-    caches = (environment._libraries, environment.is_trusted)
+    monkeypatch.setattr(environment, "HOST_ROOT", fresh.base / "above_the_host" / "ComfyUI")
+    caches = (environment._libraries, environment.is_trusted, environment.is_host_file)
     try:
         for cache in caches:
             cache.cache_clear()
         assert environment.is_trusted(str(place / "library.py")) is trusted
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(made)
         monkeypatch.undo()
         for cache in caches:
             cache.cache_clear()

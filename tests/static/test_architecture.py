@@ -12,7 +12,7 @@ from pack.tests.conftest import ROOT
 
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "nodes", "folder_paths", "server"}
 HOST |= {"execution", "comfyui_version", "app", "latent_preview", "node_helpers"}
-CORE_MAY_USE = set(sys.stdlib_module_names) | {"torch", "numpy", "safetensors"}
+CORE_MAY_USE = set(sys.stdlib_module_names) | {"torch", "safetensors"}
 SHIPPED = [p for room in ("core", "nodes") for p in sorted((ROOT / room).rglob("*.py"))]
 SHIPPED.append(ROOT / "__init__.py")
 
