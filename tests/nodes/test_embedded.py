@@ -57,13 +57,13 @@ def test_it_does_so_at_other_sizes(host, judge, size) -> None:
 
 
 def test_a_cached_prompt_draws_the_same_picture_and_another_prompt_another(fresh, judge) -> None:
-    graph = embedded_text_to_image("purple cat")
+    graph = embedded_text_to_image("a purple cat")
     first = picture(fresh.run(graph))
     fresh.restart()
     again = fresh.run(graph)
     assert "hit" in again.status("positive")["text"]
     assert torch.equal(picture(again), first)
-    other = picture(fresh.run(embedded_text_to_image("purple dog")))
+    other = picture(fresh.run(embedded_text_to_image("a purple dog")))
     assert [seen(judge, image)["animal"] for image in (first, other)] == ["cat", "dog"]
 
 
