@@ -167,9 +167,6 @@ class Run:
     def go(self) -> None:
         """Everything, in order."""
         o = self.options
-        if (self.out / TRANSFORMER).exists():
-            self.say(f"{self.out / TRANSFORMER} is there already; delete it to go on training")
-            return
         vae = self.vae()
         judge = self.classifier(vae)
         text, groups = self.text()
@@ -195,4 +192,8 @@ class Run:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    Run(options()).go()
+    given = options()
+    if (given.out / TRANSFORMER).exists():
+        print(f"{given.out / TRANSFORMER} is there already; delete it to train another.")
+    else:
+        Run(given).go()
