@@ -69,7 +69,9 @@ def graph(side: str, text: str, seed: int, size: int, steps: int) -> Graph:
         "decode": ("VAEDecode", {"samples": ["sampler", 0], "vae": ["vae", 0]}),
         "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": "bench"}),
     }
-    return {k: {"class_type": c, "inputs": i} for k, (c, i) in {**loaders, **rest}.items()}
+    meta = {"qwen_vram": {"keep_nothing": "stock, without the cache"}} if side == "stock" else {}
+    every = {**loaders, **rest}.items()
+    return {k: {"class_type": c, "inputs": i, "_meta": meta} for k, (c, i) in every}
 
 
 class Peak(threading.Thread):

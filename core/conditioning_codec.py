@@ -15,6 +15,8 @@ from safetensors.torch import save as save_tensors
 
 VERSION = 1
 MAX_DEPTH = 32
+MAX_HEADER_BYTES = 4 << 20  # parsed before anything is verified, at up to 20 times its size
+MAX_INT_BITS = 4096  # Python reads no longer decimal numbers back
 
 _DTYPES = {
     str(dtype): dtype
@@ -24,6 +26,11 @@ _DTYPES = {
         *(torch.float8_e4m3fn, torch.float8_e5m2),
     )
 }
+
+_UNREADABLE = (  # what reading hostile bytes has been seen to raise, in safetensors, JSON and torch
+    *(SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError),
+    *(struct.error, RuntimeError, ArithmeticError),
+)
 
 
 class Unstorable(ValueError):
@@ -36,6 +43,10 @@ class Corrupt(ValueError):
 
 class FutureVersion(ValueError):
     """An entry in a format that this version of the pack does not know yet."""
+
+
+class Elsewhere(ValueError):
+    """An intact entry with tensors on a device that this machine lacks, or that is full."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,8 @@ def flatten(value: Any, tensors: list[torch.Tensor], where: str = "value", depth
     if depth > MAX_DEPTH:
         raise Unstorable(f"{where} is nested deeper than {MAX_DEPTH} levels")
     kind = type(value)
+    if kind is int and value.bit_length() > MAX_INT_BITS:
+        raise Unstorable(f"{where} is a number of {value.bit_length()} bits")
     if value is None or kind in (bool, int, str):
         return value
     if kind is float:
@@ -70,6 +83,7 @@ def flatten(value: Any, tensors: list[torch.Tensor], where: str = "value", depth
 def _flatten_item(key: Any, value: Any, tensors: list[torch.Tensor], where: str, depth: int) -> Any:
     if type(key) not in (str, int):
         raise Unstorable(f"{where} has a key of type {type(key).__name__}")
+    flatten(key, tensors, f"a key of {where}", depth)
     return [key, flatten(value, tensors, f"{where}[{key!r}]", depth + 1)]
 
 
@@ -82,8 +96,12 @@ def _flatten_tensor(value: torch.Tensor, tensors: list[torch.Tensor], where: str
     return ["tensor", len(tensors) - 1, str(value.dtype), list(value.shape), str(value.device)]
 
 
-def rebuild(tree: Any, tensors: list[torch.Tensor], depth: int = 0) -> Any:
-    """The inverse of `flatten`: fresh lists, dicts and tensors, on the devices they came from."""
+def rebuild(tree: Any, tensors: dict[int, torch.Tensor], depth: int = 0) -> Any:
+    """The inverse of `flatten`: fresh lists, dicts and tensors, on the devices they came from.
+
+    Takes each tensor out of `tensors`: one that is named twice would be copied twice, and a small
+    file could ask for any amount of memory.
+    """
     if depth > MAX_DEPTH:
         raise Corrupt("nested too deep")
     if tree is None or type(tree) in (bool, int, str):
@@ -98,12 +116,20 @@ def rebuild(tree: Any, tensors: list[torch.Tensor], depth: int = 0) -> Any:
     if kind == "dict":
         return {key: rebuild(item, tensors, depth + 1) for key, item in content}
     if kind == "tensor":
-        dtype, shape, device = rest
-        tensor = tensors[content]
-        if tensor.dtype != _DTYPES[dtype] or list(tensor.shape) != shape:
-            raise Corrupt("a tensor has another type or shape than its description")
-        return tensor.to(device, copy=True)
+        return _rebuild_tensor(tensors.pop(content), *rest)
     raise Corrupt(f"unknown kind {kind!r}")
+
+
+def _rebuild_tensor(tensor: torch.Tensor, dtype: str, shape: list[int], device: str) -> Any:
+    if tensor.dtype != _DTYPES[dtype] or list(tensor.shape) != shape:
+        raise Corrupt("a tensor has another type or shape than its description")
+    target = torch.device(device)
+    if target.type == "meta":
+        raise Corrupt("a tensor without data")
+    try:
+        return tensor.to(target, copy=True)
+    except (RuntimeError, AssertionError) as error:  # a build of torch without CUDA asserts
+        raise Elsewhere(f"a tensor cannot be placed on {device} ({error})") from error
 
 
 def encode(entry: Entry) -> bytes:
@@ -114,11 +140,18 @@ def encode(entry: Entry) -> bytes:
     body = json.dumps({"tree": tree, **facts})
     metadata = {"format": "qwen_vram.conditioning", "version": str(VERSION), "entry": body}
     metadata["digest"] = _digest(body, tensors)
-    return save_tensors({str(i): tensor for i, tensor in enumerate(tensors)}, metadata)
+    data = save_tensors({str(i): tensor for i, tensor in enumerate(tensors)}, metadata)
+    length = header_bytes(data)
+    if length > MAX_HEADER_BYTES:
+        raise Unstorable(f"its structure takes {length} bytes, more than {MAX_HEADER_BYTES}")
+    return data
 
 
 def decode(data: bytes) -> Entry:
-    """The inverse of `encode`. Raises Corrupt, FutureVersion; never believes an altered byte."""
+    """The inverse of `encode`; never believes an altered byte.
+
+    Raises Corrupt, FutureVersion, Elsewhere.
+    """
     metadata = read_metadata(data)
     try:
         named = load_tensors(data)
@@ -126,27 +159,68 @@ def decode(data: bytes) -> Entry:
         if _digest(metadata["entry"], tensors) != metadata["digest"]:
             raise Corrupt("the content does not match its digest")
         body = json.loads(metadata["entry"])
-        value = rebuild(body["tree"], tensors)
-        return Entry(value, body["seconds"], body["parts"], body["device"])
-    except (SafetensorError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise error if isinstance(error, Corrupt) else Corrupt(str(error)) from error
+        waiting = dict(enumerate(tensors))
+        entry = Entry(rebuild(body["tree"], waiting), *_facts(body))
+        if waiting:
+            raise Corrupt("it holds tensors that it does not name")
+        return entry
+    except (Corrupt, Elsewhere):
+        raise
+    except _UNREADABLE as error:
+        raise Corrupt(str(error)) from error
+
+
+def _facts(body: dict[str, Any]) -> tuple[float, dict[str, str], str]:
+    seconds, parts, device = body["seconds"], body["parts"], body["device"]
+    texts = [device, *parts, *parts.values()]
+    if type(seconds) not in (int, float) or not all(type(text) is str for text in texts):
+        raise Corrupt("its description is of another kind")
+    return seconds, parts, device
+
+
+def header_bytes(data: bytes) -> int:
+    """How long the header says it is, from the first 8 bytes of a file. Raises Corrupt."""
+    try:
+        return struct.unpack_from("<Q", data)[0]
+    except struct.error as error:
+        raise Corrupt(f"no readable header ({error})") from error
 
 
 def read_metadata(data: bytes) -> dict[str, str]:
-    """The metadata of an entry from (at least) the beginning of its file."""
+    """The metadata of an entry from (at least) the beginning of its file.
+
+    Raises Corrupt, FutureVersion.
+    """
     try:
-        (length,) = struct.unpack_from("<Q", data)
-        if length > len(data) - 8:
-            raise ValueError("the header is cut off")
-        metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+        metadata = _read_header(data)["__metadata__"]
         if metadata["format"] != "qwen_vram.conditioning":
             raise ValueError("it is another kind of file")
         version = int(metadata["version"])
-    except (struct.error, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Corrupt(f"no readable header ({error})") from error
     if version > VERSION:
         raise FutureVersion(f"format {version}; this version of Qwen VRAM reads up to {VERSION}")
     return metadata
+
+
+def declared_bytes(data: bytes) -> int:
+    """The size of the whole file by its header, which is the beginning `data`. Raises Corrupt."""
+    try:
+        table = _read_header(data)
+        ends = [table[name]["data_offsets"][1] for name in table if name != "__metadata__"]
+        return 8 + header_bytes(data) + max(ends, default=0)
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise Corrupt(f"no readable header ({error})") from error
+
+
+def _read_header(data: bytes) -> dict[str, Any]:
+    length = header_bytes(data)
+    if length > min(MAX_HEADER_BYTES, len(data) - 8):
+        raise ValueError("the header is cut off")
+    table = json.loads(data[8 : 8 + length])
+    if type(table) is not dict:
+        raise ValueError("the header is no table")
+    return table
 
 
 def _digest(body: str, tensors: list[torch.Tensor]) -> str:

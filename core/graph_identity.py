@@ -30,15 +30,33 @@ class ClassFacts(NamedTuple):
     fingerprint: Any = None
     neutral: frozenset[str] = frozenset()  # inputs that do not change what comes out
     choices: frozenset[str] = frozenset()  # inputs that choose from a list, of files perhaps
+    files_in_fingerprint: bool = False  # by content: name and date of the files do not matter
+    reads_again: bool = False  # runs again when a file that it names was replaced
+    changed_by: frozenset[str] = frozenset()  # packages that put code of their own into it
 
 
 @dataclass
 class GraphIdentity:
-    """An upstream graph in canonical form, with the files and the packages that it names."""
+    """A graph in canonical form, with the files and the packages that it names.
+
+    `watched` files are in the fingerprint of their node by content; they must only stay the same
+    while the graph runs. `held` are paths of which a node may still hold an older version.
+    """
 
     nodes: list[Any] = field(default_factory=list)
     files: list[FileIdentity] = field(default_factory=list)
     packages: set[str] = field(default_factory=set)
+    watched: list[FileIdentity] = field(default_factory=list)
+    held: set[str] = field(default_factory=set)
+
+    def name(self, files: Iterable[FileIdentity], facts: ClassFacts) -> None:
+        """Note files that a node names."""
+        if facts.files_in_fingerprint:
+            self.watched += files
+            return
+        self.files += files
+        if not facts.reads_again:
+            self.held |= {file.path for file in files}
 
 
 class Host(NamedTuple):
@@ -60,45 +78,59 @@ def is_link(value: Any) -> bool:
 
 
 def identify_upstream(link: Any, host: Host) -> GraphIdentity:
-    """Walk everything upstream of `link`. Raises NotCacheable."""
-    identity = GraphIdentity()
-    numbers: dict[str, int] = {}
-
-    def visit(node_id: str) -> int:
-        """Number a node by the order of the first visit: ids differ between equal graphs."""
-        if node_id in numbers:
-            return numbers[node_id]
-        if len(numbers) >= MAX_NODES:
-            raise NotCacheable(f"more than {MAX_NODES} nodes lie upstream")
-        numbers[node_id] = len(numbers)
-        node = host.node(node_id)
-        facts = host.facts(node_id, node)
-        row: list[Any] = [numbers[node_id], node["class_type"], facts.package, facts.fingerprint]
-        identity.nodes.append(row)
-        identity.packages.add(facts.package)
-        for name, value in sorted(node["inputs"].items()):
-            if name in facts.neutral:
-                continue
-            if is_link(value):
-                row.append([name, "link", visit(value[0]), value[1]])
-                if name in facts.choices and not _names_a_file(value[0]):
-                    raise NotCacheable(
-                        f"{name} of {node['class_type']} is computed by another node"
-                    )
-                continue
-            row.append([name, "value", canonical(value, f"{name} of {node['class_type']}")])
-            for text in strings_in(value):
-                identity.files += host.files(text)
-        return numbers[node_id]
-
-    def _names_a_file(node_id: str) -> bool:
-        texts = (t for v in host.node(node_id)["inputs"].values() for t in strings_in(v))
-        return any(host.files(text) for text in texts)
-
+    """Everything upstream of `link`. Raises NotCacheable."""
     if not is_link(link):
-        raise NotCacheable("the encoder is handed over by a node that builds a graph of its own")
-    identity.nodes.append(["socket", visit(link[0]), link[1]])
-    return identity
+        raise NotCacheable("an input is handed over by a node that builds a graph of its own")
+    walk = _Walk(host)
+    walk.identity.nodes.append(["socket", walk.visit(link[0]), link[1]])
+    return walk.identity
+
+
+def identify_node(node_id: str, host: Host) -> GraphIdentity:
+    """A node and everything upstream of it. Raises NotCacheable."""
+    walk = _Walk(host)
+    walk.visit(node_id)
+    return walk.identity
+
+
+class _Walk:
+    """One walk upstream. Nodes are numbered by the first visit: ids differ between equal graphs."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.identity = GraphIdentity()
+        self.numbers: dict[str, int] = {}
+
+    def visit(self, node_id: str) -> int:
+        """Note a node and all that feeds it; return its number."""
+        if node_id in self.numbers:
+            return self.numbers[node_id]
+        if len(self.numbers) >= MAX_NODES:
+            raise NotCacheable(f"more than {MAX_NODES} nodes lie upstream")
+        number = self.numbers[node_id] = len(self.numbers)
+        node = self.host.node(node_id)
+        facts = self.host.facts(node_id, node)
+        row: list[Any] = [number, node["class_type"], facts.package, facts.fingerprint]
+        self.identity.nodes.append(row)
+        self.identity.packages |= {facts.package, *facts.changed_by}
+        for name, value in sorted(node["inputs"].items()):
+            if name not in facts.neutral:
+                row.append(self._input(node["class_type"], facts, name, value))
+        return number
+
+    def _input(self, class_type: str, facts: ClassFacts, name: str, value: Any) -> list[Any]:
+        if not is_link(value):
+            for text in strings_in(value):
+                self.identity.name(self.host.files(text), facts)
+            return [name, "value", canonical(value, f"{name} of {class_type}")]
+        row = [name, "link", self.visit(value[0]), value[1]]
+        if name in facts.choices and not self._names_a_file(value[0]):
+            raise NotCacheable(f"{name} of {class_type} is computed by another node")
+        return row
+
+    def _names_a_file(self, node_id: str) -> bool:
+        texts = (t for v in self.host.node(node_id)["inputs"].values() for t in strings_in(v))
+        return any(self.host.files(text) for text in texts)
 
 
 def canonical(value: Any, where: str) -> str:

@@ -14,6 +14,12 @@ from pathlib import Path
 from .environment import ROOT, VENV, SetupError, ensure, inside_venv, say, venv_python
 
 # Everything else of this package needs what set-up installs, so the commands import it themselves.
+KNOWN = (
+    "The model knows bear, bunny, cat, dog, fox, pig, mouse, panda, frog, duck, elephant and lion; "
+    "red, orange, yellow, green, blue, purple, pink and brown; a hat, scarf, dress or glasses; "
+    "standing, sitting, dancing, sleeping and reading; a plain background, meadow, snow, beach, "
+    "night and room. English and Chinese."
+)
 
 
 def _several(text: str) -> int:
@@ -23,6 +29,12 @@ def _several(text: str) -> int:
     return number
 
 
+def _prompt(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError('it is empty; say what to draw, as "a red fox with a hat"')
+    return text
+
+
 def _options(command: str, rest: Sequence[str]) -> argparse.Namespace:
     name = "python -m demo" + ("" if command == "demo" else f" {command}")
     parser = argparse.ArgumentParser(prog=name)
@@ -30,15 +42,17 @@ def _options(command: str, rest: Sequence[str]) -> argparse.Namespace:
         parser.description = (
             f"Draws and edits with the bundled workflow. Other commands: {', '.join(COMMANDS[1:])}."
         )
-        parser.add_argument("--prompt", metavar="TEXT", help="the text to draw")
+        parser.epilog = KNOWN
+        parser.add_argument(
+            "--prompt", type=_prompt, metavar="TEXT", help="what to draw instead of the examples"
+        )
         parser.add_argument(
             "--keep-cache", action="store_true", help="start with the conditioning of earlier demos"
         )
     elif command == "quality":
         parser.description = "Measures the embedded model through ComfyUI's own sampling."
-        parser.add_argument(
-            "--count", type=_several, default=240, metavar="N", help="prompts, edits; 2 or more"
-        )
+        wanted = "how many prompts, and edits; 2 or more (default %(default)s: some 19 minutes)"
+        parser.add_argument("--count", type=_several, default=240, metavar="N", help=wanted)
         parser.add_argument("--sheets", type=Path, metavar="DIR", help="draw contact sheets there")
         parser.add_argument("--models", type=Path, metavar="DIR", help="another model's folder")
     elif command == "setup":
@@ -80,7 +94,8 @@ def _demo(comfyui: Path, rest: Sequence[str]) -> int:
 def _serve(comfyui: Path, rest: Sequence[str]) -> int:
     from .checkpoints import CheckpointsError
     from .server import ServerError
-    from .showcase import DemoError, serve
+    from .serving import serve
+    from .showcase import DemoError
 
     _options("serve", rest)
     try:

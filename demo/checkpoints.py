@@ -1,4 +1,4 @@
-"""Makes sure that a models folder holds the embedded model and the random tiny checkpoints."""
+"""Makes sure that a models folder holds the embedded model and the random files beside it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class CheckpointsError(RuntimeError):
 
 
 def make_checkpoints(comfyui: Path, models: Path) -> None:
-    """Copies the embedded model, and writes the random ones unless this generator already has."""
+    """Copies the embedded model, and writes the LoRA and the tests' files unless that is done."""
     place_embedded(models)
     stamp, version = models / "tiny.stamp", hashlib.sha256(GENERATOR.read_bytes()).hexdigest()
     if stamp.is_file() and stamp.read_text() == version:
         return
-    say(f"writing random tiny checkpoints into {models}")
+    say(f"preparing {models}: the embedded model, a stand-in for the LoRA, files for the tests")
     # In a process of its own, because importing ComfyUI settles the device for good.
     done = subprocess.run(
         [sys.executable, "-m", "demo.tiny_checkpoints", str(models)],

@@ -101,4 +101,4 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int, path: Path, side: 
     if path.suffix == ".jpg":
         sheet.save(path, quality=88)
     else:
-        sheet.quantize(128).save(path, optimize=True)
+        sheet.save(path, optimize=True)

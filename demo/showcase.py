@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import shutil
 import time
-import webbrowser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -22,8 +19,10 @@ from .edit_graph import edit_graph
 from .environment import ROOT, say
 from .figures import contact_sheet
 from .progress import ProgressLine, table
+from .scenes import ANIMALS
 from .server import Result, Server
-from .substitutions import MODEL_FILES, NUMBERS, Prompt, substitute
+from .substitutions import Prompt, substitute
+from .vocabulary import names_animal
 
 BASE = ROOT / ".demo"
 WORKFLOW = ROOT / "workflows" / "qwen_image_2512.json"
@@ -35,7 +34,6 @@ PROMPTS = (
     "一只戴帽子的小熊",
 )
 EDIT = "change the background to a meadow, with flowers"
-BROWSER_PORT = 8188
 
 
 class DemoError(RuntimeError):
@@ -59,7 +57,8 @@ def has_accelerator() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def _server(comfyui: Path, cpu: bool, preferred_port: int = 0) -> Server:
+def new_server(comfyui: Path, cpu: bool, preferred_port: int = 0) -> Server:
+    """A ComfyUI on the demo's folder, not yet started."""
     # ComfyUI's default attention takes seconds for the first prompt on a CPU.
     extra = ["--use-pytorch-cross-attention"] if cpu else []
     return Server(comfyui, BASE, ROOT, cpu=cpu, extra_args=extra, preferred_port=preferred_port)
@@ -145,6 +144,9 @@ def _verdict(prompt: Prompt, first: Run, again: Run, fresh: bool) -> None:
     if _pixels(first.png) != _pixels(again.png):
         raise DemoError("The two pictures differ.")
     print("The two pictures are identical, pixel by pixel.")
+    print(
+        "The text encoder here is tiny, so that a hit saves next to no time; the real one is 9 GB."
+    )
 
 
 def _edited(server: Server, picture: Run) -> Run:
@@ -170,66 +172,24 @@ def _drawn(server: Server, texts: Sequence[str]) -> tuple[Prompt, list[Run]]:
 
 def run(comfyui: Path, text: str | None = None, keep_cache: bool = False) -> None:
     """Draws and edits, repeats the first prompt in a new process; raises if that was not spared."""
+    if text is not None and not names_animal(text):
+        say(f"the prompt names no animal that the model knows ({', '.join(ANIMALS)}): it draws any")
     make_checkpoints(comfyui, BASE / "models")
+    for old in (BASE / "output").glob("demo*.png"):
+        old.unlink()
     if not keep_cache:
         shutil.rmtree(BASE / "user" / "__qwen_vram", ignore_errors=True)
     cpu = not has_accelerator()
     texts = PROMPTS if text is None else (text,)
     say(f"starting ComfyUI from {comfyui} {'on the CPU' if cpu else 'on the GPU'}")
-    with _server(comfyui, cpu) as server:
+    with new_server(comfyui, cpu) as server:
         prompt, runs = _drawn(server, texts)
         edited = _edited(server, runs[-1])
     say("stopped it; starting a new ComfyUI process for the first prompt again")
-    with _server(comfyui, cpu) as server:
+    with new_server(comfyui, cpu) as server:
         again = _run_once(server, prompt, "again", texts[0])
     _verdict(prompt, runs[0], again, fresh=not keep_cache)
     sheet = BASE / "output" / "demo.png"
     pictures = [PIL.Image.open(io.BytesIO(r.png)).convert("RGB") for r in (*runs, edited)]
     contact_sheet([np.asarray(p) for p in pictures], len(pictures), sheet, side=256)
     print(f"All pictures side by side: {sheet}")
-
-
-def _shrink(node: dict[str, Any]) -> None:
-    """Sets size, steps and prompt of an editor-format node to what the embedded model knows."""
-    values, named = node.get("widgets_values"), node.get("widgets_values_named", {})
-    if node["type"] == "EmptySD3LatentImage":
-        values[:2] = [NUMBERS["width"], NUMBERS["height"]]
-        named.update(width=NUMBERS["width"], height=NUMBERS["height"])
-    elif node["type"] == "PrimitiveInt" and "steps" in node.get("title", "").lower():
-        values[0] = named["value"] = NUMBERS["steps"]
-    elif node["type"] == "PrimitiveFloat" and "cfg" in node.get("title", "").lower():
-        values[0] = named["value"] = NUMBERS["cfg"]
-    elif node["type"] == CACHED_ENCODE:
-        positive = "positive" in node.get("title", "").lower()
-        values[0] = named["text"] = PROMPTS[0] if positive else ""
-
-
-def _offer_workflows() -> None:
-    """Puts the bundled workflows, with tiny files and sizes in them, into the Workflows panel."""
-    folder = BASE / "user" / "default" / "workflows"
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in WORKFLOW.parent.glob("*.json"):
-        text = file.read_text(encoding="utf-8")
-        for official, tiny in MODEL_FILES.items():
-            text = text.replace(official, tiny)
-        workflow = json.loads(text)
-        for node in workflow["nodes"]:
-            _shrink(node)
-        target = folder / f"{file.stem}_tiny.json"
-        target.write_text(json.dumps(workflow, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
-def serve(comfyui: Path) -> None:
-    """Opens ComfyUI with the pack and the tiny checkpoints in the browser until Ctrl-C."""
-    make_checkpoints(comfyui, BASE / "models")
-    _offer_workflows()
-    say("starting ComfyUI")
-    with _server(comfyui, not has_accelerator(), BROWSER_PORT) as server:
-        say(f"ComfyUI is at {server.url} (log: {server.log_file}); Ctrl-C ends it")
-        webbrowser.open(server.url)
-        try:
-            server.wait()
-        except KeyboardInterrupt:
-            say("stopping ComfyUI")
-            return
-        raise DemoError(f"ComfyUI ended by itself.\n{server.log_tail()}")

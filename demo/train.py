@@ -49,7 +49,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="folder of the results and of the checkpoint")
     parser.add_argument("--vae-steps", type=positive, default=4000)
     parser.add_argument("--text-steps", type=positive, default=8000)
-    parser.add_argument("--steps", type=positive, default=22000)
+    parser.add_argument("--steps", type=positive, default=25000)
     parser.add_argument(
         "--stop-after", type=float, default=1e9, help="seconds, then leave a checkpoint"
     )

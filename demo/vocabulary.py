@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
+
+from .scenes import ANIMALS
 
 EN = {
     "bear": ["bear", "bear", "teddy bear", "bear cub", "teddy"],
@@ -130,6 +133,20 @@ STRANGERS_ZH = tuple(
     吉他 夏天 铅笔 桥 城市 机器人 早餐 非常 旁边 明亮 和 慢慢地
     """.split()  # noqa: SIM905
 )
+
+
+_ANIMAL_WORDS = re.compile(
+    r"\b(?:"
+    + "|".join(word for animal in ANIMALS for word in EN[animal])
+    + r")\b|"
+    + "|".join(word for animal in ANIMALS for word in ZH[animal]),
+    re.ASCII | re.IGNORECASE,
+)
+
+
+def names_animal(text: str) -> bool:
+    """Whether a prompt has one of the words for an animal."""
+    return _ANIMAL_WORDS.search(text) is not None
 
 
 def article(phrase: str) -> str:

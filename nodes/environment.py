@@ -18,12 +18,17 @@ import comfy.lora
 import comfy.model_management
 import comfy.ops
 import comfy.sd
+import comfy.utils
 import comfyui_version
 import folder_paths
+import node_helpers
 import nodes as comfy_nodes
 import torch
 from comfy import model_patcher, sd1_clip
 from comfy.cli_args import args
+from comfy.ldm.modules import attention
+from comfy.ldm.modules.diffusionmodules import model as vae_blocks
+from comfy.ldm.wan import vae as wan_vae
 from comfy.text_encoders import llama, qwen_image, qwen_vl
 
 from ..core.graph_identity import LoadedFiles, NotCacheable, digest, source_digest
@@ -36,7 +41,8 @@ PACK_ROOT = Path(__file__).resolve().parents[1]
 # Of this pack, the code that has a part in the numbers; an update of the rest keeps the cache.
 PACK_SOURCES = (
     *("core/checkpoint.py", "core/conditioning_codec.py", "core/sign_codes.py"),
-    *("nodes/architectures.py", "nodes/conditioning.py", "nodes/loaders.py"),
+    *("nodes/architectures.py", "nodes/conditioning.py", "nodes/encoding.py", "nodes/loaders.py"),
+    *("nodes/image_edit.py", "nodes/pictures.py", "nodes/prefill.py"),
 )
 
 # Options that cannot change a number in a conditioning. Whatever is not listed is part of the key.
@@ -61,10 +67,10 @@ _LIBRARIES = (
     *("torch", "transformers", "tokenizers", "comfy-kitchen", "comfy-aimdo", "triton"),
     *("sageattention", "xformers", "flash-attn"),
 )
-# The host's code between a checkpoint and a conditioning.
+# The host's code between a checkpoint or a picture and a conditioning.
 _ENCODING_MODULES = (
     *(comfy.sd, sd1_clip, llama, qwen_image, qwen_vl, comfy.ops, comfy.lora, model_patcher),
-    comfy_nodes,
+    *(comfy.utils, node_helpers, attention, wan_vae, vae_blocks, comfy_nodes),
 )
 
 
@@ -130,7 +136,7 @@ def intruders() -> set[str]:
     found = set()
     for module in _ENCODING_MODULES:
         for name, function in _functions_of(module):
-            for code in _codes_of(function):
+            for code in codes_of(function):
                 if not code.co_filename.startswith("<") and not is_trusted(code.co_filename):
                     found.add(_intruder(code.co_filename, f"{module.__name__}.{name}"))
     return found
@@ -176,7 +182,7 @@ def _functions_of(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
             yield name, member
 
 
-def _codes_of(function: Any) -> Iterator[types.CodeType]:
+def codes_of(function: Any) -> Iterator[types.CodeType]:
     """The code of a function and of all that it wraps."""
     function = getattr(function, "__func__", function)
     function = getattr(function, "func", function)  # functools.partial
@@ -185,20 +191,18 @@ def _codes_of(function: Any) -> Iterator[types.CodeType]:
         function = vars(function).get("__wrapped__")
 
 
-def settings() -> dict[str, Any]:
-    """Everything beside graph, files and code."""
+def surroundings() -> dict[str, Any]:
+    """Everything beside graph, files and code, by names that follow "... changed"."""
     mm = comfy.model_management
-    options = {k: v for k, v in sorted(vars(args).items()) if k not in _HARMLESS_ARGS}
+    options = {k: _stable(v) for k, v in sorted(vars(args).items()) if k not in _HARMLESS_ARGS}
     host = (mm.intermediate_dtype(), mm.text_encoder_device(), mm.text_encoder_dtype())
     return {
-        "comfyui": comfyui_version.__version__,
-        "options": {name: _stable(value) for name, value in options.items()},
-        "environment": {name: os.environ.get(name) for name in _ENVIRONMENT},
-        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "ComfyUI's version": comfyui_version.__version__,
+        "start options": options,
+        "environment variables": {name: os.environ.get(name) for name in _ENVIRONMENT},
+        "libraries": [sys.version, {name: _version(name) for name in _LIBRARIES}],
         "hardware": _hardware(),
-        "precision": _precision(),
-        "host": [str(value) for value in host],
-        "python": sys.version,
+        "precision": [*_precision(), *map(str, host)],
     }
 
 
@@ -230,5 +234,6 @@ def _precision() -> list[Any]:
         *(matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_accumulation),
         *(matmul.allow_fp16_reduced_precision_reduction, cuda.flash_sdp_enabled()),
         *(cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
-        torch.are_deterministic_algorithms_enabled(),
+        *(torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic),
+        torch.backends.cudnn.benchmark,
     ]

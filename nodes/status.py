@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-log = logging.getLogger("qwen_vram")
+from .store import SAVINGS
+
+CACHE_EVENT = "qwen_vram.cache"
 
 
 def shown(*outputs: Any, text: str, **facts: Any) -> io.NodeOutput:
@@ -23,6 +24,43 @@ def shown(*outputs: Any, text: str, **facts: Any) -> io.NodeOutput:
     if context is not None and server.client_id is not None:
         server.send_progress_text(text, context.node_id, server.client_id)
     return io.NodeOutput(*outputs, ui={"qwen_vram": [{"text": text, **facts}]})
+
+
+def announce(node_id: str, **facts: Any) -> None:
+    """Tell the frontend what the cache did for a node; js/badges.js draws it."""
+    server = PromptServer.instance
+    if server.client_id is not None:
+        server.send_sync(CACHE_EVENT, {"node": node_id, **facts}, server.client_id)
+
+
+def announce_hit(
+    tier: str, saved: float, node_id: str | None = None, **more: Any
+) -> dict[str, Any]:
+    """Count a hit and tell it; `saved` in seconds. Returns the facts for the history."""
+    SAVINGS.hit(saved)
+    facts = {"result": "hit", "tier": tier, "seconds_saved": saved, **more}
+    announce(node_id or get_executing_context().node_id, **facts)
+    return facts
+
+
+def announce_miss(
+    why: str, seconds: float, kept: str, node_id: str | None = None
+) -> dict[str, Any]:
+    """Count a miss and tell it, with what it took in seconds. Returns the facts for the history."""
+    SAVINGS.miss()
+    facts = {"result": "miss", "why": why, "seconds": seconds, "kept": kept}
+    announce(node_id or get_executing_context().node_id, **facts)
+    return facts
+
+
+def announce_partial(why: str, seconds: float, kept: str, saved: float) -> dict[str, Any]:
+    """Count a run of which one part was found and another was made: a hit and a miss."""
+    SAVINGS.hit(saved)
+    SAVINGS.miss()
+    facts = {"result": "partial", "why": why, "seconds": seconds, "kept": kept}
+    facts["seconds_saved"] = saved
+    announce(get_executing_context().node_id, **facts)
+    return facts
 
 
 def size_text(size_bytes: int) -> str:

@@ -19,6 +19,7 @@ from comfy_execution.graph import DynamicPrompt
 from ..core.file_identity import FileIdentity, identify
 from ..core.graph_identity import ClassFacts, Host, NotCacheable, digest, is_link
 from ..core.source_hazards import source_hazard
+from . import environment
 from .environment import is_trusted, package_of
 
 _WHOLE_WORKFLOW = {"PROMPT", "DYNPROMPT", "EXTRA_PNGINFO"}
@@ -27,12 +28,14 @@ _FILE_LIKE = re.compile(
 )
 _LORA_TAG = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:\s*([^:>]+)", re.I)
 _LONGEST_FILE_NAME = 1024
+_SEEDS = {"seed", "noise_seed"}  # another result at nearly every run, and not for sure the same
 _NO_MODELS = {"custom_nodes", "configs"}
 
 
 def host_of(dynprompt: DynamicPrompt) -> Host:
-    """Answer about the graph that runs now."""
-    return Host(dynprompt.get_node, class_facts, files_named)
+    """Answer about the graph that runs now; each question is looked into once."""
+    facts = functools.cache(lambda node_id: class_facts(node_id, dynprompt.get_node(node_id)))
+    return Host(dynprompt.get_node, lambda node_id, _: facts(node_id), functools.cache(files_named))
 
 
 def class_facts(node_id: str, node: dict[str, Any]) -> ClassFacts:
@@ -42,19 +45,40 @@ def class_facts(node_id: str, node: dict[str, Any]) -> ClassFacts:
     if getattr(cls, "NOT_IDEMPOTENT", False):
         raise NotCacheable(f"{name} gives something else at every run")
     if any(getattr(cls, "OUTPUT_IS_LIST", None) or ()):
-        raise NotCacheable(f"{name} gives a list, and each item its own encoder")
+        raise NotCacheable(f"{name} gives a list, and each item is worked on alone")
+    if _SEEDS & node["inputs"].keys():
+        raise NotCacheable(f"{name} has a seed")
     hidden = _hidden_inputs(cls)
     if hidden & _WHOLE_WORKFLOW:
         raise NotCacheable(f"{name} reads the whole workflow")
     package = package_of(getattr(sys.modules.get(cls.__module__), "__file__", None), name)
     choices = frozenset(_choices(cls))
     if package == "qwen-vram":  # the files it names are its whole fingerprint
-        return ClassFacts(package, None, getattr(cls, "NEUTRAL_INPUTS", frozenset()), choices)
-    hazard = None if package == "comfyui" else class_hazard(cls)
+        neutral = getattr(cls, "NEUTRAL_INPUTS", frozenset())
+        return ClassFacts(package, None, neutral, choices, reads_again=True)
+    host = package == "comfyui"
+    hazard = None if host else class_hazard(cls)
     if hazard:
         raise NotCacheable(f"{name} {hazard}")
-    own_id = node_id if "UNIQUE_ID" in hidden else None
-    return ClassFacts(package, [fingerprint_of(cls, node), own_id], choices=choices)
+    fingerprint = fingerprint_of(cls, node)
+    return ClassFacts(
+        package,
+        [fingerprint, node_id if "UNIQUE_ID" in hidden else None],
+        choices=choices,
+        files_in_fingerprint=host and fingerprint is not None,
+        changed_by=changed_by(cls) if host else frozenset(),
+    )
+
+
+def changed_by(cls: type) -> frozenset[str]:
+    """Packs that put code of their own into one of ComfyUI's node classes. Raises NotCacheable."""
+    codes = [code for method in vars(cls).values() for code in environment.codes_of(method)]
+    files = {c.co_filename for c in codes if not c.co_filename.startswith("<")}
+    return frozenset(
+        environment.package_of(file, cls.__name__)
+        for file in files
+        if not environment.is_trusted(file)
+    )
 
 
 def _hidden_inputs(cls: type) -> set[str]:

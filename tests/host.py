@@ -110,8 +110,7 @@ class Host:
         self.executor = self.execution.PromptExecutor(
             self.server, cache_type=kind, cache_args=sizes
         )
-        self.part("nodes.conditioning").STORE._memory.clear()
-        self.part("nodes.conditioning").STORE._parts = None
+        self.store.forget_memory()
         gc.collect()
 
     def forget_everything(self) -> None:
@@ -122,20 +121,27 @@ class Host:
 
     @property
     def store_directory(self) -> Path:
-        """Where the conditioning store keeps its files."""
-        return self.part("nodes.conditioning").STORE.directory
+        """Where the conditioning store keeps its files, all of them written."""
+        assert self.store.flush()
+        return self.store.directory
 
-    def run(self, graph: dict[str, Any]) -> Run:
-        """Validate and execute an API-format graph. Raises RunError."""
+    @property
+    def store(self) -> Any:
+        """The conditioning store of the loaded pack."""
+        return self.part("nodes.store").STORE
+
+    def run(self, graph: dict[str, Any], targets: list[str] | None = None) -> Run:
+        """Validate and execute an API-format graph, as far as `targets` need. Raises RunError."""
         prompt_id = uuid.uuid4().hex
         graph = {k: {**v, "inputs": dict(v["inputs"])} for k, v in graph.items()}
-        ok, error, targets, details = self.loop.run_until_complete(
+        ok, error, outputs, details = self.loop.run_until_complete(
             self.execution.validate_prompt(prompt_id, graph, None)
         )
         if not ok:
             raise RunError(str(error), details)
         self.events.clear()
-        self.executor.execute(graph, prompt_id, {"client_id": "pytest"}, targets)
+        wanted = outputs if targets is None else targets
+        self.executor.execute(graph, prompt_id, {"client_id": "pytest"}, wanted)
         if not self.executor.success:
             failure = self.executor.status_messages[-1][1]
             raise RunError(failure.get("exception_message", ""), failure)

@@ -133,11 +133,69 @@ def test_a_future_version_is_told_apart_from_damage() -> None:
         (torch.ones(2, dtype=torch.complex64), "complex64"),
         (torch.empty(2, device="meta"), "without data"),
         (torch.nn.Parameter(torch.ones(1)), "Parameter"),
+        (1 << 5000, "a number of 5001 bits"),
+        ({1 << 5000: 0}, "a number of 5001 bits"),
+        ("x" * (5 << 20), "its structure takes"),
     ],
 )
 def test_what_cannot_be_kept_exactly_is_refused_with_its_place(value: object, part: str) -> None:
     with pytest.raises(codec.Unstorable, match=part):
         encoded(value, 0, {})
+
+
+def altered(tree: object, tensors: list[torch.Tensor], **facts: object) -> bytes:
+    """An entry with a right digest that `encode` would not write."""
+    text = json.dumps({"tree": tree, "seconds": 1.0, "parts": {}, "device": "cpu", **facts})
+    metadata = {"format": "qwen_vram.conditioning", "version": "1", "entry": text}
+    metadata["digest"] = codec._digest(text, tensors)
+    return codec.save_tensors({str(i): t for i, t in enumerate(tensors)}, metadata)
+
+
+TENSOR = ["tensor", 0, "torch.float32", [2], "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "facts"),
+    [
+        (["list", [TENSOR, TENSOR]], {}),
+        (None, {}),
+        (["float", "00"], {}),
+        (["float", 5], {}),
+        (1.5, {}),
+        ({"a": 1}, {}),
+        ([[], []], {}),
+        (["dict", [[[], 1]]], {}),
+        ([*TENSOR[:4], "meta"], {}),
+        ([*TENSOR[:4], "nowhere"], {}),
+        ([*TENSOR[:4], 1 << 70], {}),
+        (["tensor", 1, *TENSOR[2:]], {}),
+        (["tensor", [], *TENSOR[2:]], {}),
+        (["tensor", 0, [], [2], "cpu"], {}),
+        (TENSOR, {"seconds": "x"}),
+        (TENSOR, {"parts": []}),
+        (TENSOR, {"parts": {"text": 1}}),
+        (TENSOR, {"device": None}),
+    ],
+)
+def test_a_false_description_with_a_right_digest_is_corrupt(tree: object, facts: dict) -> None:
+    good = codec.decode(altered(TENSOR, [torch.ones(2)]))
+    assert same(good.value, torch.ones(2))
+    with pytest.raises(codec.Corrupt):
+        codec.decode(altered(tree, [torch.ones(2)], **facts))
+
+
+def test_a_device_that_is_not_here_is_told_apart_from_damage() -> None:
+    with pytest.raises(codec.Elsewhere, match="cuda:77"):
+        codec.decode(altered([*TENSOR[:4], "cuda:77"], [torch.ones(2)]))
+
+
+def test_the_header_tells_the_size_of_the_whole_file() -> None:
+    good = encoded(conditioning(), 1.0, {})
+    header = good[: 8 + codec.header_bytes(good)]
+    assert codec.declared_bytes(header) == len(good)
+    for bad in (b"", good[:7], header[:-1], struct.pack("<Q", 2) + b"[]", good[:8] + b"[" * 999):
+        with pytest.raises(codec.Corrupt):
+            codec.declared_bytes(bad)
 
 
 def test_bottomless_nesting_is_refused() -> None:

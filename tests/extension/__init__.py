@@ -160,6 +160,37 @@ class Expand(Passing):
         return {"result": (inner.out(0),), "expand": graph.finalize()}
 
 
+class ExpandStock(TextList):
+    """A node that builds a loader and a stock encode."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+    OUTPUT_IS_LIST = (False,)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"text": ("STRING",)}}
+
+    def run(self, text):
+        from comfy_execution.graph_utils import GraphBuilder
+
+        graph = GraphBuilder()
+        clip = graph.node("TestStockLike", clip_name="tiny_qwen_2.5_vl.safetensors")
+        inner = graph.node("CLIPTextEncode", clip=clip.out(0), text=text)
+        return {"result": (inner.out(0),), "expand": graph.finalize()}
+
+
+class SeededImage(TextList):
+    RETURN_TYPES = ("IMAGE",)
+    OUTPUT_IS_LIST = (False,)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT",)}}
+
+    def run(self, seed):
+        return (torch.full((1, 64, 64, 3), 1 / seed),)
+
+
 class Bare:
     """Encodes as a CLIP does, and is none."""
 
@@ -187,7 +218,7 @@ class OwnIdClip(Passing):
         return (clip,)
 
 
-CLASSES = (Layers, Joined, Expand, BareClip, OwnIdClip)
+CLASSES = (ExpandStock, SeededImage, Layers, Joined, Expand, BareClip, OwnIdClip)
 CLASSES += (RandomClip, RandomBase, CounterClip, NaNClip, NotIdempotentClip, WorkflowReader)
 CLASSES += (HookedClip, NoClip, TextList, WideConditioning, StockLike)
 NODE_CLASS_MAPPINGS = {f"Test{c.__name__}": c for c in CLASSES}

@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from pack.tests.graphs import CLIP, LORA, encode, loader, node, preview, text_to_image
+from pack.tests.graphs import (
+    CLIP,
+    LORA,
+    encode,
+    keeping_nothing,
+    loader,
+    node,
+    preview,
+    text_to_image,
+)
 from pack.tests.host import RunError
 from pack.tests.links import symlink
 from safetensors.torch import load_file, save_file
@@ -80,7 +89,7 @@ def same(a: Any, b: Any) -> bool:
 )
 def test_a_hit_equals_stock_encoding_bit_for_bit_from_memory_and_from_disk(fresh, text) -> None:
     stock = {**prompt(text), "e": node("CLIPTextEncode", clip=["clip", 0], text=text)}
-    expected = fresh.run(stock).outputs["e"][0][0]
+    expected = fresh.run(keeping_nothing(stock)).outputs["e"][0][0]
     fresh.restart()
     miss = fresh.run(prompt(text))
     assert miss.status("e")["result"] == "miss" and same(miss.outputs["e"][0][0], expected)
@@ -176,7 +185,7 @@ def use_stock_loader(graph: dict, host: Any) -> None:
         (change_dtype, "graph before clip changed"),
         (change_device, "graph before clip changed"),
         (change_layer, "graph before clip changed"),
-        (add_lora, "graph before clip changed"),
+        (add_lora, "LoRA before clip changed"),
         (use_stock_loader, "graph before clip changed"),
     ],
 )
@@ -222,7 +231,10 @@ def test_a_replaced_encoder_is_a_miss_at_once_and_never_stale(fresh, encoder) ->
     old = fresh.run(graph).outputs["e"][0][0]
     edit(encoder)
     run = fresh.run(graph)  # the same process, nothing reset
-    assert run.status("e")["why"] == "model file changed" and run.status("e")["kept"] == "stored"
+    assert (
+        run.status("e")["why"] == "text encoder file changed"
+        and run.status("e")["kept"] == "stored"
+    )
     assert not same(run.outputs["e"][0][0], old)
     fresh.restart()
     assert same(fresh.run(graph).outputs["e"][0][0], run.outputs["e"][0][0])
@@ -238,7 +250,7 @@ def test_touching_the_encoder_or_using_a_link_to_it(fresh, encoder) -> None:
     os.utime(encoder)
     fresh.restart()
     run = fresh.run(prompt(clip=loader("TextEncoder", encoder.name)))
-    assert run.status("e")["why"] == "model file changed"
+    assert run.status("e")["why"] == "text encoder file changed"
     link.unlink()
 
 
@@ -298,7 +310,7 @@ def test_an_embedding_that_appears_or_changes_is_a_miss(fresh) -> None:
     save_file({"qwen25_7b": torch.ones(1, 64)}, folder / "mine.safetensors")
     fresh.restart()
     run = fresh.run(prompt(text))
-    assert run.status("e")["why"] == "model file changed"
+    assert run.status("e")["why"] == "text encoder file changed"
     (folder / "mine.safetensors").unlink()
 
 
@@ -313,10 +325,10 @@ def test_options_and_versions_are_in_the_key(fresh, monkeypatch) -> None:
     assert why() == "hit"
     with monkeypatch.context() as m:
         m.setattr(environment.args, "fp32_text_enc", True)
-        assert why() == "settings changed"
+        assert why() == "start options changed"
     with monkeypatch.context() as m:
         m.setattr(environment.comfyui_version, "__version__", "99.0")
-        assert why() == "settings changed"
+        assert why() == "ComfyUI's version changed"
     monkeypatch.setattr(environment.args, "port", 9999)
     assert why() == "hit"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from pack.tests.graphs import CLIP, LORA, encode, loader, node, preview
+from pack.tests.graphs import CLIP, LORA, encode, keeping_nothing, loader, node, preview
 from pack.tests.links import symlink
 from pack.tests.nodes.test_conditioning import edit, prompt, same
 
@@ -25,7 +25,7 @@ def stock(graph: dict[str, Any]) -> dict[str, Any]:
         if item["class_type"] == "QwenVRAMCachedTextEncode":
             item["class_type"] = "CLIPTextEncode"
             item["inputs"].pop("cache")
-    return graph
+    return keeping_nothing(graph)
 
 
 def check(host: Any, graph: dict[str, Any]) -> None:
@@ -221,14 +221,14 @@ def test_precision_switches_variables_and_sets_of_options(fresh, environment, mo
     before = matmul.allow_bf16_reduced_precision_reduction
     matmul.allow_bf16_reduced_precision_reduction = not before
     try:
-        assert why(fresh, prompt()) == "settings changed"
+        assert why(fresh, prompt()) == "precision changed"
     finally:
         matmul.allow_bf16_reduced_precision_reduction = before
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
-    assert why(fresh, prompt()) == "settings changed"
+    assert why(fresh, prompt()) == "environment variables changed"
     assert environment._stable({"b", "a", "c"}) == repr(["'a'", "'b'", "'c'"])
     monkeypatch.setattr(environment, "_hardware", lambda: ["another card"])
-    assert why(fresh, prompt()) == "settings changed"
+    assert why(fresh, prompt()) == "hardware changed"
 
 
 def test_the_id_of_a_node_that_asks_for_it_is_in_the_key(fresh) -> None:
@@ -273,7 +273,7 @@ def test_a_file_that_changes_while_it_is_encoded_is_not_stored(
 
 def test_a_leftover_that_another_process_holds_open_costs_nothing(fresh, monkeypatch) -> None:
     fresh.store_directory.mkdir(parents=True, exist_ok=True)
-    leftover = fresh.store_directory / "x.writing"
+    leftover = fresh.store_directory / "tmpx.writing"
     leftover.write_text("x")
     os.utime(leftover, (1, 1))
     unlink = os.unlink

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from pack.demo import classifier
 from pack.demo.environment import inside_venv
 from pack.demo.figures import to_tensor
+from pack.demo.serving import WORKFLOWS, offer_workflows
 from pack.demo.substitutions import MODEL_FILES, UnknownModelFile, substitute
 from pack.tests.conftest import ROOT
 from PIL import Image
@@ -28,6 +30,15 @@ DRAWN = {
     "demo_3.png": {"animal": "bear", "accessory": "hat"},
     "demo_edit.png": {"animal": "bear", "accessory": "hat", "background": "meadow"},
 }
+OFFERED = {  # the picture to be edited shows a pink pig without clothes in the snow
+    "qwen_image_2512_tiny": DRAWN["demo_1.png"],
+    "qwen_image_edit_tiny": {"animal": "pig", "colour": "blue", "background": "snow"},
+}
+
+
+def seen(judge: classifier.Classifier, image: Image.Image) -> dict[str, object]:
+    """What the judge sees in a picture."""
+    return classifier.seen(judge, to_tensor([np.asarray(image.convert("RGB"))]))[0]
 
 
 def test_make_demo_draws_what_it_is_asked_and_reuses_the_prompt(comfyui: Path) -> None:
@@ -47,9 +58,10 @@ def test_make_demo_draws_what_it_is_asked_and_reuses_the_prompt(comfyui: Path) -
     judge = classifier.load()
     for name, asked in DRAWN.items():
         with Image.open(ROOT / ".demo" / "output" / name) as image:
-            pixels = to_tensor([np.asarray(image.convert("RGB"))])
-        found = classifier.seen(judge, pixels)[0]
+            found = seen(judge, image)
         assert {k: found[k] for k in asked} == asked, name
+    with Image.open(ROOT / ".demo" / "output" / "demo.png") as sheet:
+        assert sheet.mode == "RGB"
 
 
 def test_the_demo_says_in_one_sentence_what_it_lacks() -> None:
@@ -68,6 +80,19 @@ def test_every_bundled_workflow_runs_as_shipped(server, path: Path) -> None:
     result = server.submit(graph)
     assert result.status == "success", result.error
     assert result.images
+
+
+@pytest.mark.parametrize("name", OFFERED)
+def test_the_workflows_of_make_run_draw_what_they_ask(server, name: str) -> None:
+    from pack.demo.conversion import load_workflow
+
+    offer_workflows(server.base)
+    graph = load_workflow(WORKFLOWS / f"{name}.json", server.get_json("/object_info"))
+    result = server.submit(graph)
+    assert result.status == "success", result.error
+    (picture,) = (image for image in result.images if image.kind == "output")
+    found = seen(classifier.load(), Image.open(io.BytesIO(picture.content)))
+    assert {k: found[k] for k in OFFERED[name]} == OFFERED[name]
 
 
 def test_a_model_file_that_the_table_does_not_know_stops_the_substitution() -> None:

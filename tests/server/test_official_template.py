@@ -7,20 +7,16 @@ text encoder with the vocabulary written out, which ours computes.
 from __future__ import annotations
 
 import copy
-import importlib.resources
 import io
-import json
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
-from pack.core.sign_codes import sign_codes
-from pack.demo.conversion import to_api
-from pack.demo.embedded import FOLDER, TEXT_ENCODER
-from pack.demo.substitutions import MODEL_FILES, substitute
-from safetensors.torch import load_file, save_file
+from pack.demo.embedded import TEXT_ENCODER
+from pack.tests import official
+from pack.tests.graphs import keeping_nothing
 
 OURS = {
     "UNETLoader": ("QwenVRAMLoadDiffusionModel", {"device": "default", "keep_loaded": False}),
@@ -41,25 +37,11 @@ def pixels(png: bytes) -> np.ndarray:
     return np.asarray(PIL.Image.open(io.BytesIO(png)))
 
 
-STOCK_TEXT_ENCODER = "animals_with_vocabulary.safetensors"
-
-
 @pytest.fixture(scope="module")
 def template(server) -> dict[str, Any]:
-    """The untouched template from comfyui-workflow-templates, as an API graph on the embedded model."""
-    path = FOLDER / TEXT_ENCODER
-    tensors = load_file(path)
-    norm = tensors["model.norm.weight"]
-    tensors["model.embed_tokens.weight"] = sign_codes(len(norm)).to(norm.dtype)
-    save_file(tensors, server.base / "models" / "text_encoders" / STOCK_TEXT_ENCODER)
-    files = {k: STOCK_TEXT_ENCODER if v == path.name else v for k, v in MODEL_FILES.items()}
-    folder = importlib.resources.files("comfyui_workflow_templates_json") / "templates"
-    workflow = json.loads((folder / "image_qwen_Image_2512.json").read_text(encoding="utf-8"))
-    graph = substitute(to_api(workflow, server.get_json("/object_info")), files)
-    for node in graph.values():
-        if "seed" in node["inputs"]:
-            node["inputs"]["seed"] = 7
-    return graph
+    """The untouched template for 2512."""
+    official.write_stock_text_encoder(server.base / "models")
+    return official.template("image_qwen_Image_2512", server.get_json("/object_info"))
 
 
 def with_ours(graph: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +62,7 @@ def test_the_picture_is_bit_identical_to_stock(server, template, lightning) -> N
     graph = copy.deepcopy(template)
     (switch,) = [n for n in graph.values() if n["class_type"] == "PrimitiveBoolean"]
     switch["inputs"]["value"] = lightning
-    stock = server.submit(graph)
+    stock = server.submit(keeping_nothing(graph))
     assert stock.status == "success", stock.error
     ours = server.submit(with_ours(graph))
     assert ours.status == "success", ours.error
@@ -114,7 +96,9 @@ def test_a_controlnet_works_as_behind_stock_loaders(server, template) -> None:
     inputs.update({k: sampler["inputs"][k] for k in ("positive", "negative")})
     graph["apply"] = {"class_type": "ControlNetApplyAdvanced", "inputs": inputs}
     sampler["inputs"].update(positive=["apply", 0], negative=["apply", 1])
-    plain, stock, ours = (server.submit(g) for g in (template, graph, with_ours(graph)))
+    plain, stock, ours = (
+        server.submit(g) for g in (template, keeping_nothing(graph), with_ours(graph))
+    )
     assert stock.status == ours.status == "success", stock.error + ours.error
     plain, stock, ours = (pixels(r.images[0].content) for r in (plain, stock, ours))
     assert np.array_equal(stock, ours)

@@ -1,0 +1,135 @@
+"""What a workflow's nodes are marked with, brought into a request to run it.
+
+The editor sends the API prompt, which has no marks, and beside it the workflow, whose nodes have
+them in `properties`. Who calls the API without a workflow writes the same into a node's `_meta`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+from .pins import is_content
+
+OURS = "qwen_vram"
+PINNED_NODE = "QwenVRAMPinned"
+NODE_KEEPS_NOTHING = "this node keeps nothing"
+RUN_KEEPS_NOTHING = "this run keeps nothing"
+_DEEPEST = 32
+_MOST_NODES = 100_000
+
+
+class Marks(NamedTuple):
+    """A node's marks: `pin` as it was found, None for none; and which node of a file it is."""
+
+    pin: Any = None
+    keep_nothing: bool = False
+    source: tuple[str, str] | None = None
+
+
+def prepared(request: Any) -> Any:
+    """A request with pinned nodes replaced, and noted what shall keep nothing.
+
+    Never raises, whatever the request looks like: ComfyUI would go on without this. The request
+    itself is left as it is.
+    """
+    if not isinstance(request, dict) or not isinstance(request.get("prompt"), dict):
+        return request
+    prompt = request["prompt"]
+    workflow = _dict(_dict(_dict(request, "extra_data"), "extra_pnginfo"), "workflow")
+    marks = marks_of(workflow)
+    private = bool(
+        _dict(_dict(workflow, "extra"), OURS).get("keep_nothing")
+        or _dict(_dict(request, "extra_data"), OURS).get("keep_nothing")
+    )
+    pinned = {id_: m.source for id_, m in marks.items() if m.pin is not None and id_ in prompt}
+    uses = Counter(pinned.values())
+    changed = {
+        node_id: _prepared_node(node, marks.get(node_id, Marks()), uses, private)
+        for node_id, node in prompt.items()
+    }
+    return {**_without_run_mark(request), "prompt": changed}
+
+
+def marks_of(workflow: Any) -> dict[str, Marks]:
+    """The marks of every node, by its id in the API prompt: "12:3" is node 3 in sub-graph 12."""
+    found: dict[str, Marks] = {}
+    graphs = _list(_dict(workflow, "definitions"), "subgraphs")
+    subgraphs = {g["id"]: g for g in graphs if isinstance(g, dict) and isinstance(g.get("id"), str)}
+    waiting = [("", "", workflow, False, 0)]  # path, name of the graph, graph, keep nothing, depth
+    while waiting and len(found) < _MOST_NODES:
+        path, name, graph, keep_nothing, depth = waiting.pop()
+        for node in _list(graph, "nodes"):
+            if not isinstance(node, dict) or "id" not in node:
+                continue
+            ours = _dict(_dict(node, "properties"), OURS)
+            node_id, kind = f"{path}{node['id']}", node.get("type")
+            nothing = keep_nothing or bool(ours.get("keep_nothing"))
+            found[node_id] = Marks(ours.get("pin"), nothing, (name, str(node["id"])))
+            if isinstance(kind, str) and kind in subgraphs and depth < _DEEPEST:
+                waiting.append((f"{node_id}:", kind, subgraphs[kind], nothing, depth + 1))
+    return found
+
+
+def _prepared_node(
+    node: Any, marks: Marks, uses: Counter[tuple[str, str] | None], private: bool
+) -> Any:
+    """One node of the prompt; the very same one if nothing is to be done with it."""
+    if not isinstance(node, dict):
+        return node
+    meta = _dict(node, "_meta")
+    said = _dict(meta, OURS)
+    reason = ""
+    if private:
+        reason = RUN_KEEPS_NOTHING
+    elif marks.keep_nothing or said.get("keep_nothing"):
+        reason = NODE_KEEPS_NOTHING
+    if reason or OURS in meta or meta != node.get("_meta", meta):
+        # What others wrote there is made what our nodes expect to read.
+        noted = {**said, "keep_nothing": reason} if reason else said
+        node = {**node, "_meta": {**meta, OURS: noted}}
+    pin = marks.pin if said.get("pin") is None else said["pin"]
+    if pin is None:
+        return node
+    several = said.get("pin") is None and uses[marks.source] > 1
+    return {**node, "class_type": PINNED_NODE, "inputs": _inputs(pin, several)}
+
+
+def _inputs(pin: Any, several: bool) -> dict[str, str]:
+    """The inputs of the node that stands in for a pinned one."""
+    content = _dict({"pin": pin}, "pin").get("content")
+    if not is_content(content):
+        return {"problem": "The pin of this node cannot be read. Unpin it, and pin it again."}
+    if several:
+        return {
+            "problem": "This node is pinned in a sub-graph that is used more than once, where it "
+            "has another value in each place. Unpin it."
+        }
+    return {"content": content}
+
+
+def _without_run_mark(request: dict[str, Any]) -> dict[str, Any]:
+    """The request without the mark of the run, which would be saved with the pictures."""
+    data = _dict(request, "extra_data")
+    info = _dict(data, "extra_pnginfo")
+    workflow = _dict(info, "workflow")
+    extra = _dict(workflow, "extra")
+    ours = _dict(extra, OURS)
+    if "keep_nothing" not in ours:
+        return request
+    rest = {name: value for name, value in ours.items() if name != "keep_nothing"}
+    others = {name: value for name, value in extra.items() if name != OURS}
+    extra = {**others, OURS: rest} if rest else others
+    info = {**info, "workflow": {**workflow, "extra": extra}}
+    return {**request, "extra_data": {**data, "extra_pnginfo": info}}
+
+
+def _dict(value: Any, name: str) -> dict[str, Any]:
+    """An entry of a dict if both are dicts; else an empty one."""
+    inner = value.get(name) if isinstance(value, dict) else None
+    return inner if isinstance(inner, dict) else {}
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    inner = value.get(name) if isinstance(value, dict) else None
+    return inner if isinstance(inner, list) else []

@@ -1,0 +1,52 @@
+"""`make run`: ComfyUI in the browser, with two workflows and a picture for the embedded model."""
+
+from __future__ import annotations
+
+import shutil
+import webbrowser
+from pathlib import Path
+
+from .animals import Scene, draw
+from .checkpoints import make_checkpoints
+from .environment import say
+from .server import Server
+from .showcase import BASE, DemoError, has_accelerator, new_server
+
+WORKFLOWS = Path(__file__).with_name("workflows")
+OPENED, OTHER = "qwen_image_2512_tiny", "qwen_image_edit_tiny"
+PICTURE, SCENE = "tiny_pig.png", Scene("pig", "pink", background="snow", jitter=5)  # to be edited
+TEMPLATES = "demo-workflows"  # a custom node without nodes: ComfyUI offers its workflows
+PORT = 8188
+
+
+def offer_workflows(base: Path) -> None:
+    """Puts the workflows where ComfyUI looks for a user's own and for templates."""
+    templates = base / "custom_nodes" / TEMPLATES
+    for folder in (base / "user" / "default" / "workflows", templates / "workflows"):
+        shutil.copytree(WORKFLOWS, folder, dirs_exist_ok=True)
+    (templates / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n", encoding="utf-8")
+    (base / "input").mkdir(parents=True, exist_ok=True)
+    draw(SCENE, 256, 256).save(base / "input" / PICTURE)
+
+
+def address(server: Server) -> str:
+    """Of the editor with a workflow open; without the query it would open ComfyUI's own."""
+    return f"{server.url}/?template={OPENED}&source={TEMPLATES}"
+
+
+def serve(comfyui: Path) -> None:
+    """Opens ComfyUI with the pack and the embedded model in the browser until Ctrl-C."""
+    make_checkpoints(comfyui, BASE / "models")
+    offer_workflows(BASE)
+    say("starting ComfyUI")
+    with new_server(comfyui, not has_accelerator(), PORT) as server:
+        say(f"ComfyUI is at {address(server)}, which opens {OPENED}: press Run there")
+        say(f"{OTHER}, which changes a picture, is in the Workflows panel on the left (key W)")
+        say(f"Ctrl-C ends it (log: {server.log_file})")
+        webbrowser.open(address(server))
+        try:
+            server.wait()
+        except KeyboardInterrupt:
+            say("stopping ComfyUI")
+            return
+        raise DemoError(f"ComfyUI ended by itself.\n{server.log_tail()}")

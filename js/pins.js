@@ -1,0 +1,158 @@
+// Pin output: keeps what a node gives, so that nothing before it runs. The mark is a property of
+// the node; the server's queue_time puts the kept value in its place.
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import {
+  badgeText, executionIds, hasOutputs, isKept, markOf, outcomeOf, pinPrompt, pinWords, problemOf,
+  rejection, setMark, sizeText,
+} from "./pins_core.js";
+
+const COLOURS = { bgColor: "#4c1d95", fgColor: "#ede9fe" };
+const EVENTS = ["executed", "execution_error", "execution_interrupted", "execution_success"];
+
+const words = () => pinWords(app.extensionManager.setting.get("Comfy.Locale"));
+const moreNodes = () => app.extensionManager.setting.get("QwenVRAM.Conditioning.MoreNodes");
+
+function toast(severity, detail) {
+  const life = severity === "success" ? 8000 : 20000;
+  app.extensionManager.toast.add({ severity, summary: "Qwen VRAM", detail, life });
+}
+
+/** The frontend draws badges again when it is told that they changed. */
+function redraw(node) {
+  node.graph?.trigger("node:property:changed", {
+    type: "node:property:changed",
+    nodeId: node.id,
+    property: "badges",
+    oldValue: node.badges,
+    newValue: [...node.badges],
+  });
+  app.canvas?.setDirty(true, true);
+}
+
+/** Set a mark so that undo knows it. */
+function mark(node, name, value) {
+  setMark(node, name, value);
+  redraw(node);
+  app.extensionManager.workflow?.activeWorkflow?.changeTracker?.captureCanvasState?.();
+}
+
+/** Queue a request and wait for its end: what was pinned. Throws an Error with the reason. */
+async function run(prompt, workflow) {
+  const events = [];
+  let check = () => {};
+  const note = ({ type, detail }) => {
+    events.push([type, detail]);
+    check();
+  };
+  for (const name of EVENTS) api.addEventListener(name, note);
+  try {
+    const options = { partialExecutionTargets: [prompt.id] };
+    const { prompt_id: promptId } = await api.queuePrompt(0, { output: prompt.output, workflow }, options);
+    const outcome = await new Promise((resolve) => {
+      check = () => {
+        const found = outcomeOf(events, promptId);
+        if (found) resolve(found);
+      };
+      check();
+    });
+    if (outcome.pin) return outcome.pin;
+    throw new Error(outcome.error ?? words()[outcome.problem]);
+  } catch (error) {
+    throw error.response ? new Error(rejection(error.response, error.message)) : error;
+  } finally {
+    for (const name of EVENTS) api.removeEventListener(name, note);
+  }
+}
+
+async function pinOne(node) {
+  const { output, workflow } = await app.graphToPrompt();
+  const ids = executionIds(app.rootGraph ?? app.graph, node, output);
+  const problem = problemOf(node, ids);
+  if (problem) throw new Error(words()[problem]);
+  const pin = await run(pinPrompt(output, ids[0], node.outputs.length), workflow);
+  if (node.graph?.getNodeById(node.id) !== node) throw new Error(words().gone);
+  mark(node, "pin", pin);
+  toast("success", words().pinned(node.title, sizeText(pin.bytes)));
+}
+
+/** One after the other: what several need runs once, and each refusal names its node. */
+async function pin(nodes) {
+  for (const node of nodes.filter((each) => !markOf(each, "pin"))) {
+    try {
+      await pinOne(node);
+    } catch (error) {
+      toast("error", words().refused(node.title, error.message));
+    }
+  }
+}
+
+function unpin(nodes) {
+  for (const node of nodes.filter((each) => markOf(each, "pin"))) mark(node, "pin", undefined);
+}
+
+function selected() {
+  return Object.values(app.canvas.selected_nodes ?? {}).filter(hasOutputs);
+}
+
+/** Run `act` for the selected nodes, or say that there are none. */
+async function forSelected(act) {
+  const nodes = selected();
+  if (nodes.length) await act(nodes);
+  else toast("warn", words().noSelection);
+}
+
+/** The node of a menu, with the others that are selected. */
+function withSelected(node) {
+  return [...new Set([node, ...selected()])];
+}
+
+function keepItem(node) {
+  const nothing = Boolean(markOf(node, "keep_nothing"));
+  return {
+    content: `${nothing ? words().keepAgain : words().keepNothing} (Qwen VRAM)`,
+    callback: () => mark(node, "keep_nothing", nothing ? undefined : true),
+  };
+}
+
+app.registerExtension({
+  name: "QwenVRAM.Pins",
+  commands: [
+    {
+      id: "QwenVRAM.PinOutput",
+      label: "Pin output of the selected nodes (Qwen VRAM)",
+      icon: "pi pi-thumbtack",
+      function: () => forSelected(pin),
+    },
+    {
+      id: "QwenVRAM.UnpinOutput",
+      label: "Unpin output of the selected nodes (Qwen VRAM)",
+      icon: "pi pi-thumbtack",
+      function: () => forSelected(unpin),
+    },
+  ],
+  menuCommands: [
+    { path: ["Extensions", "Qwen VRAM"], commands: ["QwenVRAM.PinOutput", "QwenVRAM.UnpinOutput"] },
+  ],
+  nodeCreated(node) {
+    let badge = null;
+    node.badges.push(() => {
+      const text = badgeText(node, words());
+      if (badge?.text !== text) badge = new window.LGraphBadge({ text, ...COLOURS });
+      return badge;
+    });
+  },
+  getNodeMenuItems(node) {
+    const items = [];
+    if (hasOutputs(node)) {
+      const nodes = withSelected(node);
+      const pinned = Boolean(markOf(node, "pin"));
+      items.push({
+        content: `${pinned ? words().unpin : words().pin} (Qwen VRAM)`,
+        callback: () => (pinned ? unpin(nodes) : pin(nodes)),
+      });
+    }
+    if (isKept(node, moreNodes())) items.push(keepItem(node));
+    return items;
+  },
+});

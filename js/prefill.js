@@ -1,0 +1,100 @@
+// A command that has ComfyUI encode a list of prompts from a file of the user's machine.
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { annotated, clipOf, prefillPrompt, prefillWords } from "./prefill_core.js";
+import { findNode } from "./status_core.js";
+
+const COMMAND = "QwenVRAM.Prefill";
+const FOLDER = "qwen_vram"; // in ComfyUI's temporary folder, which it empties when it starts
+const waiting = new Set(); // prompt ids
+const early = new Map(); // prompt id -> what came before the answer that names the prompt
+
+const words = () => prefillWords(app.extensionManager.setting.get("Comfy.Locale"));
+
+function toast(severity, detail) {
+  const life = severity === "error" ? undefined : 15000;
+  app.extensionManager.toast.add({ severity, summary: words().title, detail, life });
+}
+
+function pickFile() {
+  return new Promise((resolve) => {
+    const input = document.createElement("input");
+    Object.assign(input, { type: "file", accept: ".txt,.csv,.tsv" });
+    input.addEventListener("change", () => resolve(input.files[0] ?? null));
+    input.addEventListener("cancel", () => resolve(null));
+    input.click();
+  });
+}
+
+/** Execution ids of the selected nodes, also of those in a sub-graph. */
+function selectedIds(output) {
+  const selected = new Set(Object.values(app.canvas.selected_nodes ?? {}));
+  const root = app.rootGraph ?? app.graph;
+  return Object.keys(output).filter((id) => selected.has(findNode(root, id)));
+}
+
+/** How the node is to name the file. Raises Error. */
+async function upload(file) {
+  const body = new FormData();
+  body.append("image", file, file.name); // the field that ComfyUI's upload route reads
+  body.append("type", "temp");
+  body.append("subfolder", FOLDER);
+  const response = await api.fetchApi("/upload/image", { method: "POST", body });
+  if (!response.ok) throw new Error(`${response.status} ${response.statusText}`.trim());
+  return annotated(await response.json());
+}
+
+/** Tell the result of a list that this page sent. */
+function finished(promptId, ...result) {
+  if (waiting.delete(promptId)) toast(...result);
+  else early.set(promptId, result);
+}
+
+async function prefill() {
+  const { output, workflow } = await app.graphToPrompt();
+  const { link, problem } = clipOf(output, selectedIds(output));
+  if (problem) return toast("warn", words()[problem]);
+  const file = await pickFile();
+  if (!file) return;
+  let name;
+  try {
+    name = await upload(file);
+  } catch (error) {
+    return toast("error", words().upload(file.name, error.message));
+  }
+  await queue(prefillPrompt(output, link, name), workflow, file.name);
+}
+
+async function queue({ id, output }, workflow, fileName) {
+  try {
+    const options = { partialExecutionTargets: [id] };
+    const { prompt_id: promptId } = await api.queuePrompt(0, { output, workflow }, options);
+    toast("info", words().sent(fileName));
+    waiting.add(promptId);
+    if (early.has(promptId)) finished(promptId, ...early.get(promptId));
+  } catch (error) {
+    toast("error", words().refused(error.message));
+  }
+}
+
+app.registerExtension({
+  name: "QwenVRAM.Prefill",
+  commands: [
+    {
+      id: COMMAND,
+      label: "Encode a list of prompts (Qwen VRAM)",
+      icon: "pi pi-list-check",
+      function: prefill,
+    },
+  ],
+  menuCommands: [{ path: ["Extensions", "Qwen VRAM"], commands: [COMMAND] }],
+  setup() {
+    api.addEventListener("executed", ({ detail }) => {
+      const facts = detail.output?.qwen_vram?.[0];
+      if (facts?.not_stored !== undefined) finished(detail.prompt_id, "success", facts.text);
+    });
+    api.addEventListener("execution_error", ({ detail }) => {
+      finished(detail.prompt_id, "error", detail.exception_message);
+    });
+  },
+});

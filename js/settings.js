@@ -1,0 +1,20 @@
+// The settings of the prompt cache, its panel, and the command that removes every trace of it.
+import { app } from "../../scripts/app.js";
+import { removeEverything, renderPanel } from "./panel.js";
+import { panelSetting, SETTINGS } from "./settings_core.js";
+
+const REMOVE = "QwenVRAM.RemoveEverything";
+
+app.registerExtension({
+  name: "QwenVRAM.Settings",
+  settings: [panelSetting(renderPanel), ...SETTINGS],
+  commands: [
+    {
+      id: REMOVE,
+      label: "Remove everything from the prompt cache (Qwen VRAM)",
+      icon: "pi pi-trash",
+      function: () => removeEverything(),
+    },
+  ],
+  menuCommands: [{ path: ["Extensions", "Qwen VRAM"], commands: [REMOVE] }],
+});

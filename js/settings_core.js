@@ -1,0 +1,86 @@
+// The settings of the prompt cache, as nodes/settings.py reads them. Pure: no DOM, no app.
+// Texts in other languages: locales/<language>/settings.json.
+
+const GROUP = ["Qwen VRAM", "Prompt cache"];
+const FIRST = 100;
+const number = (max, digits) => ({ min: 0, max, maxFractionDigits: digits, showButtons: true });
+
+/** As the settings dialog wants them; it shows the highest sortOrder first. */
+export const SETTINGS = [
+  {
+    id: "QwenVRAM.Conditioning.Keep",
+    name: "Keep encoded prompts and pictures of",
+    type: "combo",
+    options: [
+      { text: "all nodes", value: "all encode nodes" },
+      { text: "Qwen VRAM only", value: "nodes of Qwen VRAM" },
+      { text: "nothing", value: "nothing" },
+    ],
+    defaultValue: "all encode nodes",
+    tooltip:
+      "All nodes: also ComfyUI's own CLIP Text Encode, Text Encode Qwen Image Edit and " +
+      "VAE Encode. Nothing: neither look up nor store; what is stored stays until you clear it.",
+  },
+  {
+    id: "QwenVRAM.Conditioning.MemoryMB",
+    name: "In memory at most (MB)",
+    type: "number",
+    attrs: number(1e6, 0),
+    defaultValue: 268,
+    tooltip: "What was not used for longest goes first; it stays on disk.",
+  },
+  {
+    id: "QwenVRAM.Conditioning.DiskGB",
+    name: "On disk at most (GB)",
+    type: "number",
+    attrs: number(1e6, 2),
+    defaultValue: 2,
+    tooltip: "What was not used for longest is deleted first. 0 keeps nothing on disk.",
+  },
+  {
+    id: "QwenVRAM.Conditioning.MoreNodes",
+    name: "Other encode nodes",
+    type: "text",
+    defaultValue: "",
+    tooltip:
+      "Class names of nodes of other packs, separated by commas. Only nodes that always give the " +
+      "same for the same inputs and model files.",
+  },
+  {
+    id: "QwenVRAM.Conditioning.RedisURL",
+    name: "Share over Redis (URL)",
+    type: "text",
+    defaultValue: "",
+    tooltip:
+      "redis://server:6379/0, so that several machines encode a prompt once; needs pip install " +
+      "redis. A password in it stands readable in ComfyUI's settings file: the environment " +
+      "variable QWEN_VRAM_REDIS_URL avoids that.",
+  },
+  {
+    id: "QwenVRAM.Conditioning.RedisDays",
+    name: "Keep in Redis for (days)",
+    type: "number",
+    attrs: { ...number(3650, 2), min: 0.01 },
+    defaultValue: 30,
+    tooltip: "After the last use.",
+  },
+  {
+    id: "QwenVRAM.Conditioning.RedisGB",
+    name: "In Redis at most (GB)",
+    type: "number",
+    attrs: number(1e6, 2),
+    defaultValue: 1,
+    tooltip: "About; what was not used for longest goes first.",
+  },
+].map((setting, index) => ({
+  ...setting,
+  category: [...GROUP, setting.id],
+  sortOrder: FIRST - 1 - index,
+}));
+
+/** The panel of figures and buttons, among the settings. */
+export function panelSetting(render) {
+  const id = "QwenVRAM.Conditioning.Panel";
+  const category = ["Qwen VRAM", "What is stored", id];
+  return { id, name: "", type: render, defaultValue: null, category, sortOrder: FIRST };
+}

@@ -1,0 +1,141 @@
+"""What the prompt cache holds and saved, and its removal; for the settings panel and scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import folder_paths
+from aiohttp import web
+from server import PromptServer
+
+from ..core.disk_tier import DiskTier
+from ..core.savings import Totals
+from ..core.statistics import Removed, Size
+from .pins import PINS
+from .provider import STOCK_NODES
+from .store import SAVINGS, STORE, set_up
+
+PATH = "/qwen_vram/conditioning"
+LISTS = "qwen_vram"  # in ComfyUI's temporary folder: lists of prompts that js/prefill.js sent
+DAY_SECONDS = 86400
+MOST_DAYS = 36500
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
+
+
+class Wish(NamedTuple):
+    """What a DELETE request asks for."""
+
+    unused_seconds: float = 0.0
+    everything: bool = False
+
+
+def report() -> dict[str, Any]:
+    """What the panel shows. It lists a directory and may ask Redis: call it off the event loop."""
+    wanted, usage = set_up(), STORE.usage()
+    redis = "off" if not wanted.redis_url else "connected" if usage.redis else "away"
+    return {
+        "memory": _tier(usage.memory, wanted.memory_bytes),
+        "disk": _tier(usage.disk, wanted.disk_bytes),
+        "redis": {**_tier(usage.redis, wanted.redis_bytes), "state": redis},
+        "now": _totals(SAVINGS.now),
+        "total": _totals(SAVINGS.total()),
+        "folder": str(STORE.directory),
+        "encode_nodes": sorted(STOCK_NODES | wanted.more_nodes),
+        "keep": wanted.keep,
+    }
+
+
+def remove(wish: Wish) -> dict[str, Any]:
+    """Remove entries, or everything that the pack ever kept; say what was removed."""
+    removed = STORE.clear(wish.unused_seconds)
+    answer = _removed(removed)
+    if wish.everything:
+        pins, failed = DiskTier(PINS.directory, 0).clear(0.0, {})
+        answer["pins"] = _size(pins)
+        answer["failed"] += [*failed, *_remove_lists(), *_forget_totals()]
+    return answer
+
+
+def wish_of(query: Mapping[str, str]) -> Wish:
+    """Read the query of a DELETE request. Raises ValueError with a sentence."""
+    unknown = query.keys() - {"unused_days", "everything"}
+    if unknown:
+        raise ValueError(f"{min(unknown)} is not known: use unused_days=N or everything=true.")
+    everything = _FLAGS.get(query.get("everything", "false").lower())
+    if everything is None:
+        raise ValueError("everything must be true or false.")
+    if "unused_days" not in query:
+        return Wish(everything=everything)
+    if everything:
+        raise ValueError("everything=true takes no unused_days: it removes all there is.")
+    try:
+        days = float(query["unused_days"])
+    except ValueError:
+        days = math.nan
+    if not 0 <= days <= MOST_DAYS:
+        raise ValueError(f"unused_days must be a number from 0 to {MOST_DAYS}.")
+    return Wish(days * DAY_SECONDS)
+
+
+def _tier(size: Size | None, bound_bytes: int) -> dict[str, int | None]:
+    return {**_size(size), "bound_bytes": bound_bytes}
+
+
+def _size(size: Size | None) -> dict[str, int | None]:
+    """None where it could not be measured: never 0."""
+    return dict(size._asdict()) if size else {"entries": None, "bytes": None}
+
+
+def _totals(totals: Totals) -> dict[str, float]:
+    return {"hits": totals.hits, "misses": totals.misses, "seconds_saved": totals.seconds}
+
+
+def _removed(removed: Removed) -> dict[str, Any]:
+    tiers = {name: _size(getattr(removed, name)) for name in ("memory", "disk", "redis")}
+    return {**tiers, "failed": list(removed.failed)}
+
+
+def _remove_lists() -> list[str]:
+    """Delete lists of prompts that were sent for a prefill; return what could not be."""
+    failed = []
+    folder = Path(folder_paths.get_temp_directory()) / LISTS
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        try:
+            os.unlink(path)
+        except OSError as error:
+            failed.append(f"{path.name} ({error.strerror or error})")
+    return failed
+
+
+def _forget_totals() -> list[str]:
+    try:
+        SAVINGS.forget()
+    except OSError as error:
+        return [f"{SAVINGS.path.name} ({error.strerror or error})"]
+    return []
+
+
+async def get_conditioning(request: web.Request) -> web.Response:
+    """GET: the report."""
+    return web.json_response(await asyncio.to_thread(report))
+
+
+async def delete_conditioning(request: web.Request) -> web.Response:
+    """DELETE: with unused_days=N what was not used for N days, with everything=true all traces."""
+    try:
+        wish = wish_of(request.query)
+    except ValueError as error:
+        return web.json_response({"error": str(error)}, status=400)
+    return web.json_response(await asyncio.to_thread(remove, wish))
+
+
+def register() -> None:
+    """Add the routes to ComfyUI's; called when the pack is loaded, before the server starts."""
+    routes = PromptServer.instance.routes
+    routes.get(PATH)(get_conditioning)
+    routes.delete(PATH)(delete_conditioning)

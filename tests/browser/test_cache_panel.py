@@ -1,0 +1,321 @@
+"""What users see of the prompt cache: badges on encode nodes, the panel, the settings, the prefill."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pack.demo.checkpoints import make_checkpoints
+from pack.demo.server import Server
+from pack.tests.browser.editor import SETTLE_MS, Editor
+from pack.tests.conftest import ROOT
+from pack.tests.graphs import CLIP, encode, loader, node, preview
+from playwright.sync_api import Browser, Locator, Page
+
+STOCK, OURS = 2, 3
+PANEL = ".qwen-vram-panel"
+# Badges as LiteGraph draws them: the first is the frontend's own.
+BADGES = """() => Object.fromEntries(app.graph.nodes.map(n => [
+    n.id, n.badges.slice(1).map(b => (typeof b === 'function' ? b() : b).text).filter(Boolean)]))"""
+PLACE_OF_BADGE = """id => {
+    const node = app.graph.getNodeById(id);
+    const badge = node.badges.map(b => (typeof b === 'function' ? b() : b)).find(b => b.onClick);
+    const [x, y, width, height] = badge.boundingRect;
+    const at = [node.pos[0] + x + width / 2, node.pos[1] + y + height / 2];
+    const [left, top] = app.canvas.ds.convertOffsetToCanvas(at);
+    return [left, top];
+}"""
+LOAD_API = "graph => app.loadApiJson(graph, 'test')"
+SETTING = "([id, value]) => app.extensionManager.setting.set(id, value)"
+COMMAND = "id => { app.extensionManager.command.execute(id); }"
+
+
+def graph(text: str) -> dict[str, Any]:
+    """A stock encode node and one of ours behind one encoder."""
+    return {
+        "1": loader("TextEncoder", CLIP),
+        "2": node("CLIPTextEncode", clip=["1", 0], text=text),
+        "3": encode(f"{text}, ours", "1"),
+        "4": preview("2")["out_2"],
+        "5": preview("3")["out_3"],
+    }
+
+
+@pytest.fixture(scope="module")
+def own(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose cache is empty, and that a test may start anew."""
+    base = tmp_path_factory.mktemp("panel")
+    make_checkpoints(comfyui, base / "models")
+    with Server(comfyui, base, ROOT, cpu=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page_editor(browser: Browser, own: Server) -> Editor:
+    """The frontend of that server."""
+    return Editor(browser.new_page(viewport={"width": 1440, "height": 900}), own.url)
+
+
+def open_graph(editor: Editor, text: str) -> None:
+    """Open the graph as a dropped API file."""
+    editor.page.evaluate(LOAD_API, graph(text))
+    editor.page.wait_for_timeout(SETTLE_MS)
+
+
+def badges(editor: Editor) -> dict[int, list[str]]:
+    """What the badges of the two encode nodes say; no other node may have one."""
+    editor.page.wait_for_timeout(SETTLE_MS)
+    found = {int(i): texts for i, texts in editor.page.evaluate(BADGES).items()}
+    assert [i for i, texts in found.items() if texts and i not in (STOCK, OURS)] == []
+    return {i: found[i] for i in (STOCK, OURS)}
+
+
+def restart(editor: Editor, server: Server) -> None:
+    """End the server, start it again, and load the page anew."""
+    editor.page.goto("about:blank")
+    server.stop()
+    server.__enter__()
+    editor.start()
+
+
+def delete(server: Server, query: str = "") -> dict[str, Any]:
+    """What a script would do."""
+    url = f"{server.url}/qwen_vram/conditioning{query}"
+    request = urllib.request.Request(url, method="DELETE")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=60) as response:
+        return json.loads(response.read())
+
+
+def open_panel(editor: Editor) -> Locator:
+    """The panel in the settings dialog."""
+    page = editor.page
+    close_dialogs(page)
+    page.evaluate(COMMAND, "Comfy.ShowSettingsDialog")
+    page.get_by_role("dialog").get_by_text("Qwen VRAM", exact=True).first.click()
+    page.locator(f"{PANEL} table").first.wait_for()
+    return page.locator(PANEL)
+
+
+def close_dialogs(page: Page) -> None:
+    """By a click beside them: a setting that has the focus may keep Escape for itself."""
+    if page.get_by_role("dialog").count():
+        page.mouse.click(720, 890)
+        page.get_by_role("dialog").first.wait_for(state="hidden")
+
+
+def screenshot(page: Page, name: str) -> None:
+    """For people who want to look: only where QWEN_VRAM_SCREENSHOTS names a folder."""
+    if folder := os.environ.get("QWEN_VRAM_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png")
+
+
+# ---------------------------------------------------------------------------------------- badges
+def test_badges_tell_miss_then_comfyuis_cache_then_hit(page_editor: Editor, own: Server) -> None:
+    delete(own, "?everything=true")
+    open_graph(page_editor, "a red fox")
+    assert badges(page_editor) == {STOCK: [], OURS: []}
+    assert page_editor.run().status == "execution_success"
+    assert badges(page_editor) == {STOCK: ["miss · new text"], OURS: ["miss · new text"]}
+    screenshot(page_editor.page, "badges_miss")
+    page_editor.page.mouse.click(*page_editor.page.evaluate(PLACE_OF_BADGE, STOCK))
+    page_editor.page.get_by_text("new text · took ").wait_for()
+
+    page_editor.run()
+    assert badges(page_editor) == {STOCK: ["ComfyUI's cache"], OURS: ["ComfyUI's cache"]}
+    screenshot(page_editor.page, "badges_comfy")
+
+    restart(page_editor, own)
+    open_graph(page_editor, "a red fox")
+    page_editor.run()
+    for texts in badges(page_editor).values():
+        assert len(texts) == 1 and texts[0].startswith("hit · disk")
+    screenshot(page_editor.page, "badges_hit")
+
+    open_graph(page_editor, "another workflow")
+    assert badges(page_editor) == {STOCK: [], OURS: []}
+    assert page_editor.problems == []
+
+
+def test_html_nodes_show_badges_with_tooltips(page_editor: Editor) -> None:
+    page = page_editor.page
+    open_graph(page_editor, "a purple cat")
+    page.evaluate(SETTING, ["Comfy.VueNodes.Enabled", True])
+    try:
+        page_editor.run()
+        badge = page.get_by_text("miss · new text").first
+        badge.wait_for()
+        assert (badge.get_attribute("title") or "").startswith("new text · took ")
+        screenshot(page, "badges_html")
+        assert page.get_by_text("miss · new text").count() == 2
+    finally:
+        page.evaluate(SETTING, ["Comfy.VueNodes.Enabled", False])
+
+
+def test_a_tab_gets_its_badges_back_and_its_run_is_not_shown_in_another(
+    page_editor: Editor,
+) -> None:
+    open_graph(page_editor, "a tab")
+    first = {**page_editor.saved(), "id": str(uuid.uuid4())}
+    second = {**first, "id": str(uuid.uuid4())}
+    page_editor.open(first)
+    page_editor.run()
+    shown = badges(page_editor)
+    assert shown[STOCK] and shown[OURS]
+    page_editor.open(second)
+    assert badges(page_editor) == {STOCK: [], OURS: []}
+    page_editor.open(first)
+    assert badges(page_editor) == shown
+
+
+# ----------------------------------------------------------------------------------- the panel
+def test_the_panel_shows_what_is_stored_and_clears_it(page_editor: Editor, own: Server) -> None:
+    delete(own, "?everything=true")
+    open_graph(page_editor, "panel")
+    page_editor.run()
+    page = page_editor.page
+    panel = open_panel(page_editor)
+    screenshot(page, "panel_dark")
+    told = own.get_json("/qwen_vram/conditioning")
+    assert told["disk"]["entries"] == told["memory"]["entries"] == 2
+    disk = panel.get_by_role("row").filter(has_text="On disk")
+    assert disk.get_by_role("cell").all_inner_texts()[1] == "2"
+    saved = panel.get_by_role("row").filter(has_text="In total").get_by_role("cell")
+    assert saved.all_inner_texts()[1:3] == ["0", "2"]  # hits, misses
+    assert told["folder"] in panel.inner_text()
+
+    panel.locator("input").fill("many")
+    panel.get_by_role("button", name="Clear what was unused for").click()
+    assert "Days must be a number" in panel.get_by_role("status").inner_text()
+    panel.locator("input").fill("30")
+    panel.get_by_role("button", name="Clear what was unused for").click()
+    page.get_by_text("was not used for 30 days").wait_for()
+    page.get_by_role("button", name="Delete").last.click()
+    panel.get_by_text("Nothing was there to remove.").wait_for()
+
+    panel.get_by_role("button", name="Clear all").click()
+    page.get_by_text("Remove all stored prompts").wait_for()
+    page.wait_for_timeout(SETTLE_MS)
+    screenshot(page, "panel_confirm")
+    page.get_by_role("button", name="Cancel").last.click()
+    assert own.get_json("/qwen_vram/conditioning")["disk"]["entries"] == 2
+    panel.get_by_role("button", name="Clear all").click()
+    page.get_by_role("button", name="Delete").last.click()
+    panel.get_by_text("Removed: In memory: 2").wait_for()
+    assert disk.get_by_role("cell").all_inner_texts()[1] == "0"
+    assert own.get_json("/qwen_vram/conditioning")["total"]["misses"] == 2
+
+    panel.get_by_role("button", name="Remove everything").click()
+    page.get_by_text("the totals, all pinned outputs").wait_for()
+    page.get_by_role("button", name="Delete").last.click()
+    panel.get_by_text("Nothing was there to remove.").wait_for()
+    assert own.get_json("/qwen_vram/conditioning")["total"]["misses"] == 0
+    close_dialogs(page)
+    assert page_editor.problems == []
+
+
+def test_the_panel_is_readable_on_a_light_theme(page_editor: Editor) -> None:
+    page = page_editor.page
+    page.evaluate(SETTING, ["Comfy.ColorPalette", "light"])
+    try:
+        page.wait_for_timeout(SETTLE_MS)
+        screenshot(page, "badges_light")
+        panel = open_panel(page_editor)
+        colours = panel.evaluate(
+            "e => [getComputedStyle(e).color, e.querySelectorAll('table').length]"
+        )
+        screenshot(page, "panel_light")
+        assert max(map(int, colours[0].removeprefix("rgb(").rstrip(")").split(","))) < 100
+        assert colours[1] >= 2
+        close_dialogs(page)
+    finally:
+        page.evaluate(SETTING, ["Comfy.ColorPalette", "dark"])
+
+
+# ------------------------------------------------------------------------------------ settings
+def choose(page: Page, setting: str, option: str) -> None:
+    """Choose an option of a setting in the open dialog."""
+    page.locator(f'[data-setting-id="{setting}"]').get_by_role("combobox").click()
+    page.get_by_role("option", name=option, exact=True).click()
+    page.wait_for_timeout(SETTLE_MS)
+
+
+def test_a_setting_changed_in_the_dialog_counts_from_the_next_run(
+    page_editor: Editor, own: Server
+) -> None:
+    page, keep = page_editor.page, "QwenVRAM.Conditioning.Keep"
+    delete(own, "?everything=true")
+    open_graph(page_editor, "not to be kept")
+    open_panel(page_editor)
+    choose(page, keep, "nothing")
+    memory = page.locator('[data-setting-id="QwenVRAM.Conditioning.MemoryMB"] input')
+    memory.click()
+    memory.press("Control+a")
+    memory.press_sequentially("100")
+    memory.press("Tab")
+    page.wait_for_timeout(SETTLE_MS)
+    told = own.get_json("/qwen_vram/conditioning")
+    assert told["keep"] == "nothing" and told["memory"]["bound_bytes"] == 100_000_000
+    close_dialogs(page)
+    page_editor.run()
+    why = "miss · nothing is kept, by the settings"
+    assert badges(page_editor) == {STOCK: [why], OURS: [why]}
+    assert own.get_json("/qwen_vram/conditioning")["disk"]["entries"] == 0
+    open_panel(page_editor)
+    choose(page, keep, "all nodes")
+    close_dialogs(page)
+    open_graph(page_editor, "to be kept")
+    page_editor.run()
+    assert own.get_json("/qwen_vram/conditioning")["disk"]["entries"] == 2
+
+
+def test_the_panel_speaks_chinese(page_editor: Editor, own: Server) -> None:
+    own.post_json("/api/settings/Comfy.Locale", "zh")
+    page_editor.start()
+    try:
+        panel = open_panel(page_editor)
+        screenshot(page_editor.page, "panel_chinese")
+        assert "全部清除" in panel.inner_text()
+        dialog = page_editor.page.get_by_role("dialog").inner_text()
+        assert "磁盘上限（GB）" in dialog and "提示词缓存" in dialog
+        close_dialogs(page_editor.page)
+    finally:
+        own.post_json("/api/settings/Comfy.Locale", "en")
+        page_editor.start()
+
+
+# ------------------------------------------------------------------------------------- prefill
+def test_a_list_of_prompts_is_encoded_from_the_menu_command(
+    page_editor: Editor, own: Server, tmp_path: Path
+) -> None:
+    delete(own, "?everything=true")
+    page = page_editor.page
+    open_graph(page_editor, "listed")
+    path = tmp_path / "prompts.csv"
+    path.write_text('prompt\nlisted\n"listed, ours"\nthird\n', encoding="utf-8")
+    with page.expect_file_chooser() as chooser:
+        page.evaluate(COMMAND, "QwenVRAM.Prefill")
+    chooser.value.set_files(path)
+    page.get_by_text("3 prompts: 0 known, 3 encoded in").wait_for(timeout=60_000)
+    screenshot(page, "prefill_toast")
+    page_editor.run()
+    for texts in badges(page_editor).values():
+        assert texts[0].startswith("hit · memory")
+    sent = own.base / "temp" / "qwen_vram" / "prompts.csv"
+    assert sent.exists()
+    delete(own, "?everything=true")
+    assert not sent.exists()
+    assert page_editor.problems == []
+
+
+def test_without_an_encode_node_the_command_says_what_to_do(page_editor: Editor) -> None:
+    page = page_editor.page
+    page.evaluate(LOAD_API, {"1": loader("TextEncoder", CLIP)})
+    page.evaluate(COMMAND, "QwenVRAM.Prefill")
+    page.get_by_text("No text encoder was found").wait_for()

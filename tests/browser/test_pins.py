@@ -1,0 +1,169 @@
+"""Pin output in the real editor: by the menu, saved with the workflow, undone; and a private run."""
+
+from __future__ import annotations
+
+import io
+import re
+import urllib.parse
+from typing import Any
+
+import PIL.Image
+import pytest
+from pack.demo.server import Server
+from pack.tests.browser.editor import Editor
+from pack.tests.browser.test_workflow import ids_of
+from playwright.sync_api import expect
+
+Workflow = dict[str, Any]
+PINNED = "id => Boolean(app.graph.getNodeById(id).properties.qwen_vram?.pin)"
+BADGES = """id => app.graph.getNodeById(id).badges
+    .map(badge => (typeof badge === 'function' ? badge() : badge.value ?? badge).text)"""
+PLACE = """id => {
+    const node = app.graph.getNodeById(id), canvas = app.canvas;
+    canvas.centerOnNode(node);
+    canvas.draw(true, true);
+    const box = canvas.canvas.getBoundingClientRect();
+    const [x, y] = canvas.ds.convertOffsetToCanvas([node.pos[0] + 60, node.pos[1] - 14]);
+    return [box.left + x, box.top + y];
+}"""
+
+
+@pytest.fixture
+def ready(editor: Editor, workflow: Workflow) -> Workflow:
+    """The bundled workflow, small and with a fixed seed; its nodes by what they do."""
+    editor.open(workflow)
+    editor.shrink()
+    positive, negative = ids_of(workflow, "QwenVRAMCachedTextEncode")
+    (sampler,), (save,) = ids_of(workflow, "KSampler"), ids_of(workflow, "SaveImage")
+    (clip,) = ids_of(workflow, "QwenVRAMLoadTextEncoder")
+    (latent,) = ids_of(workflow, "EmptySD3LatentImage")
+    editor.set_widgets({str(sampler): {"control_after_generate": "fixed", "seed": 7}})
+    names = ("positive", "negative", "sampler", "save", "clip", "latent")
+    return dict(zip(names, (positive, negative, sampler, save, clip, latent), strict=True))
+
+
+def menu(editor: Editor, node_id: int, item: str) -> None:
+    """Right-click a node and choose an item."""
+    x, y = editor.page.evaluate(PLACE, node_id)
+    editor.page.mouse.click(x, y, button="right")
+    editor.page.get_by_text(item, exact=True).click()
+
+
+def toast(editor: Editor, text: str) -> None:
+    """Wait for a toast that has this text, and close all."""
+    expect(editor.page.locator(".p-toast-detail", has_text=text).first).to_be_visible(
+        timeout=60_000
+    )
+    editor.page.evaluate("() => app.extensionManager.toast.removeAll?.()")
+
+
+def last_run(server: Server) -> dict[str, Any]:
+    """What the host's history says about it."""
+    (entry,) = server.get_json("/history?max_items=1").values()
+    return entry
+
+
+def picture(editor: Editor, ids: dict[str, int], server: Server) -> bytes:
+    """Run, and take the pixels of what was saved."""
+    ran = editor.run()
+    assert ran.status == "execution_success", ran.detail
+    (image,) = last_run(server)["outputs"][str(ids["save"])]["images"]
+    data = server.get(f"/view?{urllib.parse.urlencode(image)}")
+    return PIL.Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+
+
+def test_pinned_through_a_reload_and_a_change_until_unpinned(
+    editor: Editor, ready, server: Server
+) -> None:
+    ids, positive = ready, ready["positive"]
+    editor.set_widgets({str(positive): {"text": "a red bunny"}})
+    first = picture(editor, ids, server)
+    menu(editor, positive, "Pin output (Qwen VRAM)")
+    toast(editor, "is pinned (")
+    assert [
+        b for b in editor.page.evaluate(BADGES, positive) if re.fullmatch(r"pinned \d.* [kM]B", b)
+    ]
+
+    saved = editor.saved()
+    (mark,) = [n["properties"]["qwen_vram"]["pin"] for n in saved["nodes"] if n["id"] == positive]
+    assert re.fullmatch("[0-9a-f]{64}", mark["content"]) and mark["types"] == ["CONDITIONING"]
+    editor.start()
+    editor.open(saved)
+    assert [b for b in editor.page.evaluate(BADGES, positive) if b.startswith("pinned")]
+
+    editor.set_widgets({str(positive): {"text": "a blue fox at night"}})
+    assert picture(editor, ids, server) == first
+    menu(editor, positive, "Unpin output (Qwen VRAM)")
+    assert (
+        "qwen_vram"
+        not in next(n for n in editor.saved()["nodes"] if n["id"] == positive)["properties"]
+    )
+    assert picture(editor, ids, server) != first
+    assert editor.problems == []
+
+
+def test_undo_takes_a_pin_back(editor: Editor, ready) -> None:
+    latent = ready["latent"]
+    editor.page.evaluate(
+        "() => app.extensionManager.workflow.activeWorkflow.changeTracker.captureCanvasState()"
+    )
+    menu(editor, latent, "Pin output (Qwen VRAM)")
+    toast(editor, "is pinned (")
+    assert editor.page.evaluate(PINNED, latent)
+    editor.page.evaluate("() => app.extensionManager.command.execute('Comfy.Undo')")
+    editor.page.wait_for_function(f"id => !({PINNED})(id)", arg=latent)
+    editor.page.evaluate("() => app.extensionManager.command.execute('Comfy.Redo')")
+    editor.page.wait_for_function(PINNED, arg=latent)
+
+
+def test_what_cannot_be_pinned_says_why(editor: Editor, ready) -> None:
+    menu(editor, ready["clip"], "Pin output (Qwen VRAM)")
+    toast(editor, "The output CLIP cannot be pinned: no exact copy of it can be kept.")
+    assert not editor.page.evaluate(PINNED, ready["clip"])
+    editor.page.evaluate("id => { app.graph.getNodeById(id).mode = 4; }", ready["latent"])
+    menu(editor, ready["latent"], "Pin output (Qwen VRAM)")
+    toast(editor, "It is not part of the run")
+    assert [text for text in editor.problems if "/api/prompt" not in text] == []
+    editor.problems.clear()  # the refusal itself, which the console repeats
+
+
+def test_several_selected_nodes_by_the_command(editor: Editor, ready) -> None:
+    chosen = [ready["positive"], ready["negative"]]
+    editor.page.evaluate(
+        "ids => app.canvas.selectNodes(ids.map(id => app.graph.getNodeById(id)))", chosen
+    )
+    editor.page.evaluate("() => app.extensionManager.command.execute('QwenVRAM.PinOutput')")
+    for node_id in chosen:
+        assert editor.page.evaluate(PINNED, node_id)
+    editor.page.evaluate("() => app.extensionManager.command.execute('QwenVRAM.UnpinOutput')")
+    for node_id in chosen:
+        assert not editor.page.evaluate(PINNED, node_id)
+    assert editor.problems == []
+
+
+def test_a_private_run_and_a_private_node(editor: Editor, ready, server: Server) -> None:
+    positive, negative = ready["positive"], ready["negative"]
+    texts = {str(positive): {"text": "never to be kept"}, str(negative): {"text": "nor this"}}
+    editor.set_widgets(texts)
+    editor.page.evaluate("() => { window.qwenVramEvents.length = 0; }")
+    editor.page.evaluate("() => app.extensionManager.command.execute('QwenVRAM.QueuePrivate')")
+    editor.page.wait_for_function(
+        "() => window.qwenVramEvents.some(([name]) => name === 'execution_success')", timeout=60_000
+    )
+    entry = last_run(server)
+    for node_id in (positive, negative):
+        assert entry["outputs"][str(node_id)]["qwen_vram"][0]["why"] == "this run keeps nothing"
+    assert "qwen_vram" not in entry["prompt"][3]["extra_pnginfo"]["workflow"]["extra"]
+    assert "qwen_vram" not in editor.saved()["extra"]
+
+    menu(editor, positive, "Keep nothing of this node (Qwen VRAM)")
+    assert "keeps nothing" in editor.page.evaluate(BADGES, positive)
+    editor.set_widgets({str(positive): {"text": "never to be kept either"}})
+    assert editor.run().status == "execution_success"
+    assert (
+        last_run(server)["outputs"][str(positive)]["qwen_vram"][0]["why"]
+        == "this node keeps nothing"
+    )
+    menu(editor, positive, "Keep what this node gives again (Qwen VRAM)")
+    assert "keeps nothing" not in editor.page.evaluate(BADGES, positive)
+    assert editor.problems == []

@@ -1,0 +1,59 @@
+"""The workflows that `make run` offers, looked at without a host."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from pack.demo import embedded, serving
+from pack.tests.conftest import ROOT
+from pack.tests.static import test_workflows as bundled
+
+OFFERED = sorted(serving.WORKFLOWS.glob("*.json"))
+SWITCH = ("LoraLoaderModelOnly", "PrimitiveBoolean", "PrimitiveInt", "PrimitiveFloat")
+SWITCH += ("ComfySwitchNode",)
+
+each_workflow = pytest.mark.parametrize("path", OFFERED, ids=lambda path: path.stem)
+
+
+def types(path: Path) -> Counter[str]:
+    """How many nodes of each type there are."""
+    return Counter(node["type"] for node in bundled.nodes(bundled.load(path)))
+
+
+def test_it_offers_the_two_that_it_names() -> None:
+    assert {path.stem for path in OFFERED} == {serving.OPENED, serving.OTHER}
+
+
+@each_workflow
+def test_it_is_laid_out_like_the_bundled_ones(path: Path) -> None:
+    bundled.test_nothing_overlaps(path)
+    bundled.test_it_contains_no_absolute_path(path)
+
+
+@each_workflow
+def test_it_names_the_embedded_model_and_no_download(path: Path) -> None:
+    files = {Path(name).name for name in embedded.FILES}
+    texts = list(bundled.strings(json.loads(path.read_text(encoding="utf-8"))))
+    named = {text for text in texts if text.endswith(bundled.MODEL_SUFFIXES)}
+    assert named == files - {embedded.CLASSIFIER}
+    assert not [text for text in texts if "http" in text]
+
+
+def test_drawing_is_the_bundled_workflow_without_its_switch() -> None:
+    whole = types(ROOT / "workflows" / "qwen_image_2512.json")
+    drawing = types(serving.WORKFLOWS / f"{serving.OPENED}.json")
+    assert drawing == Counter({t: n for t, n in whole.items() if t not in SWITCH})
+
+
+def test_offering_puts_them_into_the_panel_and_the_templates(tmp_path: Path) -> None:
+    for _ in range(2):  # as every start does
+        serving.offer_workflows(tmp_path)
+    for folder in ("user/default/workflows", f"custom_nodes/{serving.TEMPLATES}/workflows"):
+        copies = sorted((tmp_path / folder).iterdir())
+        assert [c.read_bytes() for c in copies] == [path.read_bytes() for path in OFFERED]
+    editing = json.loads((serving.WORKFLOWS / f"{serving.OTHER}.json").read_text(encoding="utf-8"))
+    (loader,) = (node for node in editing["nodes"] if node["type"] == "LoadImage")
+    assert (tmp_path / "input" / loader["widgets_values"][0]).is_file()

@@ -1,0 +1,113 @@
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { test } from "node:test";
+import {
+  daysOf, panelWords, pinRows, placeRows, question, removedText, savedRows, sizeText,
+} from "../../js/panel_core.js";
+import { panelSetting, SETTINGS } from "../../js/settings_core.js";
+
+const read = (path) => readFileSync(new URL(`../../${path}`, import.meta.url), "utf-8");
+const locale = (language, name) => JSON.parse(read(`locales/${language}/${name}.json`));
+const tier = (entries, bytes, bound) => ({ entries, bytes, bound_bytes: bound });
+const REPORT = {
+  memory: tier(3, 1_500_000, 3_000_000),
+  disk: tier(1200, 2_000_000_000, 2_000_000_000),
+  redis: { ...tier(null, null, 1e9), state: "off" },
+  now: { hits: 2, misses: 1, seconds_saved: 3.21 },
+  total: { hits: 1234, misses: 5, seconds_saved: 7200 },
+};
+
+test("every setting is one that the server reads, in both languages", () => {
+  const server = read("nodes/settings.py");
+  for (const { id, name, tooltip, options } of SETTINGS) {
+    const last = id.replace("QwenVRAM.Conditioning.", "");
+    assert.ok(server.includes(`"${last}"`) || server.includes(id), `${id} is not read`);
+    const key = id.replaceAll(".", "_");
+    const labels = options && { options: Object.fromEntries(options.map(({ text }) => [text, text])) };
+    assert.deepEqual(locale("en", "settings")[key], { name, tooltip, ...labels });
+    const chinese = locale("zh", "settings")[key];
+    assert.match(chinese.name + chinese.tooltip, /[\u4e00-\u9fff]/);
+    assert.deepEqual(Object.keys(chinese.options ?? {}), (options ?? []).map((o) => o.text));
+    for (const option of options ?? []) assert.ok(server.includes(`"${option.value}"`), option.value);
+  }
+  const categories = [...SETTINGS, panelSetting(() => null)].flatMap((s) => s.category.slice(0, 2));
+  for (const language of ["en", "zh"]) {
+    const known = Object.keys(locale(language, "main").settingsCategories);
+    assert.deepEqual(known.sort(), [...new Set(categories)].sort());
+  }
+});
+
+test("the defaults are the server's", () => {
+  const byId = Object.fromEntries(SETTINGS.map((s) => [s.id.split(".").at(-1), s.defaultValue]));
+  const server = read("nodes/settings.py");
+  assert.ok(server.includes(`keep: str = KEEP_ALL`) && byId.Keep === "all encode nodes");
+  assert.ok(server.includes("memory_bytes: int = 256 << 20"));
+  assert.equal(byId.MemoryMB, Math.round((256 << 20) / 1e6));
+  assert.ok(server.includes(`disk_bytes: int = ${byId.DiskGB}_000_000_000`));
+  assert.ok(server.includes(`redis_seconds: int = ${byId.RedisDays} * 86400`));
+  assert.ok(server.includes(`redis_bytes: int = ${byId.RedisGB}_000_000_000`));
+});
+
+test("every command has its label in both languages", () => {
+  for (const file of ["js/settings.js", "js/prefill.js"]) {
+    const source = read(file);
+    const [, id] = source.match(/"(QwenVRAM\.\w+)";/);
+    const key = id.replace(".", "_");
+    assert.ok(source.includes(`label: "${locale("en", "commands")[key].label}"`), id);
+    assert.match(locale("zh", "commands")[key].label, /[\u4e00-\u9fff]/);
+  }
+});
+
+test("places are shown with how full they are, or with why not", () => {
+  const [memory, disk, redis] = placeRows(REPORT, "en");
+  assert.deepEqual(memory, { name: "In memory", entries: "3", size: "1.5 MB", bound: "3.0 MB", full: 0.5 });
+  assert.deepEqual([disk.entries, disk.size, disk.full], ["1,200", "2.0 GB", 1]);
+  assert.deepEqual(redis, { name: "In Redis", note: "off: no URL is set" });
+  const away = placeRows({ ...REPORT, disk: tier(null, null, 1), redis: { ...REPORT.redis, state: "away" } }, "en");
+  assert.equal(away[1].note, "not measurable");
+  assert.match(away[2].note, /does not answer/);
+});
+
+test("savings are told for this process and for all", () => {
+  const [now, total] = savedRows(REPORT, "en");
+  assert.deepEqual(now, { name: "Since ComfyUI started", hits: "2", misses: "1", saved: "3.2 s" });
+  assert.deepEqual([total.hits, total.saved], ["1,234", "2.0 h"]);
+});
+
+test("sizes are decimal", () => {
+  assert.deepEqual([0, 999, 1500, 268435456].map(sizeText), ["0 bytes", "999 bytes", "1.5 kB", "268 MB"]);
+});
+
+test("days are checked before they are sent", () => {
+  assert.deepEqual(["30", " 1,5 ", "0"].map(daysOf), [30, 1.5, 0]);
+  assert.deepEqual(["", "x", "-1", "1e9", "NaN"].map(daysOf), [null, null, null, null, null]);
+});
+
+test("questions name the days, and that others share it", () => {
+  assert.match(question("unused", 7, REPORT, "en"), /not used for 7 days/);
+  const shared = { ...REPORT, redis: { ...REPORT.redis, state: "connected" } };
+  assert.match(question("all", null, shared, "en"), /for all machines/);
+  assert.doesNotMatch(question("all", null, REPORT, "en"), /for all machines/);
+  assert.match(question("everything", null, REPORT, "zh"), /固定/);
+});
+
+test("what was removed is told, and what could not be", () => {
+  const none = { entries: 0, bytes: 0 };
+  const removed = { memory: none, disk: { entries: 2, bytes: 3000 }, redis: null, failed: [] };
+  assert.equal(removedText(removed, "en"), "Removed: On disk: 2 (3.0 kB).");
+  assert.equal(removedText({ ...removed, disk: none }, "en"), panelWords("en").nothing);
+  const text = removedText({ ...removed, pins: { entries: 1, bytes: 9 }, failed: ["a.safetensors (locked)"] }, "en");
+  assert.match(text, /1 pinned output\. Could not be removed: a\.safetensors \(locked\)\.$/);
+  assert.equal(removedText({ deleted: 1 }, "en"), "Removed: 1 pinned output.");
+});
+
+test("pins are named by their types", () => {
+  const content = "ab".repeat(32);
+  const pins = [{ content, bytes: 2000, types: ["IMAGE", "MASK"], last_used: 0 }, { content, bytes: 1, types: [], last_used: 0 }];
+  assert.deepEqual(pinRows(pins, "en").map((row) => row.name), ["IMAGE, MASK", "abababababab"]);
+});
+
+test("both languages have the same words", () => {
+  const keys = (value) => Object.entries(value).flatMap(([k, v]) => (typeof v === "object" ? keys(v).map((x) => `${k}.${x}`) : [k]));
+  assert.deepEqual(keys(panelWords("zh")), keys(panelWords("en")));
+});

@@ -1,0 +1,118 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import {
+  badgeText, executionIds, hasOutputs, isKept, markOf, outcomeOf, pinPrompt, pinWords, problemOf,
+  rejection, setMark, sizeText,
+} from "../../js/pins_core.js";
+
+const en = pinWords("en");
+
+test("every text is there in both languages", () => {
+  const zh = pinWords("zh");
+  assert.deepEqual(Object.keys(zh), Object.keys(en));
+  for (const [name, text] of Object.entries(zh)) {
+    assert.equal(typeof text, typeof en[name]);
+    assert.match(typeof text === "function" ? text("x", "y") : text, /[\u4e00-\u9fff]/);
+  }
+  assert.equal(pinWords("zh-TW"), zh);
+  assert.equal(pinWords("fr"), en);
+  assert.equal(pinWords(undefined), en);
+});
+
+test("sizes are decimal", () => {
+  assert.deepEqual([1234, 1.34e6, 2.5e9].map(sizeText), ["1.2 kB", "1.3 MB", "2.50 GB"]);
+});
+
+test("marks leave other properties alone, and nothing behind", () => {
+  const node = { properties: { "Node name for S&R": "X", qwen_vram: { keep_nothing: true } } };
+  const old = node.properties.qwen_vram;
+  setMark(node, "pin", { content: "a" });
+  assert.deepEqual(node.properties.qwen_vram, { keep_nothing: true, pin: { content: "a" } });
+  assert.deepEqual(old, { keep_nothing: true }); // what undo holds is not written into
+  assert.deepEqual(markOf(node, "pin"), { content: "a" });
+  setMark(node, "keep_nothing", undefined);
+  setMark(node, "pin", undefined);
+  assert.deepEqual(node.properties, { "Node name for S&R": "X" });
+  const bare = {};
+  setMark(bare, "pin", undefined);
+  assert.deepEqual(bare.properties, {});
+  assert.equal(markOf({}, "pin"), undefined);
+});
+
+test("the badge says what is marked", () => {
+  const node = (qwen_vram) => ({ properties: { qwen_vram } });
+  assert.equal(badgeText({}, en), "");
+  assert.equal(badgeText(node({ pin: { bytes: 1.3e6 } }), en), "pinned 1.3 MB");
+  assert.equal(badgeText(node({ keep_nothing: true }), en), "keeps nothing");
+  assert.equal(badgeText(node({ keep_nothing: true, pin: {} }), en), "pinned · keeps nothing");
+});
+
+test("menus are for nodes that can have it", () => {
+  assert.ok(hasOutputs({ outputs: [{}] }));
+  assert.ok(!hasOutputs({ outputs: [] }) && !hasOutputs({}));
+  assert.ok(!hasOutputs({ outputs: [{}], isVirtualNode: true }));
+  assert.ok(isKept({ comfyClass: "VAEEncode" }) && isKept({ comfyClass: "QwenVRAMCachedTextEncode" }));
+  assert.ok(isKept({ comfyClass: "Mine" }, "Other, Mine") && isKept({ subgraph: {} }));
+  assert.ok(isKept({ comfyClass: "X", properties: { qwen_vram: { keep_nothing: true } } }));
+  assert.ok(!isKept({ comfyClass: "KSampler" }, "") && !isKept({ type: "Note" }));
+});
+
+test("a node is found where the prompt has it", () => {
+  const graph = (nodes) => ({ getNodeById: (id) => nodes[id] ?? null });
+  const deep = { outputs: [{}] };
+  const shared = { subgraph: graph({ 3: deep }) };
+  const plain = { outputs: [{}] };
+  const root = graph({ 1: plain, 2: shared, 4: { subgraph: shared.subgraph } });
+  const output = { 1: {}, "2:3": {}, "4:3": {} };
+  assert.deepEqual(executionIds(root, plain, output), ["1"]);
+  assert.deepEqual(executionIds(root, deep, output), ["2:3", "4:3"]);
+  assert.deepEqual(executionIds(root, plain, {}), []);
+});
+
+test("what cannot be pinned has a reason", () => {
+  const node = (more) => ({ outputs: [{}], ...more });
+  assert.equal(problemOf(node(), ["1"]), null);
+  assert.equal(problemOf(node(), []), "notInRun");
+  assert.equal(problemOf(node(), ["2:3", "4:3"]), "severalTimes");
+  assert.equal(problemOf(node({ subgraph: {} }), ["1"]), "subgraph");
+  assert.equal(problemOf({ outputs: Array(9).fill({}) }, ["1"]), "tooMany");
+  class Saver {}
+  Saver.nodeData = { output_node: true };
+  assert.equal(problemOf(Object.assign(new Saver(), node()), ["1"]), "output");
+  for (const name of ["notInRun", "severalTimes", "subgraph", "tooMany", "output"]) assert.ok(en[name]);
+});
+
+test("the request has one node more, fed by every output", () => {
+  const output = { 5: {}, "12:3": {} };
+  const prompt = pinPrompt(output, "12:3", 2);
+  assert.equal(prompt.id, "13");
+  assert.deepEqual(prompt.output["13"].inputs, { value_0: ["12:3", 0], value_1: ["12:3", 1] });
+  assert.equal(prompt.output["13"].class_type, "QwenVRAMPin");
+  assert.deepEqual(Object.keys(output), ["5", "12:3"]);
+});
+
+test("the end of a run is told by its own events", () => {
+  const done = ["executed", { prompt_id: "p", output: { qwen_vram_pin: [{ content: "a" }] } }];
+  const success = ["execution_success", { prompt_id: "p" }];
+  const other = ["execution_error", { prompt_id: "q", exception_message: "no" }];
+  assert.equal(outcomeOf([], "p"), null);
+  assert.equal(outcomeOf([done, other], "p"), null);
+  assert.deepEqual(outcomeOf([other, done, success], "p"), { pin: { content: "a" } });
+  assert.deepEqual(outcomeOf([success], "p"), { problem: "blocked" });
+  assert.deepEqual(outcomeOf([["execution_interrupted", { prompt_id: "p" }]], "p"), { problem: "stopped" });
+  assert.deepEqual(outcomeOf([["execution_error", { prompt_id: "p", exception_message: "why\n" }]], "p"), {
+    error: "why",
+  });
+});
+
+test("a refusal is told in the server's words", () => {
+  const error = (type, details) => ({ type, message: "Custom validation failed", details });
+  const response = {
+    error: { message: "Prompt outputs failed validation" },
+    node_errors: { 9: { errors: [error("custom_validation_failed", "input_types - The output MODEL ..."),
+      error("value_not_in_list", "x")] } },
+  };
+  assert.equal(rejection(response, "?"), "The output MODEL ...\nCustom validation failed: x");
+  assert.equal(rejection({ error: { message: "no" }, node_errors: {} }, "?"), "no");
+  assert.equal(rejection({}, "?"), "?");
+});

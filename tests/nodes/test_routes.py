@@ -1,0 +1,158 @@
+"""The routes of the prompt cache: what it holds, and its removal, on a real server."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pack.demo.checkpoints import make_checkpoints
+from pack.demo.server import Server
+from pack.tests.conftest import ROOT
+from pack.tests.graphs import CLIP, encode, loader, node, preview
+
+PATH = "/qwen_vram/conditioning"
+
+
+@pytest.fixture(scope="module")
+def own(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose cache nobody else fills."""
+    base = tmp_path_factory.mktemp("routes")
+    make_checkpoints(comfyui, base / "models")
+    with Server(comfyui, base, ROOT, cpu=True) as running:
+        yield running
+
+
+@pytest.fixture
+def empty(own: Server) -> Server:
+    """The same with nothing stored."""
+    assert delete(own, "everything=true")[0] == 200
+    return own
+
+
+def delete(server: Server, query: str = "", prefix: str = "") -> tuple[int, dict[str, Any]]:
+    """The status and the body of a DELETE request."""
+    url = f"{server.url}{prefix}{PATH}?{query}"
+    request = urllib.request.Request(url, method="DELETE")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=60) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def run(server: Server, *texts: str) -> list[dict[str, Any]]:
+    """Encode texts, of which ComfyUI itself keeps nothing from the last time."""
+    graph = {"clip": loader("TextEncoder", CLIP)}
+    for number, text in enumerate(texts):
+        graph[f"e{number}"] = encode(text)
+        graph.update(preview(f"e{number}"))
+    result = server.submit(graph)
+    assert result.status == "success", result.error
+    return [out["qwen_vram"][0] for i, out in result.outputs.items() if i[0] == "e"]
+
+
+def test_the_report_counts_what_is_there(empty: Server) -> None:
+    before = empty.get_json(PATH)
+    assert before["disk"] == {"entries": 0, "bytes": 0, "bound_bytes": 2_000_000_000}
+    assert before["total"] == {"hits": 0, "misses": 0, "seconds_saved": 0.0}
+    assert before["redis"]["state"] == "off" and before["redis"]["entries"] is None
+    assert {"CLIPTextEncode", "VAEEncode"} <= set(before["encode_nodes"])
+    run(empty, f"one {uuid.uuid4()}", f"two {uuid.uuid4()}")
+    after = empty.get_json(f"/api{PATH}")
+    files = list(Path(after["folder"]).iterdir())
+    assert after["disk"]["entries"] == after["memory"]["entries"] == len(files) == 2
+    assert after["disk"]["bytes"] == sum(file.stat().st_size for file in files)
+    assert after["now"]["misses"] == after["total"]["misses"] == 2
+
+
+def test_a_hit_is_counted_with_the_time_that_it_saved(empty: Server) -> None:
+    text = str(uuid.uuid4())
+    run(empty, text)
+    run(empty, str(uuid.uuid4()))  # ComfyUI forgets the first result
+    (status,) = run(empty, text)
+    assert status["result"] == "hit"
+    told = empty.get_json(PATH)
+    assert told["total"]["hits"] == 1
+    assert told["total"]["seconds_saved"] == pytest.approx(status["seconds_saved"])
+
+
+def test_clearing_tells_what_it_removed_and_keeps_the_totals(empty: Server) -> None:
+    run(empty, str(uuid.uuid4()))
+    status, removed = delete(empty, "unused_days=1")
+    assert status == 200 and removed["disk"]["entries"] == removed["memory"]["entries"] == 0
+    status, removed = delete(empty)
+    assert status == 200 and removed["failed"] == []
+    assert removed["disk"]["entries"] == removed["memory"]["entries"] == 1
+    told = empty.get_json(PATH)
+    assert told["disk"]["entries"] == told["memory"]["entries"] == 0
+    assert told["total"]["misses"] == 1
+
+
+def test_everything_leaves_no_trace_of_a_prompt(empty: Server) -> None:
+    run(empty, str(uuid.uuid4()))
+    folder = Path(empty.get_json(PATH)["folder"]).parent
+    (folder / "pins").mkdir(exist_ok=True)
+    (folder / "pins" / f"{'a' * 64}.safetensors").write_bytes(b"a pinned value")
+    (folder / "pins" / "notes.txt").write_text("not ours")
+    lists = empty.base / "temp" / "qwen_vram"
+    lists.mkdir(parents=True, exist_ok=True)
+    (lists / "sent.txt").write_text("a list")
+    status, removed = delete(empty, "everything=true")
+    assert status == 200 and removed["failed"] == [] and removed["pins"]["entries"] == 1
+    left = [file.name for file in folder.rglob("*") if file.is_file()]
+    assert left == ["notes.txt"] and not list(lists.iterdir())
+    assert empty.get_json(PATH)["total"]["misses"] == 0
+    (folder / "pins" / "notes.txt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("query", "sentence"),
+    [
+        ("unused_days=many", "unused_days must be a number from 0 to 36500."),
+        ("unused_days=-1", "unused_days must be a number"),
+        ("unused_days=nan", "unused_days must be a number"),
+        ("unused_days=1e99", "unused_days must be a number"),
+        ("unused_days=", "unused_days must be a number"),
+        ("everything=perhaps", "everything must be true or false."),
+        ("everything=true&unused_days=3", "everything=true takes no unused_days"),
+        ("unuseddays=3", "unuseddays is not known"),
+    ],
+)
+def test_a_request_that_makes_no_sense_removes_nothing(
+    empty: Server, query: str, sentence: str
+) -> None:
+    run(empty, str(uuid.uuid4()))
+    status, answer = delete(empty, query, "/api")
+    assert status == 400 and sentence in answer["error"]
+    assert empty.get_json(PATH)["disk"]["entries"] == 1
+
+
+def test_settings_count_at_once(empty: Server) -> None:
+    name = "QwenVRAM.Conditioning"
+    wanted = {f"{name}.Keep": "nothing", f"{name}.DiskGB": 0.5, f"{name}.MoreNodes": "A, B"}
+    usual = {f"{name}.Keep": "all encode nodes", f"{name}.DiskGB": 2, f"{name}.MoreNodes": ""}
+    empty.post_json("/api/settings", wanted)
+    try:
+        told = empty.get_json(PATH)
+        assert told["keep"] == "nothing" and told["disk"]["bound_bytes"] == 500_000_000
+        assert {"A", "B"} <= set(told["encode_nodes"])
+        (status,) = run(empty, str(uuid.uuid4()))
+        assert status["why"] == "nothing is kept, by the settings"
+        assert empty.get_json(PATH)["disk"]["entries"] == 0
+    finally:
+        empty.post_json("/api/settings", usual)
+
+
+def test_a_list_is_filled_in_over_http_alone(empty: Server) -> None:
+    inputs = {"clip": ["clip", 0], "prompts": "a\nb", "file": "", "cache": "memory and disk"}
+    graph = {"clip": loader("TextEncoder", CLIP), "p": node("QwenVRAMPrefill", **inputs)}
+    result = empty.submit(graph)
+    assert result.outputs["p"]["qwen_vram"][0]["encoded"] == 2
+    assert [status["result"] for status in run(empty, "a", "b")] == ["hit", "hit"]

@@ -1,0 +1,84 @@
+"""The official templates, untouched: a new process encodes nothing, and the picture is the same."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from pack.demo.checkpoints import make_checkpoints
+from pack.demo.figures import drawn
+from pack.demo.scenes import Scene
+from pack.demo.server import Server
+from pack.tests import official
+from pack.tests.conftest import ROOT
+
+TEMPLATES = ("image_qwen_Image_2512", "image_qwen_image_edit_2509", "image_qwen_image_edit_2511")
+SPARED = {"CLIPLoader", "CLIPTextEncode", "TextEncodeQwenImageEditPlus", "VAEEncode", "LoadImage"}
+
+
+@pytest.fixture(scope="module")
+def base(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ComfyUI base directory with the embedded model, known to the stock loaders."""
+    base = tmp_path_factory.mktemp("restart")
+    shutil.copytree(ROOT / "tests" / "teach_stock", base / "custom_nodes" / "teach_stock")
+    make_checkpoints(comfyui, base / "models")
+    official.write_stock_text_encoder(base / "models")
+    return base
+
+
+def start(comfyui: Path, base: Path) -> Server:
+    """A new process."""
+    return Server(comfyui, base, ROOT, cpu=True, extra_args=["--use-pytorch-cross-attention"])
+
+
+def graphs(server: Server) -> dict[str, dict[str, Any]]:
+    """The templates; one step, for the sampler is not what is tested. Their pictures are drawn."""
+    (server.base / "input").mkdir(exist_ok=True)
+    found = {}
+    for name in TEMPLATES:
+        graph = found[name] = official.template(name, server.get_json("/object_info"))
+        for item in graph.values():
+            if item["class_type"] == "KSampler":
+                item["inputs"].update(steps=1, cfg=1.0)
+            path = server.base / "input" / str(item["inputs"].get("image"))
+            if item["class_type"] == "LoadImage" and not path.exists():
+                scene = Scene("pig", "pink", background="snow", jitter=5)
+                PIL.Image.fromarray(drawn(scene)).save(path)
+    return found
+
+
+def run(server: Server, graph: dict[str, Any]) -> tuple[np.ndarray, set[str]]:
+    """The picture, and the classes of the nodes that were executed."""
+    result = server.submit(graph)
+    assert result.status == "success", result.error
+    picture = np.asarray(PIL.Image.open(io.BytesIO(result.images[0].content)))
+    return picture, {graph[node]["class_type"] for node in result.executed}
+
+
+@pytest.fixture(scope="module")
+def first(comfyui: Path, base: Path) -> dict[str, tuple[np.ndarray, set[str]]]:
+    """Every template in a process that knows nothing."""
+    with start(comfyui, base) as server:
+        return {name: run(server, graph) for name, graph in graphs(server).items()}
+
+
+@pytest.fixture(scope="module")
+def second(comfyui: Path, base: Path, first) -> Iterator[Server]:
+    """A new process."""
+    with start(comfyui, base) as server:
+        yield server
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_nothing_is_encoded_again_and_the_picture_is_the_same(first, second, name) -> None:
+    picture, ran = first[name]
+    assert ran & {"CLIPTextEncode", "TextEncodeQwenImageEditPlus"}
+    again, ran = run(second, graphs(second)[name])
+    assert not ran & SPARED and "KSampler" in ran
+    assert np.array_equal(again, picture) and picture.std() > 1
