@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from safetensors.torch import save as save_tensors
 
 VERSION = 1
 MAX_DEPTH = 32
+PIECE_BYTES = 1 << 20
+HASH_THREADS = 4
 MAX_HEADER_BYTES = 4 << 20  # parsed before anything is verified, at up to 20 times its size
 MAX_INT_BITS = 4096  # Python reads no longer decimal numbers back
 
@@ -224,7 +227,18 @@ def _read_header(data: bytes) -> dict[str, Any]:
 
 
 def _digest(body: str, tensors: list[torch.Tensor]) -> str:
-    digest = hashlib.blake2b(body.encode(), digest_size=32)
+    """Of the description and the digests of all pieces, which large entries compute in threads."""
+    pieces = []
     for tensor in tensors:
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
+        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        pieces += [data[i : i + PIECE_BYTES] for i in range(0, len(data), PIECE_BYTES)]
+    if len(pieces) > len(tensors):
+        with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashlib lets other threads run meanwhile
+            parts = list(pool.map(_hash, pieces))
+    else:
+        parts = list(map(_hash, pieces))
+    return hashlib.blake2b(body.encode() + b"".join(parts), digest_size=32).hexdigest()
+
+
+def _hash(piece: memoryview) -> bytes:
+    return hashlib.blake2b(piece, digest_size=32).digest()

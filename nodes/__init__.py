@@ -1,6 +1,18 @@
 """The nodes: the only room that imports ComfyUI."""
 
-from . import conditioning, image_edit, loaders, pins, prefill, provider, queue_time, routes
+import asyncio
+
+from . import (
+    conditioning,
+    environment,
+    image_edit,
+    loaders,
+    pins,
+    prefill,
+    provider,
+    queue_time,
+    routes,
+)
 
 NODES = [*loaders.NODES, *conditioning.NODES, *image_edit.NODES, *prefill.NODES, *pins.NODES]
 
@@ -8,6 +20,7 @@ NODES = [*loaders.NODES, *conditioning.NODES, *image_edit.NODES, *prefill.NODES,
 async def start() -> None:
     """Register what is no node."""
     await provider.register()
+    asyncio.get_running_loop().run_in_executor(None, environment.read_sources)
     routes.register()
     pins.register()
     queue_time.register()

@@ -116,6 +116,12 @@ def _source_of(package: str) -> tuple[str, float]:
     return source_digest([root], root.parent)
 
 
+def read_sources() -> None:
+    """Digest the code that is always in a key, before the first prompt waits for it."""
+    for package in ("comfyui", "qwen-vram"):
+        _source_of(package)
+
+
 def packages_digest(packages: Iterable[str]) -> str:
     """Versions of the code that runs: ComfyUI, this pack, every pack upstream or in the way."""
     rows = []

@@ -58,6 +58,7 @@ class Pin(io.ComfyNode):
                 "Keeps all outputs of one node in a file. Pin output in the menu of a node uses "
                 "it; it is not meant to be added to a graph."
             ),
+            search_aliases=["freeze node", "pin output"],
             inputs=[
                 io.AnyType.Input("value_0", optional=True, tooltip=VALUE_TOOLTIP),
                 io.AnyType.Input("value_1", optional=True, tooltip=VALUE_TOOLTIP),
@@ -137,6 +138,7 @@ class Pinned(io.ComfyNode):
                 "Gives what was pinned. It takes the place of a pinned node when a graph is "
                 "queued; it is not meant to be added to a graph."
             ),
+            search_aliases=["frozen node", "pinned output"],
             inputs=[
                 io.String.Input(
                     "content", optional=True, tooltip="The SHA-256 of the pinned values."

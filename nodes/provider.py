@@ -96,9 +96,9 @@ class ConditioningProvider(Caching.CacheProvider):
             why = why or _why_missed(key)
             self._asked[context.node_id] = Asked(key, why, time.perf_counter())
             return None
+        seconds = time.perf_counter() - start
         REGISTRY.forget_leaving()
         settle(hit)
-        seconds = time.perf_counter() - start
         saved = max(0.0, hit.entry.seconds - seconds)
         announce_hit(hit.tier, saved, _shown_at(context.node_id), seconds=seconds)
         return Caching.CacheValue(outputs=_outputs(hit.entry.value))

@@ -310,7 +310,7 @@ def test_an_embedding_that_appears_or_changes_is_a_miss(fresh) -> None:
     save_file({"qwen25_7b": torch.ones(1, 64)}, folder / "mine.safetensors")
     fresh.restart()
     run = fresh.run(prompt(text))
-    assert run.status("e")["why"] == "text encoder file changed"
+    assert run.status("e")["why"] == "embedding file changed"
     (folder / "mine.safetensors").unlink()
 
 
