@@ -3,9 +3,10 @@
 Usage: COMFYUI_PATH=... python -m benchmarks.conditioning BASE OUT.json [--tiny] [ARGS]
 BASE/models holds the official files or those of full_size_checkpoints; --tiny makes the demo's
 small ones instead, for machines without a card. Each side gets a new server process for each of:
-"first" (nothing known), "restart" (files in the page cache), "cold" (the text encoder's file
-dropped from the page cache before, and what of it is there afterwards counted: it was read).
-ARGS go to ComfyUI.
+"first" (nothing known), "restart" (files in the page cache; three times, the sides in turns),
+"cold" (the text encoder's file dropped from the page cache before). `encoder_pages` is how much of
+that file lies in the page cache then, less what the drop left; `storage_read` is what the server
+process fetched from storage. ARGS go to ComfyUI.
 """
 
 from __future__ import annotations
@@ -113,11 +114,13 @@ def session(options: argparse.Namespace, side: str, state: str) -> list[dict[str
         Path(os.environ["COMFYUI_PATH"]), options.base, ROOT, cpu=not torch.cuda.is_available(),
         extra_args=["--front-end-root", str(options.base / "web"), *options.args],
     ) as server:  # fmt: skip
-        cases = CASES if state == "cold" or side == "ours" else (*CASES, "a new one")
+        cases = CASES if state != "restart" or side == "ours" else (*CASES, "a new one")
         for case in cases:
             rows.append({"state": state, **run_one(server, side, case, options.names)})
             if state == "cold":
-                rows[-1]["encoder_bytes_read"] = resident_bytes(encoder) - before
+                rows[-1].update(left_by_the_drop=before)
+                rows[-1]["encoder_pages"] = resident_bytes(encoder) - before
+                rows[-1]["storage_read"] = psutil.Process(server.pid).io_counters().read_bytes
             print(json.dumps({k: v for k, v in rows[-1].items() if k != "told"}), flush=True)
             print("   ", [{k: v for k, v in t.items() if k != "node"} for t in rows[-1]["told"]])
     return rows
@@ -141,8 +144,9 @@ def main() -> None:
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(options.base / "user" / "__qwen_vram")
     rows = []
-    for state in ("first", "restart", "cold"):
-        for side in ("stock", "ours"):
+    sides = ("stock", "ours")
+    for turn, state in enumerate(("first", "restart", "restart", "restart", "cold")):
+        for side in sides if turn % 2 == 0 else sides[::-1]:
             rows += session(options, side, state)
     options.out.write_text(json.dumps({"args": options.args, "rows": rows}, indent=1))
 

@@ -63,14 +63,19 @@ class Entry:
 
 
 def flatten(value: Any, tensors: list[torch.Tensor], where: str = "value", depth: int = 0) -> Any:
-    """Describe `value` in JSON; its tensors are copied to the CPU and appended to `tensors`."""
+    """Describe `value` in JSON; its tensors are copied to the CPU and appended to `tensors`.
+
+    Texts become tensors of bytes: a file's header, which many programs show, has no prompt in it.
+    """
     if depth > MAX_DEPTH:
         raise Unstorable(f"{where} is nested deeper than {MAX_DEPTH} levels")
     kind = type(value)
     if kind is int and value.bit_length() > MAX_INT_BITS:
         raise Unstorable(f"{where} is a number of {value.bit_length()} bits")
-    if value is None or kind in (bool, int, str):
+    if value is None or kind in (bool, int):
         return value
+    if kind is str:
+        return _flatten_text(value, tensors) if value else value
     if kind is float:
         return ["float", struct.pack(">d", value).hex()]
     if kind in (list, tuple):
@@ -86,8 +91,15 @@ def flatten(value: Any, tensors: list[torch.Tensor], where: str = "value", depth
 def _flatten_item(key: Any, value: Any, tensors: list[torch.Tensor], where: str, depth: int) -> Any:
     if type(key) not in (str, int):
         raise Unstorable(f"{where} has a key of type {type(key).__name__}")
-    flatten(key, tensors, f"a key of {where}", depth)
+    if type(key) is int:
+        flatten(key, tensors, f"a key of {where}", depth)  # which refuses long ones
     return [key, flatten(value, tensors, f"{where}[{key!r}]", depth + 1)]
+
+
+def _flatten_text(value: str, tensors: list[torch.Tensor]) -> Any:
+    data = bytearray(value.encode("utf-8", "surrogatepass"))
+    tensors.append(torch.frombuffer(data, dtype=torch.uint8))
+    return ["text", len(tensors) - 1, len(data)]
 
 
 def _flatten_tensor(value: torch.Tensor, tensors: list[torch.Tensor], where: str) -> Any:
@@ -120,7 +132,15 @@ def rebuild(tree: Any, tensors: dict[int, torch.Tensor], depth: int = 0) -> Any:
         return {key: rebuild(item, tensors, depth + 1) for key, item in content}
     if kind == "tensor":
         return _rebuild_tensor(tensors.pop(content), *rest)
+    if kind == "text":
+        return _rebuild_text(tensors.pop(content), *rest)
     raise Corrupt(f"unknown kind {kind!r}")
+
+
+def _rebuild_text(tensor: torch.Tensor, length: int) -> str:
+    if tensor.dtype != torch.uint8 or list(tensor.shape) != [length]:
+        raise Corrupt("a text has another type or length than its description")
+    return tensor.numpy().tobytes().decode("utf-8", "surrogatepass")
 
 
 def _rebuild_tensor(tensor: torch.Tensor, dtype: str, shape: list[int], device: str) -> Any:
@@ -232,12 +252,18 @@ def _digest(body: str, tensors: list[torch.Tensor]) -> str:
     for tensor in tensors:
         data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
         pieces += [data[i : i + PIECE_BYTES] for i in range(0, len(data), PIECE_BYTES)]
-    if len(pieces) > len(tensors):
-        with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashlib lets other threads run meanwhile
-            parts = list(pool.map(_hash, pieces))
-    else:
-        parts = list(map(_hash, pieces))
+    large = len(pieces) > len(tensors)
+    parts = _hash_in_threads(pieces) if large else list(map(_hash, pieces))
     return hashlib.blake2b(body.encode() + b"".join(parts), digest_size=32).hexdigest()
+
+
+def _hash_in_threads(pieces: list[memoryview]) -> list[bytes]:
+    """hashlib lets other threads run meanwhile."""
+    try:
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            return list(pool.map(_hash, pieces))
+    except RuntimeError:  # the system allows no more threads, or Python is ending
+        return list(map(_hash, pieces))
 
 
 def _hash(piece: memoryview) -> bytes:

@@ -227,8 +227,9 @@ class ConditioningStore:
         """A hit, or None for an entry that cannot be used here. Raises codec.Corrupt."""
         try:
             return Hit(codec.decode(data), tier)
-        except (codec.FutureVersion, codec.Elsewhere) as error:
-            self._warn(key, f"Cannot use the cached prompt {key} ({tier}): {error}.")
+        except (codec.FutureVersion, codec.Elsewhere, MemoryError) as error:
+            why = str(error) or "there is not enough memory"
+            self._warn(key, f"Cannot use the cached prompt {key} ({tier}): {why}.")
             return None
 
     def _from_disk(self, key: str) -> Hit | None:
@@ -238,8 +239,9 @@ class ConditioningStore:
         except codec.Corrupt as error:
             self._set_aside(key, error)
             return None
-        except OSError as error:
-            self._warn("read", f"Cannot read the prompt cache {self.directory}: {error}.")
+        except (OSError, MemoryError) as error:
+            why = str(error) or "there is not enough memory"
+            self._warn("read", f"Cannot read the prompt cache {self.directory}: {why}.")
             return None
         if hit and data:
             self._remember(key, data, noted=True)

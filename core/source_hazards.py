@@ -25,6 +25,7 @@ _MOMENT = {"time.time", "time.time_ns", "time_ns", "now", "utcnow", "today"}
 _OUTSIDE_ROOTS = (
     "requests.",
     "urllib.",
+    "ImageGrab.",
     "httpx.",
     "aiohttp.",
     "socket.",
@@ -33,14 +34,21 @@ _OUTSIDE_ROOTS = (
 )
 
 
-def source_hazard(module_source: str, class_name: str) -> str | None:
-    """Why the class is unpredictable, in words that follow its name, or None."""
+_OUTSIDE = {"listdir", "scandir", "glob", "iglob", "rglob", "urlopen", "imread", "VideoCapture"}
+_READING = {"open", "read_text", "read_bytes", "load", "fromfile"}
+
+
+def source_hazard(module_source: str, class_name: str, reading: bool = False) -> str | None:
+    """Why the class is unpredictable, in words that follow its name, or None.
+
+    With `reading`, opening a file counts, too.
+    """
     module = ast.parse(module_source)
     functions = {n.name: n for n in module.body if isinstance(n, ast.FunctionDef)}
     names = {t.id for n in module.body for t in _targets(n) if isinstance(t, ast.Name)}
     start = [n for n in module.body if isinstance(n, ast.ClassDef) and n.name == class_name]
     for node in _reachable(start, functions):
-        hazard = _hazard_of(node, names)
+        hazard = _hazard_of(node, names, _OUTSIDE | (_READING if reading else set()))
         if hazard:
             return hazard
     return None
@@ -66,7 +74,7 @@ def _targets(node: ast.AST) -> Iterable[ast.expr]:
     return [node.target] if isinstance(node, (ast.AnnAssign, ast.AugAssign)) else []
 
 
-def _hazard_of(node: ast.AST, module_names: set[str]) -> str | None:
+def _hazard_of(node: ast.AST, module_names: set[str], outside: set[str]) -> str | None:
     if isinstance(node, ast.Global):
         return f"changes the variable {node.names[0]} outside itself"
     if isinstance(node, ast.AugAssign) and _outlives(node.target, module_names):
@@ -76,7 +84,7 @@ def _hazard_of(node: ast.AST, module_names: set[str]) -> str | None:
         if any(_from_itself(t, node.value) for t in lasting):
             return f"counts in {ast.unparse(lasting[0])}"
     if isinstance(node, (ast.Attribute, ast.Call)):
-        return _unpredictable(node)
+        return _unpredictable(node, outside)
     return None
 
 
@@ -95,12 +103,14 @@ def _from_itself(target: ast.expr, value: ast.expr) -> bool:
     )
 
 
-def _unpredictable(node: ast.Attribute | ast.Call) -> str | None:
+def _unpredictable(node: ast.Attribute | ast.Call, outside: set[str]) -> str | None:
     text = ast.unparse(node.func if isinstance(node, ast.Call) else node)
     if text.startswith(_OUTSIDE_ROOTS):
         return f"depends on something outside ComfyUI ({text})"
     if isinstance(node, ast.Call):
         last = text.rpartition(".")[2]
+        if last in outside:
+            return f"depends on something outside ComfyUI ({text})"
         if text.startswith(_CHANCE_ROOTS) or {text, last} & _CHANCE:
             return f"is random ({text})"
         if {text, last} & _MOMENT:

@@ -15,23 +15,26 @@ OURS = "qwen_vram"
 PINNED_NODE = "QwenVRAMPinned"
 NODE_KEEPS_NOTHING = "this node keeps nothing"
 RUN_KEEPS_NOTHING = "this run keeps nothing"
+HOSTS_OWN = "is_changed"  # ComfyUI's note of a node's fingerprint; saved with pictures, too
 _DEEPEST = 32
 _MOST_NODES = 100_000
 
 
 class Marks(NamedTuple):
-    """A node's marks: `pin` as it was found, None for none; and which node of a file it is."""
+    """A node's marks and class: `pin` as found, None for none; which node of a file it is."""
 
     pin: Any = None
     keep_nothing: bool = False
     source: tuple[str, str] | None = None
+    kind: Any = None
 
 
 def prepared(request: Any) -> Any:
     """A request with pinned nodes replaced, and noted what shall keep nothing.
 
-    Never raises, whatever the request looks like: ComfyUI would go on without this. The request
-    itself is left as it is.
+    A fingerprint that comes with a node is left out: ComfyUI would believe it, and draw the old
+    picture after a file was replaced. Never raises, whatever the request looks like: ComfyUI would
+    go on without this. The request itself is left as it is.
     """
     if not isinstance(request, dict) or not isinstance(request.get("prompt"), dict):
         return request
@@ -65,7 +68,7 @@ def marks_of(workflow: Any) -> dict[str, Marks]:
             ours = _dict(_dict(node, "properties"), OURS)
             node_id, kind = f"{path}{node['id']}", node.get("type")
             nothing = keep_nothing or bool(ours.get("keep_nothing"))
-            found[node_id] = Marks(ours.get("pin"), nothing, (name, str(node["id"])))
+            found[node_id] = Marks(ours.get("pin"), nothing, (name, str(node["id"])), kind)
             if isinstance(kind, str) and kind in subgraphs and depth < _DEEPEST:
                 waiting.append((f"{node_id}:", kind, subgraphs[kind], nothing, depth + 1))
     return found
@@ -77,6 +80,8 @@ def _prepared_node(
     """One node of the prompt; the very same one if nothing is to be done with it."""
     if not isinstance(node, dict):
         return node
+    if HOSTS_OWN in node:
+        node = {name: value for name, value in node.items() if name != HOSTS_OWN}
     meta = _dict(node, "_meta")
     said = _dict(meta, OURS)
     reason = ""
@@ -88,24 +93,35 @@ def _prepared_node(
         # What others wrote there is made what our nodes expect to read.
         noted = {**said, "keep_nothing": reason} if reason else said
         node = {**node, "_meta": {**meta, OURS: noted}}
-    pin = marks.pin if said.get("pin") is None else said["pin"]
-    if pin is None:
+    if said.get("pin") is not None:
+        return {**node, "class_type": PINNED_NODE, "inputs": _inputs(said["pin"], "")}
+    if marks.pin is None:
         return node
-    several = said.get("pin") is None and uses[marks.source] > 1
-    return {**node, "class_type": PINNED_NODE, "inputs": _inputs(pin, several)}
+    problem = _problem_of(marks, uses, node.get("class_type"))
+    return {**node, "class_type": PINNED_NODE, "inputs": _inputs(marks.pin, problem)}
 
 
-def _inputs(pin: Any, several: bool) -> dict[str, str]:
+def _problem_of(marks: Marks, uses: Counter[tuple[str, str] | None], class_type: Any) -> str:
+    """Why a pin of the workflow is not that of the prompt's node; empty if it is."""
+    if uses[marks.source] > 1:
+        return (
+            "This node is pinned in a sub-graph that is used more than once, where it has another "
+            "value in each place. Unpin it."
+        )
+    if class_type in (marks.kind, PINNED_NODE):  # the latter in a request that is sent again
+        return ""
+    return (
+        f"The pin belongs to a node {marks.kind}, and this one is a {class_type}: the prompt and "
+        "the workflow of this request do not belong together. Unpin it, or send both of one graph."
+    )
+
+
+def _inputs(pin: Any, problem: str) -> dict[str, str]:
     """The inputs of the node that stands in for a pinned one."""
     content = _dict({"pin": pin}, "pin").get("content")
     if not is_content(content):
-        return {"problem": "The pin of this node cannot be read. Unpin it, and pin it again."}
-    if several:
-        return {
-            "problem": "This node is pinned in a sub-graph that is used more than once, where it "
-            "has another value in each place. Unpin it."
-        }
-    return {"content": content}
+        problem = "The pin of this node cannot be read. Unpin it, and pin it again."
+    return {"problem": problem} if problem else {"content": content}
 
 
 def _without_run_mark(request: dict[str, Any]) -> dict[str, Any]:

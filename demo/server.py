@@ -12,7 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -153,10 +153,12 @@ class Server:
         preferred_port: int = 0,
         start_seconds: float = 180.0,
         log_name: str = "server.log",  # servers that share a base need one each
+        environment: Mapping[str, str] | None = None,  # variables beside those of this process
     ) -> None:
         self.comfyui, self.base, self.pack = comfyui, base.absolute(), pack
         self.cpu, self.extra_args = cpu, list(extra_args)
         self.start_seconds = start_seconds
+        self.environment = {**os.environ, **(environment or {})}
         self.port = free_port(preferred_port)
         self.log_file = self.base / log_name
         self._process: subprocess.Popen[bytes] | None = None
@@ -181,6 +183,7 @@ class Server:
             self._process = subprocess.Popen(
                 self._command(),
                 cwd=self.comfyui,
+                env=self.environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

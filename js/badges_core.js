@@ -35,7 +35,8 @@ const LONGEST_WHY = 36; // characters; the whole reason is in the title
 const CHINESE_WHY = {
   "new text": "新的文本", evicted: "已被淘汰", "cache is off": "缓存已关闭",
   "its stored file was damaged": "已存的文件损坏",
-  "nothing is kept, by the settings": "按设置不保存",
+  "nothing is kept, by the settings": "按设置不保存", "first time": "首次",
+  "this node keeps nothing": "此节点不保存", "this run keeps nothing": "本次运行不保存",
 };
 const CHINESE_PARTS = {
   LoRA: "LoRA", "nodes before clip": "clip 之前的节点", "nodes before vae": "vae 之前的节点",
@@ -44,7 +45,16 @@ const CHINESE_PARTS = {
   "diffusion model file": "扩散模型文件", file: "文件", "code version": "代码版本",
   "ComfyUI's version": "ComfyUI 版本", "start options": "启动选项",
   "environment variables": "环境变量", libraries: "依赖库", hardware: "硬件", precision: "精度",
+  "number of images": "图片数量", "reference size": "参考尺寸",
 };
+const CHINESE_ENDS = { changed: "已改变", "is gone": "已移除" };
+const NOT_CACHEABLE = "cannot be cached: "; // what follows is a sentence, with commas perhaps
+// How the parts of a key are called to a user.
+const PARTS = [
+  [/^graph before (\w+)(?= (changed|is gone)$)/, "nodes before $1"],
+  [/^LoRA before \w+(?= (changed|is gone)$)/, "LoRA"],
+  [/^(image ?\d*|pixels)(?= (changed|is gone)$)/, "image"],
+];
 
 /** The words of the frontend's language, English where there is no translation. */
 export function wordsOf(words, locale) {
@@ -61,13 +71,26 @@ export function secondsText(seconds) {
 
 /** The reason of a miss, short and in the frontend's language where it is known. */
 export function whyText(why, locale) {
-  const english = String(why)
-    .replace(/^graph before (\w+) changed$/, "nodes before $1 changed")
-    .replace(/^LoRA before \w+ changed$/, "LoRA changed")
-    .replace(/^(image\d*|pixels) changed$/, "image changed");
-  if (wordsOf(WORDS, locale) !== WORDS.zh) return english;
-  const part = english.match(/^(.*) changed$/)?.[1];
-  return CHINESE_WHY[english] ?? (part ? `${CHINESE_PARTS[part] ?? part} 已改变` : english);
+  const [reasons, ...sentence] = String(why).split(NOT_CACHEABLE);
+  const isChinese = wordsOf(WORDS, locale) === WORDS.zh;
+  const short = (reason) => PARTS.reduce((text, [part, name]) => text.replace(part, name), reason);
+  const known = reasons.split(", ").filter(Boolean).map(short);
+  const told = isChinese ? known.map(chineseWhy) : known;
+  const prefix = isChinese ? "无法缓存：" : NOT_CACHEABLE;
+  if (sentence.length) told.push(prefix + sentence.join(NOT_CACHEABLE));
+  return told.join(isChinese ? "，" : ", ");
+}
+
+function chineseWhy(reason) {
+  const [, part, end] = reason.match(/^(.*) (changed|is gone)$/) ?? [];
+  if (part) return `${chinesePart(part)} ${CHINESE_ENDS[end]}`;
+  const number = reason.match(/^new image (\d+)$/)?.[1];
+  return number ? `新的图片 ${number}` : (CHINESE_WHY[reason] ?? reason);
+}
+
+function chinesePart(part) {
+  const input = part.match(/^linked (.*)$/)?.[1];
+  return input ? `连接的 ${input}` : (CHINESE_PARTS[part] ?? part);
 }
 
 function shortened(text) {
@@ -80,7 +103,7 @@ export function badgeOf(facts, locale) {
   if (facts.result === "comfy") return { kind: "comfy", text: words.comfy, title: words.comfyTitle };
   const saved = facts.seconds_saved > 0 && `${words.saved} ${secondsText(facts.seconds_saved)}`;
   if (facts.result === "hit") {
-    const tier = words.tiers[facts.tier] ?? facts.tier;
+    const tier = String(facts.tier).split(", ").map((name) => words.tiers[name] ?? name).join(", ");
     const text = [words.hit, tier, saved].filter(Boolean).join(" · ");
     return { kind: "hit", text, title: words.hitTitle };
   }

@@ -97,8 +97,15 @@ async function removeAfterAsking(panel, { kind, title, path, days }) {
   await panel.refresh();
 }
 
+/** A panel that is not shown, for the menu command: it knows the report, and tells by toasts. */
+async function unseenPanel() {
+  const report = await request(ROUTE).catch(() => null);
+  return { report, say: toast, refresh: async () => {} };
+}
+
 /** Remove every trace; also a command of its own. */
-export async function removeEverything(panel = { say: toast, refresh: async () => {} }) {
+export async function removeEverything(shown = null) {
+  const panel = shown ?? (await unseenPanel());
   const title = panelWords(locale()).everything;
   await removeAfterAsking(panel, { kind: "everything", title, path: `${ROUTE}?everything=true` });
 }
@@ -148,6 +155,7 @@ function figures(panel, report, pins, words) {
     table([words.place, words.entries, words.size, words.bound], placeRows(report, locale()).map(placeRow)),
     make("div", { className: "path", textContent: `${words.folder}: ${report.folder}` }),
     table([words.time, words.hits, words.misses, words.saved], saved),
+    make("div", { className: "path", textContent: words.counted }),
     pinTable(panel, pins, words),
   ];
 }

@@ -16,6 +16,8 @@ const WORDS = {
     badDays: "Days must be a number from 0 to 36500.",
     nothing: "Nothing was there to remove.",
     removed: "Removed", failed: "Could not be removed",
+    redisLeft: "Redis does not answer: what it holds is still there. Remove again when it answers.",
+    counted: "Hits also count nodes that ComfyUI asked for without running what follows them.",
     shared: "Redis and a shared folder are cleared for all machines that use them.",
     ask: {
       all: "Remove all stored prompts and pictures? They are encoded again when they are needed.",
@@ -41,6 +43,8 @@ const WORDS = {
     badDays: "天数必须是 0 到 36500 之间的数。",
     nothing: "没有可清除的内容。",
     removed: "已清除", failed: "无法清除",
+    redisLeft: "Redis 没有应答：其中的内容仍然存在。请在它恢复后再清除一次。",
+    counted: "命中次数也包括 ComfyUI 查询过、但其后续节点没有运行的节点。",
     shared: "Redis 和共享文件夹中的内容对所有使用它们的机器都会清除。",
     ask: {
       all: "清除所有已保存的提示词和图片编码？需要时会重新编码。",
@@ -108,7 +112,7 @@ export function daysOf(typed) {
 /** The question before something is removed. */
 export function question(kind, days, report, locale) {
   const words = panelWords(locale);
-  const shared = kind !== "pin" && report?.redis?.state === "connected";
+  const shared = kind !== "pin" && (report?.redis?.state ?? "off") !== "off";
   return [words.ask[kind].replace("{days}", days), shared && words.shared].filter(Boolean).join(" ");
 }
 
@@ -125,7 +129,8 @@ export function removedText(removed, locale) {
   const all = pins ? [...tiers, words.pin(pins)] : tiers;
   const done = all.length ? `${words.removed}: ${all.join(" · ")}.` : words.nothing;
   const failed = removed.failed?.length ? ` ${words.failed}: ${removed.failed.join(", ")}.` : "";
-  return done + failed;
+  const left = removed.redis?.state === "away" ? ` ${words.redisLeft}` : "";
+  return done + failed + left;
 }
 
 /** Rows of the list of pins. */

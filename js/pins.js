@@ -3,12 +3,13 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import {
-  badgeText, executionIds, hasOutputs, isKept, markOf, outcomeOf, pinPrompt, pinWords, problemOf,
+  badgeText, eventsOf, executionIds, hasOutputs, isKept, markOf, outcomeOf, pinPrompt, pinWords, problemOf,
   rejection, setMark, sizeText,
 } from "./pins_core.js";
 
 const COLOURS = { bgColor: "#4c1d95", fgColor: "#ede9fe" };
 const EVENTS = ["executed", "execution_error", "execution_interrupted", "execution_success"];
+const CHANGES = ["status", "reconnected"]; // the queue may have lost a run, or events were missed
 
 const words = () => pinWords(app.extensionManager.setting.get("Comfy.Locale"));
 const moreNodes = () => app.extensionManager.setting.get("QwenVRAM.Conditioning.MoreNodes");
@@ -37,31 +38,61 @@ function mark(node, name, value) {
   app.extensionManager.workflow?.activeWorkflow?.changeTracker?.captureCanvasState?.();
 }
 
-/** Queue a request and wait for its end: what was pinned. Throws an Error with the reason. */
-async function run(prompt, workflow) {
+async function fetchJson(path) {
+  const response = await api.fetchApi(path);
+  if (!response.ok) throw new Error(`${response.status} ${response.statusText}`.trim());
+  return response.json();
+}
+
+/** The queue first: a run that ends in between is in the history. */
+async function lookUp(promptId) {
+  const queue = await fetchJson("/queue");
+  return eventsOf(promptId, queue, await fetchJson(`/history/${promptId}`));
+}
+
+/** Listen while `act` runs, which is handed a promise of the outcome for a prompt id. */
+async function listening(act) {
   const events = [];
   let check = () => {};
+  let look = () => {};
   const note = ({ type, detail }) => {
     events.push([type, detail]);
     check();
   };
+  const lookAgain = () => look();
   for (const name of EVENTS) api.addEventListener(name, note);
-  try {
-    const options = { partialExecutionTargets: [prompt.id] };
-    const { prompt_id: promptId } = await api.queuePrompt(0, { output: prompt.output, workflow }, options);
-    const outcome = await new Promise((resolve) => {
-      check = () => {
-        const found = outcomeOf(events, promptId);
-        if (found) resolve(found);
-      };
+  for (const name of CHANGES) api.addEventListener(name, lookAgain);
+  const outcome = (promptId) => new Promise((resolve) => {
+    check = () => {
+      const found = outcomeOf(events, promptId);
+      if (found) resolve(found);
+    };
+    look = () => lookUp(promptId).then((told) => {
+      events.push(...told);
       check();
-    });
-    if (outcome.pin) return outcome.pin;
-    throw new Error(outcome.error ?? words()[outcome.problem]);
-  } catch (error) {
-    throw error.response ? new Error(rejection(error.response, error.message)) : error;
+    }, () => {}); // ComfyUI does not answer now; it tells when it does
+    check();
+  });
+  try {
+    return await act(outcome);
   } finally {
     for (const name of EVENTS) api.removeEventListener(name, note);
+    for (const name of CHANGES) api.removeEventListener(name, lookAgain);
+  }
+}
+
+/** Queue a request and wait for its end: what was pinned. Throws an Error with the reason. */
+async function run(prompt, workflow) {
+  try {
+    return await listening(async (outcomeFor) => {
+      const options = { partialExecutionTargets: [prompt.id] };
+      const { prompt_id: promptId } = await api.queuePrompt(0, { output: prompt.output, workflow }, options);
+      const outcome = await outcomeFor(promptId);
+      if (outcome.pin) return outcome.pin;
+      throw new Error(outcome.error ?? words()[outcome.problem]);
+    });
+  } catch (error) {
+    throw error.response ? new Error(rejection(error.response, error.message)) : error;
   }
 }
 

@@ -2,6 +2,7 @@
 import { findNode } from "./status_core.js";
 
 const MARKS = "qwen_vram"; // in a node's properties, which are saved with the workflow
+const LOST = "qwen_vram_lost"; // not an event of ComfyUI's: nothing more will come
 const MOST_OUTPUTS = 8; // of the server's node QwenVRAMPin
 const ENCODE_NODES = new Set([
   "CLIPTextEncode", "TextEncodeQwenImageEdit", "TextEncodeQwenImageEditPlus", "VAEEncode",
@@ -24,6 +25,8 @@ const WORDS = {
     gone: "The node is no longer in the open workflow. Pin it again.",
     blocked: "The run gave no value for it.", stopped: "The run was stopped.",
     busy: "ComfyUI is still queueing another run. Try again.",
+    lost: "Its run is no longer in ComfyUI's queue: it was deleted, or ComfyUI was started again. " +
+      "Pin it again.",
   },
   zh: {
     pin: "固定输出", unpin: "取消固定输出", keepNothing: "不保存此节点的任何结果",
@@ -40,6 +43,7 @@ const WORDS = {
     gone: "该节点已不在打开的工作流中，请重新固定。",
     blocked: "本次运行没有给出它的值。", stopped: "运行已被中止。",
     busy: "ComfyUI 正在提交另一次运行，请稍后再试。",
+    lost: "它的运行已不在 ComfyUI 的队列中：被删除，或 ComfyUI 已重新启动。请重新固定。",
   },
 };
 
@@ -113,6 +117,25 @@ export function pinPrompt(output, nodeId, outputs) {
   return { id, output: { ...output, [id]: node } };
 }
 
+/** The events of a run as ComfyUI's queue and history tell them; none while it waits or runs. */
+export function eventsOf(promptId, queue, history) {
+  const waiting = [...(queue.queue_running ?? []), ...(queue.queue_pending ?? [])];
+  if (waiting.some(([, id]) => id === promptId)) return [];
+  const entry = history[promptId];
+  if (!entry) return [[LOST, { prompt_id: promptId }]];
+  const outputs = Object.values(entry.outputs ?? {});
+  const executed = outputs.map((output) => ["executed", { prompt_id: promptId, output }]);
+  return [...executed, ...(entry.status?.messages ?? [])];
+}
+
+/** A graph's `extra` without the mark of a private run. */
+export function withoutRunMark(extra) {
+  const { [MARKS]: ours, ...others } = extra;
+  if (ours?.keep_nothing === undefined) return extra;
+  const { keep_nothing: _, ...rest } = ours;
+  return Object.keys(rest).length ? { ...others, [MARKS]: rest } : others;
+}
+
 /** What the events of a run say so far: a pin, an error (a text, or a name among the texts), null. */
 export function outcomeOf(events, promptId) {
   let pin = null;
@@ -121,6 +144,7 @@ export function outcomeOf(events, promptId) {
     pin = detail.output?.qwen_vram_pin?.[0] ?? pin;
     if (name === "execution_error") return { error: String(detail.exception_message).trim() };
     if (name === "execution_interrupted") return { problem: "stopped" };
+    if (name === LOST) return { problem: "lost" };
     if (name === "execution_success") return pin ? { pin } : { problem: "blocked" };
   }
   return null;

@@ -2,12 +2,14 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { annotated, clipOf, prefillPrompt, prefillWords } from "./prefill_core.js";
+import { rejection } from "./pins_core.js";
 import { findNode } from "./status_core.js";
 
 const COMMAND = "QwenVRAM.Prefill";
 const FOLDER = "qwen_vram"; // in ComfyUI's temporary folder, which it empties when it starts
 const waiting = new Set(); // prompt ids
 const early = new Map(); // prompt id -> what came before the answer that names the prompt
+let asking = 0; // requests without an answer yet
 
 const words = () => prefillWords(app.extensionManager.setting.get("Comfy.Locale"));
 
@@ -44,10 +46,10 @@ async function upload(file) {
   return annotated(await response.json());
 }
 
-/** Tell the result of a list that this page sent. */
+/** Tell the result of a list that this page sent; other runs end here, too. */
 function finished(promptId, ...result) {
   if (waiting.delete(promptId)) toast(...result);
-  else early.set(promptId, result);
+  else if (asking) early.set(promptId, result);
 }
 
 async function prefill() {
@@ -66,6 +68,7 @@ async function prefill() {
 }
 
 async function queue({ id, output }, workflow, fileName) {
+  asking += 1;
   try {
     const options = { partialExecutionTargets: [id] };
     const { prompt_id: promptId } = await api.queuePrompt(0, { output, workflow }, options);
@@ -73,7 +76,10 @@ async function queue({ id, output }, workflow, fileName) {
     waiting.add(promptId);
     if (early.has(promptId)) finished(promptId, ...early.get(promptId));
   } catch (error) {
-    toast("error", words().refused(error.message));
+    toast("error", words().refused(rejection(error.response, error.message)));
+  } finally {
+    asking -= 1;
+    if (!asking) early.clear();
   }
 }
 
@@ -95,6 +101,9 @@ app.registerExtension({
     });
     api.addEventListener("execution_error", ({ detail }) => {
       finished(detail.prompt_id, "error", detail.exception_message);
+    });
+    api.addEventListener("execution_interrupted", ({ detail }) => {
+      finished(detail.prompt_id, "warn", words().stopped);
     });
   },
 });

@@ -12,7 +12,8 @@ const WORDS = {
       "This workflow has several text encoders. Select the encode node whose encoder is to be " +
       "used, then try again.",
     upload: (name, why) => `${name} could not be sent to ComfyUI: ${why}.`,
-    refused: (why) => `ComfyUI refused the list: ${why}.`,
+    refused: (why) => `ComfyUI refused the list. ${why}`,
+    stopped: "The run was stopped. What was encoded until then is kept.",
   },
   zh: {
     title: "提示词缓存",
@@ -20,7 +21,8 @@ const WORDS = {
     noNode: "没有找到文本编码器。请打开含有“CLIP文本编码”或“缓存文本编码”节点且 clip 输入已连接的工作流。",
     several: "此工作流有多个文本编码器。请先选中要使用的编码节点，然后重试。",
     upload: (name, why) => `无法把 ${name} 发送给 ComfyUI：${why}。`,
-    refused: (why) => `ComfyUI 拒绝了该列表：${why}。`,
+    refused: (why) => `ComfyUI 拒绝了该列表。${why}`,
+    stopped: "运行已被中止。此前编码的内容会保留。",
   },
 };
 // Their result depends on nothing but text and clip, as the prefill's does.

@@ -1,7 +1,7 @@
 // A run that keeps nothing: the server's queue_time reads the mark, and removes it from what is
 // saved with the pictures.
 import { app } from "../../scripts/app.js";
-import { pinWords } from "./pins_core.js";
+import { pinWords, withoutRunMark } from "./pins_core.js";
 
 const COMMAND = "QwenVRAM.QueuePrivate";
 
@@ -12,15 +12,25 @@ async function queuePrivate() {
     app.extensionManager.toast.add({ severity: "warn", summary: "Qwen VRAM", detail: busy, life: 8000 });
     return;
   }
-  const graph = app.rootGraph ?? app.graph;
-  const before = graph.extra.qwen_vram;
-  graph.extra.qwen_vram = { ...before, keep_nothing: true };
+  const graph = rootGraph();
+  const tracker = app.extensionManager.workflow?.activeWorkflow?.changeTracker;
+  graph.extra.qwen_vram = { ...graph.extra.qwen_vram, keep_nothing: true };
   try {
     await app.queuePrompt(0, 1);
   } finally {
-    if (before === undefined) delete graph.extra.qwen_vram;
-    else graph.extra.qwen_vram = before;
+    forget(graph); // another one by now, if another tab was opened meanwhile
+    // The frontend notes the graph when a request is queued, for undo and for the tab.
+    const noted = [tracker?.activeState, ...(tracker?.undoQueue ?? [])];
+    noted.filter(Boolean).forEach(forget);
+    app.extensionManager.workflow?.activeWorkflow?.changeTracker?.captureCanvasState?.();
   }
+}
+
+const rootGraph = () => app.rootGraph ?? app.graph;
+
+/** Take the mark of the run out of a graph, or out of one as it is saved. */
+function forget(graph) {
+  if (graph.extra) graph.extra = withoutRunMark(graph.extra);
 }
 
 app.registerExtension({
@@ -34,4 +44,6 @@ app.registerExtension({
     },
   ],
   menuCommands: [{ path: ["Extensions", "Qwen VRAM"], commands: [COMMAND] }],
+  // A page that was closed during such a run may have kept the mark in its draft.
+  afterConfigureGraph: () => forget(rootGraph()),
 });

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -17,6 +20,8 @@ from ..core.graph_identity import NotCacheable
 from . import environment
 from .keys import Key
 from .store import STORE, reason_to_keep_nothing
+
+log = logging.getLogger("qwen_vram")
 
 CACHE_MODES = ("memory and disk", "memory", "off")
 
@@ -63,9 +68,21 @@ def look_up(current_key: Callable[[], Key], cache: str, node: dict[str, Any]) ->
         key = current_key()
     except NotCacheable as why:
         return Lookup(note=f"cannot be cached: {why}")
+    except Exception as error:  # of ours; it must cost the search, never the picture
+        return Lookup(note=f"cannot be cached: {report(error)}")
     hit = STORE.lookup(key.sha256, disk=cache == CACHE_MODES[0])
     note = "" if hit else STORE.why_missed(key.sha256, key.parts)
     return Lookup(key, hit, note, time.perf_counter() - start)
+
+
+def report(error: Exception) -> str:
+    """Log an error of the cache without its message, which may quote a prompt; return its name."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    name = type(error).__name__
+    log.warning(
+        "The prompt cache failed: %s in %s:%s", name, Path(place.filename).name, place.lineno
+    )
+    return name
 
 
 class Made(NamedTuple):

@@ -9,27 +9,18 @@ import sys
 import sysconfig
 import time
 import types
+import weakref
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import comfy.lora
 import comfy.model_management
-import comfy.ops
-import comfy.sd
-import comfy.utils
 import comfyui_version
 import folder_paths
-import node_helpers
 import nodes as comfy_nodes
 import torch
-from comfy import model_patcher, sd1_clip
 from comfy.cli_args import args
-from comfy.ldm.modules import attention
-from comfy.ldm.modules.diffusionmodules import model as vae_blocks
-from comfy.ldm.wan import vae as wan_vae
-from comfy.text_encoders import llama, qwen_image, qwen_vl
 
 from ..core.graph_identity import LoadedFiles, NotCacheable, digest, source_digest
 
@@ -65,13 +56,20 @@ _ENVIRONMENT = (
 )
 _LIBRARIES = (
     *("torch", "transformers", "tokenizers", "comfy-kitchen", "comfy-aimdo", "triton"),
-    *("sageattention", "xformers", "flash-attn"),
+    *("sageattention", "xformers", "flash-attn", "safetensors", "gguf"),
+    *("av", "pillow", "numpy", "torchvision", "kornia", "spandrel"),  # what pictures go through
 )
-# The host's code between a checkpoint or a picture and a conditioning.
-_ENCODING_MODULES = (
-    *(comfy.sd, sd1_clip, llama, qwen_image, qwen_vl, comfy.ops, comfy.lora, model_patcher),
-    *(comfy.utils, node_helpers, attention, wan_vae, vae_blocks, comfy_nodes),
+# The host's code between a checkpoint or a picture and a conditioning, as far as it is loaded.
+_ENCODING_MODULES = frozenset(
+    """
+    nodes node_helpers comfy.sd comfy.sd1_clip comfy.sdxl_clip comfy.clip_model comfy.clip_vision
+    comfy.ops comfy.float comfy.quant_ops comfy.lora comfy.lora_convert comfy.model_patcher
+    comfy.model_management comfy.utils comfy.taesd.taesd comfy.ldm.modules.attention
+    comfy.ldm.modules.diffusionmodules.model comfy.ldm.models.autoencoder comfy.ldm.wan.vae
+    """.split()  # noqa: SIM905
 )
+_ENCODING_PACKAGES = ("comfy.text_encoders.", "comfy.weight_adapter.")
+_foreign: weakref.WeakKeyDictionary[Any, frozenset[str]] = weakref.WeakKeyDictionary()
 
 
 @functools.cache
@@ -111,7 +109,9 @@ def _source_of(package: str) -> tuple[str, float]:
         return source_digest([PACK_ROOT / name for name in PACK_SOURCES], PACK_ROOT)
     if package == "comfyui":
         roots = [HOST_ROOT / folder for folder in HOST_FOLDERS]
-        return source_digest([*roots, HOST_ROOT / "nodes.py"], HOST_ROOT)
+        return source_digest(
+            [*roots, HOST_ROOT / "nodes.py", HOST_ROOT / "node_helpers.py"], HOST_ROOT
+        )
     root = custom_packages()[package]
     return source_digest([root], root.parent)
 
@@ -140,12 +140,25 @@ def intruders() -> set[str]:
     What such code depends on beside its own source is not seen.
     """
     found = set()
-    for module in _ENCODING_MODULES:
-        for name, function in _functions_of(module):
-            for code in codes_of(function):
-                if not code.co_filename.startswith("<") and not is_trusted(code.co_filename):
-                    found.add(_intruder(code.co_filename, f"{module.__name__}.{name}"))
+    for module_name, module in list(sys.modules.items()):
+        if module_name in _ENCODING_MODULES or module_name.startswith(_ENCODING_PACKAGES):
+            for name, function in _functions_of(module):
+                for file in foreign_sources(function):
+                    found.add(_intruder(file, f"{module_name}.{name}"))
     return found
+
+
+def foreign_sources(function: Any) -> frozenset[str]:
+    """Source files of a function, and of all that it wraps, that are no host's and no library's."""
+    function = getattr(function, "__func__", function)
+    function = getattr(function, "func", function)  # functools.partial
+    if not isinstance(function, types.FunctionType):
+        return frozenset()
+    if function not in _foreign:
+        files = {code.co_filename for code in _codes_of(function)}
+        foreign = (f for f in files if not f.startswith("<") and not is_trusted(f))
+        _foreign[function] = frozenset(foreign)
+    return _foreign[function]
 
 
 def _intruder(file: str, place: str) -> str:
@@ -188,10 +201,7 @@ def _functions_of(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
             yield name, member
 
 
-def codes_of(function: Any) -> Iterator[types.CodeType]:
-    """The code of a function and of all that it wraps."""
-    function = getattr(function, "__func__", function)
-    function = getattr(function, "func", function)  # functools.partial
+def _codes_of(function: Any) -> Iterator[types.CodeType]:
     while isinstance(function, types.FunctionType):
         yield function.__code__
         function = vars(function).get("__wrapped__")
@@ -241,5 +251,6 @@ def _precision() -> list[Any]:
         *(matmul.allow_fp16_reduced_precision_reduction, cuda.flash_sdp_enabled()),
         *(cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
         *(torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic),
-        torch.backends.cudnn.benchmark,
+        *(torch.backends.cudnn.benchmark, torch.backends.cudnn.enabled),
+        torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
     ]

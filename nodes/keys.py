@@ -34,6 +34,10 @@ _KINDS = {
 }
 
 
+# As first seen by this process: where the system does not tell when a file was replaced.
+_first_seen: dict[str, FileIdentity] = {}
+
+
 class Key(NamedTuple):
     """The key of an entry, the digests of its parts, and the files behind it.
 
@@ -50,9 +54,16 @@ class Key(NamedTuple):
     def doubt(self) -> str | None:
         """Why a result may come from other versions of the files than these; else None."""
         for file in self.files:
-            if file.path in self.held and file.changed_ns > environment.STARTED_NS:
-                return f"{Path(file.path).name} changed after ComfyUI started"
+            if file.path in self.held:
+                seen = _first_seen.setdefault(file.path, file)
+                if file.changed_ns > environment.STARTED_NS or seen != file:
+                    return f"{Path(file.path).name} changed after ComfyUI started"
         return None
+
+    def changed_since(self, moment_ns: int) -> str | None:
+        """The name of a file that changed after that time, or None."""
+        files = (f for f in (*self.files, *self.watched) if f.changed_ns > moment_ns)
+        return next((Path(f.path).name for f in files), None)
 
 
 def text_key(text: str, link: Any, dynprompt: Any) -> Key:
@@ -101,11 +112,15 @@ def node_key(node_id: str, dynprompt: Any) -> Key:
     links = {name: value for name, value in inputs.items() if is_link(value)}
     for name in sorted(links, key=lambda n: (n in _MODELS, n)):
         identity = identify_upstream(links[name], host)
-        parts.update(_parts_of(f"linked {name}" if name in _TAKEN else name, identity))
+        taken = name in _TAKEN or name.startswith(_TAKEN_BEGINNINGS)
+        parts.update(_parts_of(f"linked {name}" if taken else name, identity))
     return _key(parts, identify_node(node_id, host))
 
 
-_TAKEN = {"text", "file", "libraries", "hardware", "precision"}  # names of other parts
+# Names of other parts, which an input could have, too.
+_TAKEN = {"text", "file", "code version", "ComfyUI's version", "start options"}
+_TAKEN |= {"environment variables", "libraries", "hardware", "precision", *_KINDS.values()}
+_TAKEN_BEGINNINGS = ("linked ", "LoRA before ", "graph before ")
 _MODELS = ("clip", "vae", "model")  # what they are fed by comes last in the explanation
 
 

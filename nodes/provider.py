@@ -17,7 +17,7 @@ from comfy_execution.progress import get_progress_state
 
 from ..core.conditioning_codec import Entry
 from ..core.graph_identity import NotCacheable
-from .encoding import settle
+from .encoding import report, settle
 from .keys import Key, node_key
 from .loaders import REGISTRY
 from .settings import settings
@@ -39,6 +39,7 @@ class Asked:
     key: Key | None
     why: str
     since: float
+    tiled: int = 0
 
 
 class ConditioningProvider(Caching.CacheProvider):
@@ -46,10 +47,12 @@ class ConditioningProvider(Caching.CacheProvider):
 
     def __init__(self) -> None:
         self._asked: dict[str, Asked] = {}
+        self._started_ns = 0
 
     def on_prompt_start(self, prompt_id: str) -> None:
         """Forget the last prompt and take over changed settings."""
         self._asked.clear()
+        self._started_ns = time.time_ns()
         set_up()
 
     def on_prompt_end(self, prompt_id: str) -> None:
@@ -80,7 +83,7 @@ class ConditioningProvider(Caching.CacheProvider):
         """The stored outputs of a node, or None. The second question after a miss counts once."""
         asked = self._asked.get(context.node_id)
         if asked is not None:
-            asked.since = time.perf_counter()
+            asked.since, asked.tiled = time.perf_counter(), TILED.count
             return None
         start = time.perf_counter()
         dynprompt = get_progress_state().dynprompt
@@ -91,10 +94,13 @@ class ConditioningProvider(Caching.CacheProvider):
                 key = node_key(context.node_id, dynprompt)
             except NotCacheable as reason:
                 why = f"cannot be cached: {reason}"
+            except Exception as error:  # ComfyUI would log its message, which may quote a prompt
+                why = f"cannot be cached: {report(error)}"
         hit = STORE.lookup(key.sha256) if key else None
         if hit is None:
             why = why or _why_missed(key)
-            self._asked[context.node_id] = Asked(key, why, time.perf_counter())
+            asked = Asked(key, why, time.perf_counter(), TILED.count)
+            self._asked[context.node_id] = asked
             return None
         seconds = time.perf_counter() - start
         REGISTRY.forget_leaving()
@@ -109,17 +115,22 @@ class ConditioningProvider(Caching.CacheProvider):
         if asked is None:
             return
         seconds = time.perf_counter() - asked.since
-        kept = self._store(node_id, asked.key, value, seconds) if asked.key else ""
+        kept = self._store(node_id, asked, value, seconds) if asked.key else ""
         announce_miss(asked.why, seconds, kept, _shown_at(node_id))
 
-    @staticmethod
-    def _store(node_id: str, key: Key, value: Caching.CacheValue, seconds: float) -> str:
+    def _store(self, node_id: str, asked: Asked, value: Caching.CacheValue, seconds: float) -> str:
+        key = asked.key
         try:
             doubt = key.doubt()
+            changed = key.changed_since(self._started_ns)
+            if changed:  # what ComfyUI read of it before is not known
+                doubt = doubt or f"{changed} changed while the prompt ran"
             if doubt is None and node_key(node_id, get_progress_state().dynprompt) != key:
                 doubt = "what it depends on changed while it was encoded"
         except NotCacheable as reason:
             doubt = str(reason)
+        if doubt is None and asked.tiled != TILED.count:
+            doubt = "too little memory, it was encoded in tiles"
         if doubt is None and any(len(items) != 1 for items in value.outputs):
             doubt = "it worked on a list"
         if doubt is None and value.ui is not None:
@@ -153,9 +164,21 @@ def _shown_at(node_id: str) -> str:
     return get_progress_state().dynprompt.get_display_node_id(node_id)
 
 
+class TiledEncodes(logging.Handler):
+    """Counts how often ComfyUI fell back to encoding in tiles, of which it tells only its log."""
+
+    count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called for every line of the log."""
+        self.count += "retrying with tiled VAE encoding" in str(record.msg)
+
+
+TILED = TiledEncodes(logging.WARNING)
 PROVIDER = ConditioningProvider()
 
 
 async def register() -> None:
     """Tell ComfyUI of the provider; called when the pack is loaded."""
+    logging.getLogger().addHandler(TILED)
     await ComfyAPI().caching.register_provider(PROVIDER)

@@ -18,6 +18,7 @@ from ..core.savings import Totals
 from ..core.statistics import Removed, Size
 from .pins import PINS
 from .provider import STOCK_NODES
+from .settings import Settings
 from .store import SAVINGS, STORE, set_up
 
 PATH = "/qwen_vram/conditioning"
@@ -37,7 +38,7 @@ class Wish(NamedTuple):
 def report() -> dict[str, Any]:
     """What the panel shows. It lists a directory and may ask Redis: call it off the event loop."""
     wanted, usage = set_up(), STORE.usage()
-    redis = "off" if not wanted.redis_url else "connected" if usage.redis else "away"
+    redis = _redis_state(wanted, usage.redis)
     return {
         "memory": _tier(usage.memory, wanted.memory_bytes),
         "disk": _tier(usage.disk, wanted.disk_bytes),
@@ -52,8 +53,9 @@ def report() -> dict[str, Any]:
 
 def remove(wish: Wish) -> dict[str, Any]:
     """Remove entries, or everything that the pack ever kept; say what was removed."""
-    removed = STORE.clear(wish.unused_seconds)
+    wanted, removed = set_up(), STORE.clear(wish.unused_seconds)
     answer = _removed(removed)
+    answer["redis"]["state"] = _redis_state(wanted, removed.redis)
     if wish.everything:
         pins, failed = DiskTier(PINS.directory, 0).clear(0.0, {})
         answer["pins"] = _size(pins)
@@ -80,6 +82,13 @@ def wish_of(query: Mapping[str, str]) -> Wish:
     if not 0 <= days <= MOST_DAYS:
         raise ValueError(f"unused_days must be a number from 0 to {MOST_DAYS}.")
     return Wish(days * DAY_SECONDS)
+
+
+def _redis_state(wanted: Settings, size: Size | None) -> str:
+    """Whether Redis answered what was asked just now."""
+    if not wanted.redis_url:
+        return "off"
+    return "connected" if size else "away"
 
 
 def _tier(size: Size | None, bound_bytes: int) -> dict[str, int | None]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import folder_paths
+from comfy.cli_args import args
 
 log = logging.getLogger("qwen_vram")
+
+FILE = "comfy.settings.json"
 
 KEEP_ALL, KEEP_OURS, KEEP_NOTHING = "all encode nodes", "nodes of Qwen VRAM", "nothing"
 REDIS_VARIABLE = "QWEN_VRAM_REDIS_URL"  # for machines whose settings are not edited by hand
@@ -27,16 +31,19 @@ class Settings(NamedTuple):
     redis_bytes: int = 1_000_000_000
 
 
-_read: tuple[tuple[int, int] | None, dict[str, Any]] = (None, {})
+_read: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {}
 
 
 def settings() -> Settings:
-    """As they are now. A value that makes no sense is reported once and the default used."""
-    stored, usual = _stored(), Settings()
-    keep = stored.get("QwenVRAM.Conditioning.Keep", usual.keep)
-    if keep not in (KEEP_ALL, KEEP_OURS, KEEP_NOTHING):
-        _complain("Keep", keep, f"{KEEP_ALL}, {KEEP_OURS} or {KEEP_NOTHING}; nothing is kept")
-        keep = KEEP_NOTHING
+    """As they are now. A value that makes no sense is reported once and the default used.
+
+    With several users (--multi-user) the strictest choice of what is kept counts for all, and the
+    first user's choice for the rest: the cache is one for the installation.
+    """
+    everyone, usual = _stored(), Settings()
+    chosen = [_keep(stored) for stored in everyone]
+    keep = next((k for k in (KEEP_NOTHING, KEEP_OURS) if k in chosen), usual.keep)
+    stored = {name: value for one in reversed(everyone) for name, value in one.items()}
     more = str(stored.get("QwenVRAM.Conditioning.MoreNodes") or "")
     url = stored.get("QwenVRAM.Conditioning.RedisURL") or os.environ.get(REDIS_VARIABLE, "")
     return Settings(
@@ -60,22 +67,36 @@ def _number(stored: dict[str, Any], name: str, unit: int, usual: int) -> int:
     return usual
 
 
-def _stored() -> dict[str, Any]:
-    """ComfyUI's settings file, read again when it changed; with several users, the first one's."""
-    global _read
-    path = os.path.join(folder_paths.get_user_directory(), "default", "comfy.settings.json")
+def _keep(stored: dict[str, Any]) -> str:
+    keep = stored.get("QwenVRAM.Conditioning.Keep", KEEP_ALL)
+    if keep not in (KEEP_ALL, KEEP_OURS, KEEP_NOTHING):
+        _complain("Keep", keep, f"{KEEP_ALL}, {KEEP_OURS} or {KEEP_NOTHING}; nothing is kept")
+        return KEEP_NOTHING
+    return keep
+
+
+def _stored() -> list[dict[str, Any]]:
+    """Every user's settings, the first user's first; read again when they changed."""
+    base = Path(folder_paths.get_user_directory())
+    users = sorted(base.glob("*/" + FILE)) if args.multi_user else [base / "default" / FILE]
+    return [_one(str(path)) for path in users]
+
+
+def _one(path: str) -> dict[str, Any]:
     try:
         stat = os.stat(path)
         version = (stat.st_mtime_ns, stat.st_size)
-        if _read[0] != version:
+        if path not in _read or _read[path][0] != version:
             with open(path, encoding="utf-8") as file:
                 content = json.load(file)
-            _read = (version, content if isinstance(content, dict) else {})
+            _read[path] = (version, content if isinstance(content, dict) else {})
+        return _read[path][1]
     except FileNotFoundError:
-        _read = (None, {})
+        return {}
     except (OSError, ValueError) as error:  # being written, or damaged: what was read last counts
-        log.warning("Cannot read ComfyUI's settings (%s); they are taken as they were.", error)
-    return _read[1]
+        log.warning("Cannot read %s (%s). What was read last counts.", FILE, error)
+        nothing = {"QwenVRAM.Conditioning.Keep": KEEP_NOTHING}  # who knows what was chosen
+        return _read[path][1] if path in _read else nothing
 
 
 _complained: set[str] = set()

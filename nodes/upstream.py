@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import folder_paths
@@ -29,6 +30,9 @@ _FILE_LIKE = re.compile(
 _LORA_TAG = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:\s*([^:>]+)", re.I)
 _LONGEST_FILE_NAME = 1024
 _SEEDS = {"seed", "noise_seed"}  # another result at nearly every run, and not for sure the same
+_BY_CONTENT = {"LoadImage", "LoadImageMask", "LoadImageOutput", "LoadLatent"}
+_PICTURES = {"IMAGE", "MASK", "LATENT", "VIDEO", "AUDIO", "CONDITIONING"}
+_TEXTS = {"STRING", "INT", "FLOAT", "BOOLEAN", "*"}
 _NO_MODELS = {"custom_nodes", "configs"}
 
 
@@ -46,7 +50,7 @@ def class_facts(node_id: str, node: dict[str, Any]) -> ClassFacts:
         raise NotCacheable(f"{name} gives something else at every run")
     if any(getattr(cls, "OUTPUT_IS_LIST", None) or ()):
         raise NotCacheable(f"{name} gives a list, and each item is worked on alone")
-    if _SEEDS & node["inputs"].keys():
+    if _SEEDS & {path.rpartition(".")[2] for path in node["inputs"]}:
         raise NotCacheable(f"{name} has a seed")
     hidden = _hidden_inputs(cls)
     if hidden & _WHOLE_WORKFLOW:
@@ -57,28 +61,38 @@ def class_facts(node_id: str, node: dict[str, Any]) -> ClassFacts:
         neutral = getattr(cls, "NEUTRAL_INPUTS", frozenset())
         return ClassFacts(package, None, neutral, choices, reads_again=True)
     host = package == "comfyui"
+    fingerprint = fingerprint_of(cls, node)
     hazard = None if host else class_hazard(cls)
+    if not host and hazard is None and fingerprint is None:
+        hazard = own_source(cls, node)
     if hazard:
         raise NotCacheable(f"{name} {hazard}")
-    fingerprint = fingerprint_of(cls, node)
     return ClassFacts(
         package,
         [fingerprint, node_id if "UNIQUE_ID" in hidden else None],
         choices=choices,
-        files_in_fingerprint=host and fingerprint is not None,
+        files_in_fingerprint=host and name in _BY_CONTENT and fingerprint is not None,
         changed_by=changed_by(cls) if host else frozenset(),
     )
 
 
 def changed_by(cls: type) -> frozenset[str]:
     """Packs that put code of their own into one of ComfyUI's node classes. Raises NotCacheable."""
-    codes = [code for method in vars(cls).values() for code in environment.codes_of(method)]
-    files = {c.co_filename for c in codes if not c.co_filename.startswith("<")}
-    return frozenset(
-        environment.package_of(file, cls.__name__)
-        for file in files
-        if not environment.is_trusted(file)
-    )
+    files = {f for method in vars(cls).values() for f in environment.foreign_sources(method)}
+    return frozenset(environment.package_of(file, cls.__name__) for file in files)
+
+
+def own_source(cls: type, node: dict[str, Any]) -> str | None:
+    """Why a foreign node without fingerprint may give something that no input names; else None.
+
+    It takes nothing from another node, so what it gives comes from its widgets or from outside.
+    """
+    if any(is_link(value) for value in node["inputs"].values()):
+        return None
+    gives = set(getattr(cls, "RETURN_TYPES", ()))
+    if gives & _PICTURES:
+        return "reads something of its own, and does not say when it changes"
+    return class_hazard(cls, reading=True) if gives & _TEXTS else None
 
 
 def _hidden_inputs(cls: type) -> set[str]:
@@ -126,7 +140,7 @@ def _contains_nan(value: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=512)
-def class_hazard(cls: type) -> str | None:
+def class_hazard(cls: type, reading: bool = False) -> str | None:
     """What in a foreign class's source, or its base classes', makes its result unpredictable."""
     for base in cls.__mro__:
         module = sys.modules.get(base.__module__)
@@ -134,7 +148,7 @@ def class_hazard(cls: type) -> str | None:
         if file is None or is_trusted(file):  # `object`, the host's and libraries' base classes
             continue
         try:
-            hazard = source_hazard(inspect.getsource(module), base.__name__)
+            hazard = source_hazard(inspect.getsource(module), base.__name__, reading)
         except (OSError, TypeError, SyntaxError):
             return "has no readable source"
         if hazard:
@@ -157,7 +171,8 @@ def _paths_of(name: str) -> Iterable[str]:
         return
     places = {base for paths, _ in folder_paths.folder_names_and_paths.values() for base in paths}
     paths = {os.path.join(base, name) for base in (*places, folder_paths.models_dir)}
-    paths.add(folder_paths.get_annotated_filepath(name))
+    with suppress(ValueError):  # a path out of ComfyUI's folders; it is looked at as it is, above
+        paths.add(folder_paths.get_annotated_filepath(name))
     yield from (path for path in sorted(paths) if os.path.isfile(path) or _is_model_folder(path))
     if not os.path.splitext(name)[1]:
         yield from _files_with_stem(name)
@@ -171,7 +186,8 @@ def _is_model_folder(path: str) -> bool:
 
 def _files_with_stem(name: str) -> Iterable[str]:
     """Model files that a name without ending may mean, in subfolders too."""
-    wanted = {name.lower().replace("\\", "/"), os.path.basename(name).lower()}
+    names = {name, f"{name}_encoder", f"{name}_decoder"}  # the latter two: tiny autoencoders
+    wanted = {n.lower().replace("\\", "/") for n in names} | {os.path.basename(name).lower()}
     for folder in folder_paths.folder_names_and_paths:
         for file in () if folder in _NO_MODELS else folder_paths.get_filename_list(folder):
             stem = os.path.splitext(file)[0].lower().replace("\\", "/")

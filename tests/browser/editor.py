@@ -9,8 +9,10 @@ from typing import Any
 from pack.demo.substitutions import substitute
 from playwright.sync_api import ConsoleMessage, Page, Request
 
+# A page that is loaded again opens its last workflow by itself: not over that of a test.
 READY = """() => Boolean(window.app && app.extensionManager && app.graph && app.canvas)
-    && LiteGraph.registered_node_types.QwenVRAMLoadVAE !== undefined"""
+    && LiteGraph.registered_node_types.QwenVRAMLoadVAE !== undefined
+    && Boolean(app.extensionManager.workflow?.activeWorkflow)"""
 LISTEN = """() => {
     window.qwenVramEvents = [];
     for (const name of ['execution_cached', 'executing', 'execution_success', 'execution_error',
@@ -83,6 +85,7 @@ class Editor:
         """Loads the frontend, or loads it again, and waits until it has our nodes."""
         self.page.goto(self.url, wait_until="domcontentloaded")
         self.page.wait_for_function(READY, timeout=60_000)
+        self.page.wait_for_timeout(SETTLE_MS)
         self.page.evaluate(LISTEN)
 
     def open(self, workflow: dict[str, Any]) -> None:

@@ -5,19 +5,25 @@ from __future__ import annotations
 import io
 import re
 import urllib.parse
+import uuid
 from typing import Any
 
 import PIL.Image
 import pytest
 from pack.demo.server import Server
-from pack.tests.browser.editor import Editor
+from pack.tests.browser.editor import SETTLE_MS, Editor
 from pack.tests.browser.test_workflow import ids_of
+from pack.tests.graphs import text_to_image
 from playwright.sync_api import expect
 
 Workflow = dict[str, Any]
 PINNED = "id => Boolean(app.graph.getNodeById(id).properties.qwen_vram?.pin)"
 BADGES = """id => app.graph.getNodeById(id).badges
     .map(badge => (typeof badge === 'function' ? badge() : badge.value ?? badge).text)"""
+MARKED_STATES = """() => {
+    const { activeState, undoQueue } = app.extensionManager.workflow.activeWorkflow.changeTracker;
+    return [activeState, ...undoQueue].some(state => state.extra?.qwen_vram);
+}"""
 PLACE = """id => {
     const node = app.graph.getNodeById(id), canvas = app.canvas;
     canvas.centerOnNode(node);
@@ -127,6 +133,21 @@ def test_what_cannot_be_pinned_says_why(editor: Editor, ready) -> None:
     editor.problems.clear()  # the refusal itself, which the console repeats
 
 
+def test_a_run_that_is_taken_out_of_the_queue_is_told(
+    editor: Editor, ready, server: Server
+) -> None:
+    long = {"prompt": text_to_image(str(uuid.uuid4()), steps=10_000)}
+    server.post_json("/prompt", long)
+    menu(editor, ready["latent"], "Pin output (Qwen VRAM)")
+    editor.page.wait_for_timeout(SETTLE_MS)
+    ((_, waiting, *_),) = server.get_json("/queue")["queue_pending"]
+    server.post_json("/queue", {"delete": [waiting]})
+    toast(editor, "no longer in ComfyUI's queue")
+    server.post_json("/interrupt", {})
+    assert not editor.page.evaluate(PINNED, ready["latent"])
+    assert editor.problems == []
+
+
 def test_several_selected_nodes_by_the_command(editor: Editor, ready) -> None:
     chosen = [ready["positive"], ready["negative"]]
     editor.page.evaluate(
@@ -154,6 +175,10 @@ def test_a_private_run_and_a_private_node(editor: Editor, ready, server: Server)
     for node_id in (positive, negative):
         assert entry["outputs"][str(node_id)]["qwen_vram"][0]["why"] == "this run keeps nothing"
     assert "qwen_vram" not in entry["prompt"][3]["extra_pnginfo"]["workflow"]["extra"]
+    assert "qwen_vram" not in editor.saved()["extra"]
+    assert not editor.page.evaluate(MARKED_STATES)
+    marked = {**editor.saved(), "extra": {"qwen_vram": {"keep_nothing": True}}}
+    editor.open(marked)  # as an old draft may have it
     assert "qwen_vram" not in editor.saved()["extra"]
 
     menu(editor, positive, "Keep nothing of this node (Qwen VRAM)")

@@ -78,6 +78,30 @@ def test_any_value_comes_back_bit_by_bit(value: object) -> None:
     assert (entry.seconds, entry.parts, entry.device) == (1.5, {"text": "t"}, "cpu")
 
 
+def test_a_text_is_kept_exactly_and_not_in_the_header() -> None:
+    value = {"prompt": "a fox \N{FOX FACE} \ud800", "more": ("", ["a fox"])}
+    data = encoded(value)
+    assert same(codec.decode(data).value, value)
+    assert b"a fox" not in data[: 8 + codec.header_bytes(data)]
+    assert data.count(b"a fox") == 2
+
+
+def test_a_changed_text_is_not_believed() -> None:
+    data = encoded(["a red fox"])
+    with pytest.raises(codec.Corrupt, match="digest"):
+        codec.decode(data.replace(b"a red fox", b"a bad fox"))
+
+
+def test_without_threads_the_digest_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(torch.arange(1 << 20))
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    assert same(codec.decode(data).value, torch.arange(1 << 20))
+
+
 def test_strided_and_aliased_tensors_keep_their_values() -> None:
     base = torch.arange(12.0).reshape(3, 4)
     value = [base.T, base[:, 1], base]
@@ -135,7 +159,7 @@ def test_a_future_version_is_told_apart_from_damage() -> None:
         (torch.nn.Parameter(torch.ones(1)), "Parameter"),
         (1 << 5000, "a number of 5001 bits"),
         ({1 << 5000: 0}, "a number of 5001 bits"),
-        ("x" * (5 << 20), "its structure takes"),
+        ({"x" * (5 << 20): 0}, "its structure takes"),
     ],
 )
 def test_what_cannot_be_kept_exactly_is_refused_with_its_place(value: object, part: str) -> None:
@@ -171,6 +195,9 @@ TENSOR = ["tensor", 0, "torch.float32", [2], "cpu"]
         (["tensor", 1, *TENSOR[2:]], {}),
         (["tensor", [], *TENSOR[2:]], {}),
         (["tensor", 0, [], [2], "cpu"], {}),
+        (["text", 0, 2], {}),
+        (["text", 0], {}),
+        (["text", [], 2], {}),
         (TENSOR, {"seconds": "x"}),
         (TENSOR, {"parts": []}),
         (TENSOR, {"parts": {"text": 1}}),
@@ -182,6 +209,12 @@ def test_a_false_description_with_a_right_digest_is_corrupt(tree: object, facts:
     assert same(good.value, torch.ones(2))
     with pytest.raises(codec.Corrupt):
         codec.decode(altered(tree, [torch.ones(2)], **facts))
+
+
+@pytest.mark.parametrize(("length", "data"), [(2, [1, 2, 3]), (2, [255, 255]), ("2", [1, 2])])
+def test_a_false_text_with_a_right_digest_is_corrupt(length: object, data: list[int]) -> None:
+    with pytest.raises(codec.Corrupt):
+        codec.decode(altered(["text", 0, length], [torch.tensor(data, dtype=torch.uint8)]))
 
 
 def test_a_device_that_is_not_here_is_told_apart_from_damage() -> None:

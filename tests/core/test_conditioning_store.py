@@ -348,3 +348,19 @@ def test_headers_are_read_only_to_explain_a_miss(store, monkeypatch) -> None:
     assert first(again, 1) == 1.0 and again.put(key(3), entry(3)) is None
     monkeypatch.undo()
     assert again.why_missed(key(9), PARTS) == "evicted"
+
+
+@pytest.mark.parametrize("place", [(disk_tier.DiskTier, "read"), (codec, "decode")])
+def test_too_little_memory_to_read_is_a_miss(store, monkeypatch, caplog, place) -> None:
+    put(store, 1)
+    again = reopened(store)
+
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, refuse)
+        assert again.lookup(key(1)) is None
+        assert again.lookup(key(1)) is None
+    assert [record.message.count("not enough memory") for record in caplog.records] == [1]
+    assert first(again, 1) == 1.0

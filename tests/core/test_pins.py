@@ -57,9 +57,13 @@ def test_the_name_is_that_of_the_content_alone(store) -> None:
             [COND, {"samples": LATENT["samples"].to(torch.float16)}],
             [torch.zeros(2), torch.zeros(1)],
             [torch.zeros(1), torch.zeros(2)],
+            ["ab", "c"],
+            ["a", "bc"],
+            ["", "abc"],
+            [[97, 98], "c"],
         )
     }
-    assert len(names) == 9
+    assert len(names) == 13
 
 
 def test_what_cannot_be_kept_exactly_is_refused_with_its_output(store) -> None:
@@ -134,3 +138,11 @@ def test_names_and_headers_say_nothing_of_what_it_is(store) -> None:
     content = put(store)
     assert re.fullmatch(r"[0-9a-f]{64}", content)
     assert [path.name for path in store.directory.iterdir()] == [f"{content}.safetensors"]
+
+
+def test_a_text_comes_back_and_stands_in_no_header(store) -> None:
+    content = store.put(["a secret fox"], ["STRING"], "cpu").content
+    assert store.get(content).value == ["a secret fox"]
+    data = file_of(store, content).read_bytes()
+    assert b"secret" not in data[: 8 + int.from_bytes(data[:8], "little")]
+    assert b"secret" in data  # as a pinned picture is: README, Privacy

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,66 +20,15 @@ from pack.core import redis_tier
 from pack.core.conditioning_store import ConditioningStore
 from pack.core.redis_tier import ENTRY, PREFIX, SIZES, USED, RedisTier
 from pack.core.statistics import Size
-from pack.tests.conftest import missing
 from pack.tests.core.test_conditioning_codec import same, values
-
-PASSWORD = "open:sesame/ä"
-ENCODED = "open%3Asesame%2F%C3%A4"
-
-
-class Server:
-    """A redis-server on a free port that keeps nothing."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.folder, self.options = folder, options
-        self.process: subprocess.Popen | None = None
-        self.start()
-
-    @property
-    def url(self) -> str:
-        """Without a password."""
-        return f"redis://127.0.0.1:{self.port}/0"
-
-    def start(self) -> None:
-        """Start it, on the same port as before."""
-        program = shutil.which("redis-server")
-        command = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        command += ["--appendonly", "no", "--dir", str(self.folder), *self.options]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        assert eventually(lambda: socket.create_connection(("127.0.0.1", self.port), 1).close())
-
-    def kill(self) -> None:
-        """End it at once, also when it is stopped."""
-        self.process.kill()
-        self.process.wait(10)
-
-    def client(self, **options: object) -> object:
-        """To look into it, and to spoil it."""
-        import redis
-
-        return redis.Redis(port=self.port, **options)
-
-
-def eventually(check: Callable[[], object], seconds: float = 10.0) -> bool:
-    """Whether the check comes true, or stops raising, in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if check() is not False:
-                return True
-        except OSError:
-            pass
-        time.sleep(0.01)
-    return False
+from pack.tests.redis_server import ENCODED, PASSWORD, eventually, need_redis
+from pack.tests.redis_server import RedisServer as Server
 
 
 @pytest.fixture(scope="session")
 def package() -> None:
     """What these tests need."""
-    pytest.importorskip("redis") if shutil.which("redis-server") else missing("redis-server")
+    need_redis()
 
 
 @pytest.fixture(scope="module")

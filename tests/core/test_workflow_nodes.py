@@ -84,6 +84,29 @@ def test_an_unreadable_pin_never_runs_silently(pin: Any) -> None:
     assert "cannot be read" in done["prompt"]["1"]["inputs"]["problem"]
 
 
+def test_a_pin_of_another_class_of_node_is_refused() -> None:
+    """The ids of two graphs mean different nodes."""
+    done = prepared(request({"1": api()}, marked(1, "Y", pin={"content": A})))
+    assert done["prompt"]["1"]["class_type"] == PINNED_NODE
+    assert "a node Y, and this one is a X" in done["prompt"]["1"]["inputs"]["problem"]
+
+
+def test_a_request_that_is_sent_again_is_pinned_again() -> None:
+    """ComfyUI's history has the replaced node beside the workflow."""
+    done = prepared(request({"1": api()}, marked(1, pin={"content": A})))
+    assert prepared(done) == done
+
+
+def test_a_fingerprint_that_comes_with_a_node_is_left_out() -> None:
+    """ComfyUI writes it into the prompt, and so into pictures, and believes what comes back."""
+    sent = {"prompt": {"1": {**api(a=1), "is_changed": "old"}, "2": api()}}
+    before = copy.deepcopy(sent)
+    assert prepared(sent) == {"prompt": {"1": api(a=1), "2": api()}}
+    assert sent == before
+    marks = request(sent["prompt"], marked(1, pin={"content": A}), marked(2, keep_nothing=True))
+    assert all("is_changed" not in node for node in prepared(marks)["prompt"].values())
+
+
 def test_callers_of_the_api_say_it_in_meta() -> None:
     node = {**api(), "_meta": {"qwen_vram": {"pin": {"content": A}}}}
     assert prepared({"prompt": {"1": node}})["prompt"]["1"]["inputs"] == {"content": A}

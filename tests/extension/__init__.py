@@ -191,6 +191,25 @@ class SeededImage(TextList):
         return (torch.full((1, 64, 64, 3), 1 / seed),)
 
 
+class FolderImage(TextList):
+    """Gives something that none of its inputs names, and says nothing of it."""
+
+    RETURN_TYPES = ("IMAGE",)
+    OUTPUT_IS_LIST = (False,)
+
+    def run(self):
+        return (torch.zeros(1, 64, 64, 3),)
+
+
+class FileText(TextList):
+    RETURN_TYPES = ("STRING",)
+    OUTPUT_IS_LIST = (False,)
+
+    def run(self):
+        with open(__file__, encoding="utf-8") as file:
+            return (file.readline(),)
+
+
 class Bare:
     """Encodes as a CLIP does, and is none."""
 
@@ -218,7 +237,17 @@ class OwnIdClip(Passing):
         return (clip,)
 
 
-CLASSES = (ExpandStock, SeededImage, Layers, Joined, Expand, BareClip, OwnIdClip)
+CLASSES = (
+    FolderImage,
+    FileText,
+    ExpandStock,
+    SeededImage,
+    Layers,
+    Joined,
+    Expand,
+    BareClip,
+    OwnIdClip,
+)
 CLASSES += (RandomClip, RandomBase, CounterClip, NaNClip, NotIdempotentClip, WorkflowReader)
 CLASSES += (HookedClip, NoClip, TextList, WideConditioning, StockLike)
 NODE_CLASS_MAPPINGS = {f"Test{c.__name__}": c for c in CLASSES}

@@ -31,8 +31,24 @@ test("ComfyUI's own cache has a badge, other results have none", () => {
 });
 
 test("what is not known in Chinese stays as it is", () => {
-  assert.equal(whyText("cannot be cached: x", "zh"), "cannot be cached: x");
+  assert.equal(whyText("cannot be cached: a, b changed", "zh"), "无法缓存：a, b changed");
   assert.equal(whyText("mask changed", "zh"), "mask 已改变");
+  assert.equal(whyText("something else", "zh"), "something else");
+});
+
+test("every reason of the server is told in Chinese", () => {
+  const told = {
+    "number of images changed": "图片数量 已改变", "reference size changed": "参考尺寸 已改变",
+    "new image 2": "新的图片 2", "image 2 changed": "图片 已改变", "image2 is gone": "图片 已移除",
+    "LoRA before clip is gone": "LoRA 已移除", "linked text changed": "连接的 text 已改变",
+    "this node keeps nothing": "此节点不保存", "this run keeps nothing": "本次运行不保存",
+    "first time": "首次", "new text, new image 1": "新的文本，新的图片 1",
+    "new text, cannot be cached: x": "新的文本，无法缓存：x",
+  };
+  for (const [why, chinese] of Object.entries(told)) assert.equal(whyText(why, "zh"), chinese);
+  assert.equal(whyText("new image 1, cannot be cached: x, y", "en"), "new image 1, cannot be cached: x, y");
+  assert.equal(whyText("graph before vae is gone", "en"), "nodes before vae is gone");
+  assert.equal(textOf({ result: "hit", tier: "memory, disk" }, "zh"), "命中 · 内存, 磁盘");
 });
 
 test("seconds grow into minutes and hours", () => {

@@ -88,6 +88,9 @@ test("questions name the days, and that others share it", () => {
   const shared = { ...REPORT, redis: { ...REPORT.redis, state: "connected" } };
   assert.match(question("all", null, shared, "en"), /for all machines/);
   assert.doesNotMatch(question("all", null, REPORT, "en"), /for all machines/);
+  const away = { ...REPORT, redis: { ...REPORT.redis, state: "away" } };
+  assert.match(question("all", null, away, "en"), /for all machines/); // it may answer meanwhile
+  assert.doesNotMatch(question("all", null, null, "en"), /for all machines/);
   assert.match(question("everything", null, REPORT, "zh"), /固定/);
 });
 
@@ -99,6 +102,10 @@ test("what was removed is told, and what could not be", () => {
   const text = removedText({ ...removed, pins: { entries: 1, bytes: 9 }, failed: ["a.safetensors (locked)"] }, "en");
   assert.match(text, /1 pinned output\. Could not be removed: a\.safetensors \(locked\)\.$/);
   assert.equal(removedText({ deleted: 1 }, "en"), "Removed: 1 pinned output.");
+  const away = { ...removed, redis: { entries: null, bytes: null, state: "away" } };
+  assert.match(removedText(away, "en"), /^Removed: .*\. Redis does not answer: .* still there\./);
+  const connected = { ...removed, redis: { entries: 1, bytes: 3000, state: "connected" } };
+  assert.doesNotMatch(removedText(connected, "en"), /does not answer/);
 });
 
 test("pins are named by their types", () => {

@@ -1,8 +1,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import {
-  badgeText, executionIds, hasOutputs, isKept, markOf, outcomeOf, pinPrompt, pinWords, problemOf,
-  rejection, setMark, sizeText,
+  badgeText, eventsOf, executionIds, hasOutputs, isKept, markOf, outcomeOf, pinPrompt, pinWords, problemOf,
+  rejection, setMark, sizeText, withoutRunMark,
 } from "../../js/pins_core.js";
 
 const en = pinWords("en");
@@ -103,6 +103,27 @@ test("the end of a run is told by its own events", () => {
   assert.deepEqual(outcomeOf([["execution_error", { prompt_id: "p", exception_message: "why\n" }]], "p"), {
     error: "why",
   });
+});
+
+test("what the events did not tell is in the queue and in the history", () => {
+  const queue = { queue_running: [[0, "r", {}]], queue_pending: [[1, "p", {}]] };
+  const ended = (...messages) => ({ x: { outputs: { 9: { qwen_vram_pin: [{ content: "a" }] } }, status: { messages } } });
+  const outcome = (id, history) => outcomeOf(eventsOf(id, queue, history), id);
+  assert.equal(outcome("r", {}), null);
+  assert.equal(outcome("p", {}), null);
+  assert.deepEqual(outcome("x", {}), { problem: "lost" });
+  assert.deepEqual(outcome("x", ended(["execution_success", { prompt_id: "x" }])), { pin: { content: "a" } });
+  assert.deepEqual(outcome("x", ended(["execution_interrupted", { prompt_id: "x" }])), { problem: "stopped" });
+  assert.ok(en.lost);
+});
+
+test("a private run leaves no mark behind", () => {
+  const extra = { ds: 1, qwen_vram: { keep_nothing: true } };
+  assert.deepEqual(withoutRunMark(extra), { ds: 1 });
+  assert.deepEqual(withoutRunMark({ qwen_vram: { keep_nothing: true, more: 1 } }), { qwen_vram: { more: 1 } });
+  const other = { qwen_vram: { more: 1 } };
+  assert.equal(withoutRunMark(other), other);
+  assert.deepEqual(withoutRunMark({}), {});
 });
 
 test("a refusal is told in the server's words", () => {

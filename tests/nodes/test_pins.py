@@ -45,7 +45,10 @@ def pin(host: Any, graph: Graph, node_id: str, outputs: int = 1) -> dict[str, An
 
 def queue(host: Any, graph: Graph, pinned: dict[str, Any], **workflow: Any) -> Run:
     """Queue a graph as the editor does, through every handler, with pins in the workflow."""
-    nodes = [{"id": i, "properties": {"qwen_vram": {"pin": p}}} for i, p in pinned.items()]
+    nodes = [
+        {"id": i, "type": graph[i]["class_type"], "properties": {"qwen_vram": {"pin": p}}}
+        for i, p in pinned.items()
+    ]
     info = {"extra_pnginfo": {"workflow": {"nodes": nodes, **workflow}}}
     return host.run(host.server.trigger_on_prompt({"prompt": graph, "extra_data": info})["prompt"])
 
@@ -301,7 +304,8 @@ def test_a_node_in_a_subgraph_is_pinned_under_its_path(fresh, pins) -> None:
     graph = json.loads(json.dumps(flat).replace('"positive"', '"12:3"'))
     graph["sampler"]["inputs"]["positive"] = graph["sampler"]["inputs"].pop("12:3")
     graph["12:3"]["inputs"]["text"] = "something else"
-    inner = {"id": "s", "nodes": [{"id": 3, "properties": {"qwen_vram": {"pin": facts}}}]}
+    node = {"id": 3, "type": "QwenVRAMCachedTextEncode"}
+    inner = {"id": "s", "nodes": [{**node, "properties": {"qwen_vram": {"pin": facts}}}]}
     workflow = {"nodes": [{"id": 12, "type": "s"}], "definitions": {"subgraphs": [inner]}}
     fresh.forget_everything()
     run = queue(fresh, graph, {}, **workflow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import shutil
 import time
@@ -106,6 +107,7 @@ class Files:
         paths = [*(models / f"{name}.safetensors" for name in sources), *self.pictures]
         self.environment = host.part("nodes.environment")
         self.started_ns = self.environment.STARTED_NS
+        host.part("nodes.keys")._first_seen.clear()
         self.environment.STARTED_NS = time.time_ns()
         self.before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
 
@@ -454,7 +456,7 @@ def test_a_file_changed_behind_our_loader_is_seen_at_once_and_stored(fresh, edit
 
 def test_a_picture_replaced_while_it_is_encoded_is_not_stored(fresh, edit, monkeypatch) -> None:
     edit = without_vae(edit)
-    clip_class = fresh.part("nodes.environment").comfy.sd.CLIP
+    clip_class = fresh.part("nodes.conditioning").comfy.sd.CLIP
     tokenize = clip_class.tokenize
 
     def slow(self, *args, **kwargs):
@@ -514,3 +516,85 @@ def test_a_text_that_another_node_makes_is_known_by_the_graph(fresh) -> None:
     assert outcome(fresh, graph)["e"] == "hit"
     graph["s"]["inputs"]["value"] = "a red dog"
     assert outcome(fresh, graph)["e"] == "linked text changed"
+
+
+@pytest.mark.parametrize("source", ["TestFolderImage", "TestFileText"])
+def test_a_foreign_node_that_reads_something_of_its_own_is_not_trusted(fresh, source) -> None:
+    graph = {"s": node(source), "vae": loader("VAE", VAE), "clip": loader("TextEncoder", CLIP)}
+    if source == "TestFolderImage":
+        graph["e"] = node("VAEEncode", pixels=["s", 0], vae=["vae", 0])
+    else:
+        graph["e"] = node("CLIPTextEncode", text=["s", 0], clip=["clip", 0])
+    fresh.run({**graph, **preview("e")})
+    assert source in told(fresh, "e")["why"] and told(fresh, "e")["kept"] == ""
+
+
+def test_latents_that_were_encoded_in_tiles_are_not_kept(fresh, monkeypatch) -> None:
+    """ComfyUI does so when memory is short; with enough of it the result is another."""
+    vae = fresh.part("nodes.conditioning").comfy.sd.VAE
+    real = vae.encode
+
+    def short_of_memory(self, pixels):
+        logging.warning("Ran out of memory, retrying with tiled VAE encoding.")
+        return real(self, pixels)
+
+    monkeypatch.setattr(fresh.part("nodes.environment"), "intruders", set)
+    graph = {
+        "picture": node("EmptyImage", width=64, height=64, batch_size=1, color=5),
+        "vae": loader("VAE", VAE),
+        "latent": node("VAEEncode", pixels=["picture", 0], vae=["vae", 0]),
+        **preview("latent"),
+    }
+    with monkeypatch.context() as short:
+        short.setattr(vae, "encode", short_of_memory)
+        fresh.run(graph)
+        assert told(fresh, "latent")["kept"].startswith("not stored: too little memory")
+    fresh.restart()
+    fresh.run(graph)
+    assert told(fresh, "latent")["kept"] == "stored"
+
+
+def test_an_input_that_is_called_like_a_part_of_the_key_hides_nothing(fresh) -> None:
+    from comfy_execution.graph import DynamicPrompt
+
+    keys = fresh.part("nodes.keys")
+
+    def key(class_type: str, text: str) -> str:
+        graph = {"s": node("PrimitiveString", value=text), "clip": loader("TextEncoder", CLIP)}
+        graph["e"] = node(class_type, text=["s", 0], clip=["clip", 0])
+        return keys.node_key("e", DynamicPrompt(graph)).sha256
+
+    found = {key(c, t) for c in ("CLIPTextEncode", "CLIPTextEncodeHunyuanDiT") for t in ("a", "b")}
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("text", ["/imagine a red fox", "../secret", "//host/x.json", "a\0b"])
+def test_no_text_breaks_the_search_or_gets_into_the_log(fresh, edit, caplog, text) -> None:
+    graph = without_vae(edit)
+    graph["pos"]["inputs"]["prompt"] = text
+    fresh.run(graph)
+    assert told(fresh, "pos")["kept"] == "stored" and text not in caplog.text
+
+
+def test_an_error_of_the_cache_costs_the_search_and_quotes_no_prompt(
+    fresh, monkeypatch, caplog
+) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyError("a red fox")
+
+    monkeypatch.setattr(fresh.part("nodes.provider"), "node_key", broken)
+    run = fresh.run(text_graph())
+    assert "e" in run.executed and told(fresh, "e")["why"] == "cannot be cached: KeyError"
+    assert "KeyError" in caplog.text and "red fox" not in caplog.text
+
+
+def test_tiny_autoencoders_are_known_by_their_files(fresh) -> None:
+    folder = fresh.models / "vae_approx"
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"taesd_{part}.safetensors" for part in ("encoder", "decoder")]
+    for path in paths:
+        path.write_bytes(b"x")
+    named = {Path(f.path).name for f in fresh.part("nodes.upstream").files_named("taesd")}
+    for path in paths:
+        path.unlink()
+    assert named == {path.name for path in paths}

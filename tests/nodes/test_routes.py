@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from pack.demo.checkpoints import make_checkpoints
-from pack.demo.server import Server
+from pack.demo.server import Server, free_port
 from pack.tests.conftest import ROOT
 from pack.tests.graphs import CLIP, encode, loader, node, preview
 
@@ -110,6 +110,19 @@ def test_everything_leaves_no_trace_of_a_prompt(empty: Server) -> None:
     assert left == ["notes.txt"] and not list(lists.iterdir())
     assert empty.get_json(PATH)["total"]["misses"] == 0
     (folder / "pins" / "notes.txt").unlink()
+
+
+def test_a_removal_tells_whether_redis_answered(empty: Server) -> None:
+    assert delete(empty, "everything=true")[1]["redis"]["state"] == "off"
+    pytest.importorskip("redis")
+    setting = "QwenVRAM.Conditioning.RedisURL"
+    empty.post_json("/api/settings", {setting: f"redis://127.0.0.1:{free_port()}/0"})
+    try:
+        status, removed = delete(empty, "everything=true")
+        assert status == 200 and removed["redis"]["state"] == "away"
+        assert removed["redis"]["entries"] is None
+    finally:
+        empty.post_json("/api/settings", {setting: ""})
 
 
 @pytest.mark.parametrize(

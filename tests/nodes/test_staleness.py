@@ -6,6 +6,7 @@ import copy
 import functools
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_a_link_that_is_moved_to_another_old_file(fresh, environment, encoder, o
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_host_code_that_somebody_replaced(fresh, environment, monkeypatch, wrapped) -> None:
     fresh.run(prompt())
-    tokenizer = environment.sd1_clip.SDTokenizer
+    tokenizer = sys.modules["comfy.sd1_clip"].SDTokenizer
     original = tokenizer.tokenize_with_weights
 
     def patched(self, *args, **kwargs):
@@ -132,10 +133,10 @@ def test_host_functions_replaced_from_inside_comfyuis_folder(
     fresh, environment, monkeypatch, folder
 ) -> None:
     fresh.run(prompt())
-    names = {"original": environment.llama.apply_rope}
+    names = {"original": sys.modules["comfy.text_encoders.llama"].apply_rope}
     source = "def patched(*args, **kwargs): return original(*args, **kwargs)"
     exec(compile(source, str(environment.HOST_ROOT / folder / "patch.py"), "exec"), names)
-    monkeypatch.setattr(environment.llama, "apply_rope", names["patched"])
+    monkeypatch.setattr(sys.modules["comfy.text_encoders.llama"], "apply_rope", names["patched"])
     assert "source of comfy.text_encoders.llama.apply_rope cannot be found" in why(fresh, prompt())
 
 
@@ -173,11 +174,11 @@ def test_a_library_beside_python_is_trusted_and_one_inside_a_pack_is_not(
 
 def test_the_code_of_a_pack_that_replaces_host_code_counts(fresh, environment, monkeypatch) -> None:
     fresh.run(prompt())
-    names = {"original": environment.llama.apply_rope}
+    names = {"original": sys.modules["comfy.text_encoders.llama"].apply_rope}
     file = fresh.base / "custom_nodes" / "test_extension" / "__init__.py"
     source = "def patched(*args, **kwargs): return original(*args, **kwargs)"
     exec(compile(source, str(file), "exec"), names)
-    monkeypatch.setattr(environment.llama, "apply_rope", names["patched"])
+    monkeypatch.setattr(sys.modules["comfy.text_encoders.llama"], "apply_rope", names["patched"])
     assert why(fresh, prompt()) == "code version changed"
     assert why(fresh, prompt()) == "hit"
 
@@ -257,7 +258,7 @@ def test_an_encoder_of_another_kind_is_used_and_not_stored(fresh) -> None:
 def test_a_file_that_changes_while_it_is_encoded_is_not_stored(
     fresh, environment, encoder, monkeypatch
 ) -> None:
-    clip_class = environment.comfy.sd.CLIP
+    clip_class = fresh.part("nodes.conditioning").comfy.sd.CLIP
     tokenize = clip_class.tokenize
 
     def slow(self, *args, **kwargs):

@@ -38,14 +38,17 @@ def start(comfyui: Path, base: Path) -> Server:
 
 
 def graphs(server: Server) -> dict[str, dict[str, Any]]:
-    """The templates; one step, for the sampler is not what is tested. Their pictures are drawn."""
+    """The templates; one step, for the sampler is not what is tested. Their pictures are drawn.
+
+    With a CFG above 1: the negative prompt would not count otherwise.
+    """
     (server.base / "input").mkdir(exist_ok=True)
     found = {}
     for name in TEMPLATES:
         graph = found[name] = official.template(name, server.get_json("/object_info"))
         for item in graph.values():
             if item["class_type"] == "KSampler":
-                item["inputs"].update(steps=1, cfg=1.0)
+                item["inputs"].update(steps=1, cfg=2.0)
             path = server.base / "input" / str(item["inputs"].get("image"))
             if item["class_type"] == "LoadImage" and not path.exists():
                 scene = Scene("pig", "pink", background="snow", jitter=5)

@@ -1,0 +1,128 @@
+"""Two ComfyUI servers and one Redis: what one encoded, the other draws without an encoder."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import pytest
+from pack.core.redis_tier import SIZES
+from pack.demo.checkpoints import make_checkpoints
+from pack.demo.server import Server, link_folder
+from pack.tests import official
+from pack.tests.conftest import ROOT
+from pack.tests.redis_server import PASSWORD, RedisServer, eventually, need_redis
+
+TEMPLATE = "image_qwen_Image_2512"
+PROMPT = "a red bunny on the beach"
+
+
+class Pair(NamedTuple):
+    """Two servers with folders of their own; they share the model files and Redis."""
+
+    redis: RedisServer
+    first: Server
+    second: Server
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One that a test may kill."""
+    need_redis()
+    running = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield running
+    running.kill()
+
+
+@pytest.fixture(scope="module")
+def pair(
+    comfyui: Path, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    """Both are told of Redis by the environment variable."""
+    one, other = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("other")
+    make_checkpoints(comfyui, one / "models")
+    official.write_stock_text_encoder(one / "models")
+    link_folder(other / "models", one / "models")
+    for base in (one, other):
+        shutil.copytree(ROOT / "tests" / "teach_stock", base / "custom_nodes" / "teach_stock")
+    options = {"cpu": True, "extra_args": ["--use-pytorch-cross-attention"]}
+    options["environment"] = {"QWEN_VRAM_REDIS_URL": redis_server.url}
+    with (
+        Server(comfyui, one, ROOT, **options) as first,
+        Server(comfyui, other, ROOT, **options) as second,
+    ):
+        yield Pair(redis_server, first, second)
+
+
+def graph(server: Server, text: str = PROMPT) -> dict[str, Any]:
+    """The official template: every node that encodes or loads is a stock one."""
+    made = official.template(TEMPLATE, server.get_json("/object_info"))
+    encodes = [n["inputs"] for n in made.values() if n["class_type"] == "CLIPTextEncode"]
+    encodes[0]["text"] = text
+    for node in made.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"].update(steps=1, cfg=2.0)
+    return made
+
+
+class Run(NamedTuple):
+    """The picture, the classes of the nodes that ran, and what the badges of the others say."""
+
+    picture: np.ndarray
+    ran: set[str]
+    badges: list[tuple[str, str | None]]
+
+
+def run(server: Server, text: str = PROMPT) -> Run:
+    """Draw."""
+    told: list[dict[str, Any]] = []
+    wanted = graph(server, text)
+    result = server.submit(wanted, lambda e, data: told.append(data) if "qwen_vram" in e else None)
+    assert result.status == "success", result.error
+    picture = np.asarray(PIL.Image.open(io.BytesIO(result.images[0].content)))
+    ran = {wanted[node]["class_type"] for node in result.executed}
+    return Run(picture, ran, [(fact["result"], fact.get("tier")) for fact in told])
+
+
+def lines(server: Server) -> list[str]:
+    """What the log says of Redis not being there."""
+    return [line for line in server.log_text().splitlines() if "not shared by" in line]
+
+
+def test_what_one_encoded_the_other_does_not_encode(pair: Pair) -> None:
+    made = run(pair.first)
+    assert {"CLIPLoader", "CLIPTextEncode"} <= made.ran
+    assert made.badges == [("miss", None)] * 2
+    assert eventually(lambda: pair.redis.client().hlen(SIZES) == 2)
+    again = run(pair.second)
+    assert again.badges == [("hit", "redis")] * 2
+    assert not again.ran & {"CLIPLoader", "CLIPTextEncode"} and "KSampler" in again.ran
+    assert np.array_equal(again.picture, made.picture) and made.picture.std() > 1
+    assert lines(pair.first) == lines(pair.second) == []
+
+
+def test_without_redis_both_draw_and_one_line_says_so(pair: Pair) -> None:
+    pair.redis.kill()
+    for text in ("a blue fox", "a green bear"):
+        assert run(pair.second, text).badges[0] == ("miss", None)
+    assert eventually(lambda: len(lines(pair.second)) == 1)
+    assert "it cannot be reached" in lines(pair.second)[0]
+
+
+def test_a_wrong_password_is_one_line_and_it_draws(pair: Pair, tmp_path: Path) -> None:
+    locked = RedisServer(tmp_path, "--requirepass", PASSWORD)
+    try:
+        url = f"redis://:wrong-one@127.0.0.1:{locked.port}/0"
+        pair.first.post_json("/api/settings", {"QwenVRAM.Conditioning.RedisURL": url})
+        for text in ("a black cat", "a white dog"):
+            assert run(pair.first, text).badges[0] == ("miss", None)
+        refusals = [line for line in lines(pair.first) if "it refuses the user or pass" in line]
+        assert len(refusals) == 1
+        assert "wrong-one" not in pair.first.log_text()
+    finally:
+        locked.kill()
