@@ -69,6 +69,7 @@ _ENCODING_MODULES = frozenset(
     """.split()  # noqa: SIM905
 )
 _ENCODING_PACKAGES = ("comfy.text_encoders.", "comfy.weight_adapter.")
+_CALLABLES = (types.FunctionType, types.MethodType, staticmethod, classmethod, functools.partial)
 _foreign: weakref.WeakKeyDictionary[Any, frozenset[str]] = weakref.WeakKeyDictionary()
 
 
@@ -195,9 +196,10 @@ def _functions_of(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
     """Every function of a module, and every method of the classes that it defines."""
     for name, member in list(vars(module).items()):
         if isinstance(member, type) and member.__module__ == module.__name__:
-            for method_name, method in vars(member).items():
-                yield f"{name}.{method_name}", method
-        elif not isinstance(member, type):
+            for method_name, method in list(vars(member).items()):
+                if isinstance(method, _CALLABLES):
+                    yield f"{name}.{method_name}", method
+        elif isinstance(member, _CALLABLES):
             yield name, member
 
 
