@@ -65,6 +65,7 @@ class Host:
         )
         self.pack = self._module(pack)
         self.restart()
+        gc.collect()
         gc.freeze()  # what lives now lives on: collecting takes a quarter of a second otherwise
 
     @staticmethod
