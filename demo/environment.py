@@ -20,6 +20,7 @@ COMFYUI_FLOOR = (0, 33)
 # which ComfyUI imports.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PROGRAMS = {"chromium": BROWSERS, "redis-server": ("redis-server",)}  # Debian's packages
 
 
 class SetupError(RuntimeError):
@@ -144,19 +145,21 @@ def _install_comfyui() -> Path:
     return HOME_INSTALL
 
 
-def _install_browser() -> None:
-    """Gets the system's Chromium for the browser tests where that can be done without asking."""
-    if any(shutil.which(name) for name in BROWSERS) or not sys.platform.startswith("linux"):
+def _install_programs() -> None:
+    """Gets Chromium and redis-server for the tests where that can be done without asking."""
+    missing = [name for name, known in PROGRAMS.items() if not any(map(shutil.which, known))]
+    if not missing or not sys.platform.startswith("linux"):
         return
-    hint = "WARNING: no Chromium or Chrome found, the browser tests cannot run; install chromium"
+    names = " and ".join(missing)
+    hint = f"WARNING: {names} not found, their tests cannot run; install {names}"
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         say(hint)
         return
-    say("installing chromium with apt")
+    say(f"installing {names} with apt")
     quiet = {"DEBIAN_FRONTEND": "noninteractive"}
     try:
         _run(["apt-get", "update", "-qq"], hint, env=quiet)
-        _run(["apt-get", "install", "-y", "-qq", "chromium"], hint, env=quiet)
+        _run(["apt-get", "install", "-y", "-qq", *missing], hint, env=quiet)
     except SetupError as error:
         say(str(error))
 
@@ -213,6 +216,6 @@ def ensure(tests: bool) -> Path:
     if tests:
         say("installing the test tools")
         _pip("-r", str(ROOT / "requirements-test.txt"))
-        _install_browser()
+        _install_programs()
         _stamp_file(tests=True).write_text(_stamp(comfyui, tests=True))
     return comfyui

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import socket
 import subprocess
@@ -9,7 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from pack.tests.conftest import missing
 
 PASSWORD = "open:sesame/ä"
@@ -54,7 +54,10 @@ class RedisServer:
 
 def need_redis() -> None:
     """Skip without redis-server or its package; fail in CI."""
-    pytest.importorskip("redis") if shutil.which("redis-server") else missing("redis-server")
+    if shutil.which("redis-server") is None:
+        missing("redis-server")
+    if importlib.util.find_spec("redis") is None:
+        missing("the package redis (requirements-test.txt)")
 
 
 def eventually(check: Callable[[], object], seconds: float = 10.0) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import urllib.error
 import urllib.request
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from pack.demo.checkpoints import make_checkpoints
 from pack.demo.server import Server, free_port
-from pack.tests.conftest import ROOT
+from pack.tests.conftest import ROOT, missing
 from pack.tests.graphs import CLIP, encode, loader, node, preview
 
 PATH = "/qwen_vram/conditioning"
@@ -114,7 +115,8 @@ def test_everything_leaves_no_trace_of_a_prompt(empty: Server) -> None:
 
 def test_a_removal_tells_whether_redis_answered(empty: Server) -> None:
     assert delete(empty, "everything=true")[1]["redis"]["state"] == "off"
-    pytest.importorskip("redis")
+    if importlib.util.find_spec("redis") is None:
+        missing("the package redis (requirements-test.txt)")
     setting = "QwenVRAM.Conditioning.RedisURL"
     empty.post_json("/api/settings", {setting: f"redis://127.0.0.1:{free_port()}/0"})
     try:
