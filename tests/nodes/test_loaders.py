@@ -53,7 +53,6 @@ def live_weights(host, name: str) -> int:
     """How many sets of weights of this class are in memory."""
     gc.unfreeze()  # what was frozen by the host may be garbage by now
     gc.collect()
-    gc.collect()
     return sum(type(o).__name__ == name for o in gc.get_objects() if isinstance(o, torch.nn.Module))
 
 
