@@ -47,6 +47,11 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 _TEMPORARY_STEM = re.compile(r"(tmp|[0-9a-f]{16}-)[a-z0-9_]+")
 
 
+def is_key(text: object) -> bool:
+    """Whether this can be the name of an entry: a SHA-256 in hexadecimal."""
+    return isinstance(text, str) and _KEY.fullmatch(text) is not None
+
+
 class _File(NamedTuple):
     """A file of ours as a listing shows it. `used` is in seconds since the epoch."""
 
@@ -74,7 +79,7 @@ class DiskTier:
 
     def path(self, key: str) -> Path:
         """The file of `key`. Raises ValueError for what is no key: it must never become a path."""
-        if not _KEY.fullmatch(key):
+        if not is_key(key):
             raise ValueError(f"not a SHA-256 in hexadecimal: {key!r}")
         return self.directory / f"{key}{SUFFIX}"
 
@@ -244,7 +249,7 @@ def _is_ours(name: str) -> bool:
     """Whether we made a file of that name; others are never counted and never deleted."""
     stem, suffix = os.path.splitext(name)
     if suffix in (SUFFIX, SET_ASIDE):
-        return _KEY.fullmatch(stem) is not None
+        return is_key(stem)
     return suffix == TEMPORARY and _TEMPORARY_STEM.fullmatch(stem) is not None
 
 

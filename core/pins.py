@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import struct
 import time
 from collections.abc import Sequence
@@ -16,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from . import conditioning_codec as codec
-from .disk_tier import DiskTier, parts_of
+from .disk_tier import DiskTier, is_key, parts_of
 
 _NO_BOUND = 1 << 62
-_CONTENT = re.compile(r"[0-9a-f]{64}")
 MISSING = "is not on this machine: it was deleted, or the workflow comes from another one"
 REMEDY = "Unpin its node (right-click, Unpin output) and run again, or bring back the file"
 
@@ -47,11 +45,6 @@ class Pin(NamedTuple):
     types: list[str]
     created: float
     last_used: float
-
-
-def is_content(text: object) -> bool:
-    """Whether this can be the name of a pinned value."""
-    return isinstance(text, str) and _CONTENT.fullmatch(text) is not None
 
 
 def content_of(values: Sequence[Any]) -> str:
@@ -115,7 +108,7 @@ class PinStore:
 
     def check(self, content: object) -> None:
         """Raise PinLost if there is no such file; its content is not looked at."""
-        if not is_content(content):
+        if not is_key(content):
             raise PinLost(f"{str(content)[:80]!r} is not the SHA-256 of a pinned value.")
         if not self._files.path(content).exists():
             raise _lost(content, MISSING)
@@ -128,7 +121,7 @@ class PinStore:
             return []
         found = []
         for content in (name.removesuffix(".safetensors") for name in names):
-            if is_content(content):
+            if is_key(content):
                 with suppress(FileNotFoundError):  # deleted meanwhile
                     found.append(self._described(content))
         return sorted(found, key=lambda pin: pin.last_used, reverse=True)
@@ -147,7 +140,7 @@ class PinStore:
 
     def delete(self, content: str) -> bool:
         """Delete one; False if it was not there. Raises PinLost for what is no name, OSError."""
-        if not is_content(content):
+        if not is_key(content):
             self.check(content)
         try:
             self._files.path(content).unlink()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, NamedTuple
 
-from .pins import is_content
+from .disk_tier import is_key
 
 OURS = "qwen_vram"
 PINNED_NODE = "QwenVRAMPinned"
@@ -119,7 +119,7 @@ def _problem_of(marks: Marks, uses: Counter[tuple[str, str] | None], class_type:
 def _inputs(pin: Any, problem: str) -> dict[str, str]:
     """The inputs of the node that stands in for a pinned one."""
     content = _dict({"pin": pin}, "pin").get("content")
-    if not is_content(content):
+    if not is_key(content):
         problem = "The pin of this node cannot be read. Unpin it, and pin it again."
     return {"problem": problem} if problem else {"content": content}
 

@@ -26,7 +26,7 @@ export const SETTINGS = [
     name: "In memory at most (MB)",
     type: "number",
     attrs: number(1e6, 0),
-    defaultValue: 268,
+    defaultValue: 256,
     tooltip: "What was not used for longest goes first; it stays on disk.",
   },
   {

@@ -23,7 +23,7 @@ class Settings(NamedTuple):
     """Sizes in bytes, times in seconds."""
 
     keep: str = KEEP_ALL
-    memory_bytes: int = 256 << 20
+    memory_bytes: int = 256_000_000
     disk_bytes: int = 2_000_000_000
     more_nodes: frozenset[str] = frozenset()
     redis_url: str = ""
