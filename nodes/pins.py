@@ -17,6 +17,7 @@ from ..core.graph_identity import is_link
 from ..core.pins import PinLost, PinStore, Unpinnable
 from . import encoding
 from .loaders import REGISTRY
+from .requests import refused
 from .store import FOLDER
 
 PATH = "/qwen_vram/pins"
@@ -187,6 +188,8 @@ class Pinned(io.ComfyNode):
 
 async def list_pins(request: web.Request) -> web.Response:
     """Every pin, the last used first, with its bytes."""
+    if (refusal := refused(request)) is not None:
+        return refusal
     try:
         pins = await asyncio.to_thread(PINS.listed)
     except OSError as error:
@@ -196,12 +199,12 @@ async def list_pins(request: web.Request) -> web.Response:
 
 async def delete_pin(request: web.Request) -> web.Response:
     """Delete the pin that the address names."""
-    return await _deleted([request.match_info["content"]])
+    return refused(request) or await _deleted([request.match_info["content"]])
 
 
 async def delete_pins(request: web.Request) -> web.Response:
     """Delete all pins."""
-    return await _deleted(None)
+    return refused(request) or await _deleted(None)
 
 
 async def _deleted(contents: list[str] | None) -> web.Response:

@@ -18,6 +18,7 @@ from ..core.savings import Totals
 from ..core.statistics import Removed, Size
 from .pins import PINS
 from .provider import STOCK_NODES
+from .requests import refused
 from .settings import Settings
 from .store import SAVINGS, STORE, set_up
 
@@ -131,11 +132,13 @@ def _forget_totals() -> list[str]:
 
 async def get_conditioning(request: web.Request) -> web.Response:
     """GET: the report."""
-    return web.json_response(await asyncio.to_thread(report))
+    return refused(request) or web.json_response(await asyncio.to_thread(report))
 
 
 async def delete_conditioning(request: web.Request) -> web.Response:
     """DELETE: with unused_days=N what was not used for N days, with everything=true all traces."""
+    if (refusal := refused(request)) is not None:
+        return refusal
     try:
         wish = wish_of(request.query)
     except ValueError as error:

@@ -171,3 +171,19 @@ def test_a_list_is_filled_in_over_http_alone(empty: Server) -> None:
     result = empty.submit(graph)
     assert result.outputs["p"]["qwen_vram"][0]["encoded"] == 2
     assert [status["result"] for status in run(empty, "a", "b")] == ["hit", "hit"]
+
+
+@pytest.mark.parametrize("path", [PATH, "/qwen_vram/pins", "/qwen_vram/pins/abc"])
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_a_page_of_another_origin_gets_nothing(empty: Server, path: str, method: str) -> None:
+    run(empty, str(uuid.uuid4()))
+    # As on an address of the local network, where ComfyUI does not compare the two.
+    headers = {"Host": "comfy.example:8188", "Origin": "http://comfy.example:3000"}
+    request = urllib.request.Request(empty.url + path, method=method, headers=headers)
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60)
+    if (path[-3:], method) != ("abc", "GET"):  # there is no such route
+        assert (
+            error.value.code == 403 and "another origin" in json.loads(error.value.read())["error"]
+        )
+    assert empty.get_json(PATH)["disk"]["entries"] == 1
