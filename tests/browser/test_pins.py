@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 import urllib.parse
 import uuid
 from typing import Any
@@ -64,7 +65,9 @@ def toast(editor: Editor, text: str) -> None:
 
 
 def last_run(server: Server) -> dict[str, Any]:
-    """What the host's history says about it."""
+    """What the host's history says about it, which ComfyUI writes after it told of the end."""
+    while server.get_json("/queue")["queue_running"]:
+        time.sleep(0.02)
     (entry,) = server.get_json("/history?max_items=1").values()
     return entry
 
