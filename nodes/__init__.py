@@ -3,6 +3,7 @@
 import asyncio
 
 from . import (
+    allocator,
     conditioning,
     environment,
     image_edit,
@@ -15,6 +16,7 @@ from . import (
 )
 
 NODES = [*loaders.NODES, *conditioning.NODES, *image_edit.NODES, *prefill.NODES, *pins.NODES]
+NODES += allocator.NODES
 
 
 async def start() -> None:

@@ -15,7 +15,7 @@ HOST |= {"execution", "comfyui_version", "app", "latent_preview", "node_helpers"
 CORE_MAY_USE = set(sys.stdlib_module_names) | {"torch", "safetensors"}
 OPTIONAL = {"redis_tier.py": "redis"}  # imported when the user asks for it
 SHIPPED = [p for room in ("core", "nodes") for p in sorted((ROOT / room).rglob("*.py"))]
-SHIPPED.append(ROOT / "__init__.py")
+SHIPPED += [ROOT / "__init__.py", ROOT / "prestartup_script.py"]
 SERVING = "from aiohttp import web"  # for routes; the rest of aiohttp can fetch
 
 
@@ -53,7 +53,8 @@ def test_imports_point_one_way(path: Path) -> None:
 def test_the_host_is_imported_by_nodes_alone() -> None:
     absolute = [(p, m.split(".")[0]) for p in SHIPPED for level, m in imports(p) if level == 0]
     users = {p.relative_to(ROOT).parts[0] for p, root in absolute if root in HOST}
-    assert users == {"nodes", "__init__.py"}  # the entry point needs ComfyExtension
+    # The entry point needs ComfyExtension, the script the folders and the command line.
+    assert users == {"nodes", "__init__.py", "prestartup_script.py"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
@@ -108,4 +109,5 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMPrefill",
         "QwenVRAMPin",
         "QwenVRAMPinned",
+        "QwenVRAMAllocator",
     }
