@@ -376,7 +376,8 @@ def log_line(made: Plan, problems: list[str]) -> str:
     """What a start says about itself, in one line; "" if there is nothing to say."""
     parts = []
     if made.added:
-        parts.append(f"by ComfyUI's settings {VARIABLE} is {made.text or 'not set (native)'}")
+        text = f"{VARIABLE}={made.text}" if made.text else f"{VARIABLE} not set"
+        parts.append(f"{text}, backend {made.backend}, by ComfyUI's settings")
     if made.notes or problems:
-        parts.append("not applied: " + "; ".join([*made.notes, *problems]))
+        parts.append("Not applied: " + "; ".join([*made.notes, *problems]))
     return f"Memory allocator: {'. '.join(parts)}." if parts else ""

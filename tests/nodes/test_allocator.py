@@ -1,0 +1,217 @@
+"""The doctor in the real executor, and its judgement of processes that are not here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from pack.tests.graphs import node, preview
+
+GPU = "NVIDIA GeForce RTX 3060"
+READ = {
+    "PYTORCH_CUDA_ALLOC_CONF": "",
+    "max_split_size": -1,
+    "garbage_collection_threshold": 0.0,
+    "expandable_segments": False,
+    "roundup_power2_divisions": {"1": 0, "2": 0},
+}
+
+
+@pytest.fixture
+def part(host: Any) -> Iterator[Any]:
+    """nodes.allocator; the settings file is removed afterwards."""
+    yield host.part("nodes.allocator")
+    (host.base / "user" / "default" / "comfy.settings.json").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def seen(part: Any) -> Any:
+    """A process with the native allocator on a GPU, without dynamic VRAM."""
+    core = part.allocator
+    return part.observe()._replace(
+        machine=core.Machine("2.11.0+cu130", "Linux"),
+        device=GPU,
+        backend="native",
+        text="",
+        variable="",
+        dynamic_vram=False,
+        read=READ,
+        fraction=1.0,
+        sizes=(3_000_000_000, 2_000_000_000, 500_000_000),
+        why="",
+    )
+
+
+def choose(host: Any, **settings: Any) -> None:
+    """Write the settings file."""
+    path = host.base / "user" / "default" / "comfy.settings.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({f"QwenVRAM.Allocator.{k}": v for k, v in settings.items()}))
+
+
+def states(part: Any, seen: Any) -> dict[str, str]:
+    """The state of every option."""
+    return {v.name: v.state for v in part.allocator_doctor.diagnose(seen).verdicts}
+
+
+def text(part: Any, seen: Any) -> str:
+    """The whole report."""
+    return part.allocator_doctor.text_of(part.allocator_doctor.diagnose(seen))
+
+
+# ------------------------------------------------------------------------------- this very process
+def test_it_runs_alone_and_says_what_cannot_be_measured_without_a_gpu(host: Any, part: Any) -> None:
+    graph = {"doctor": node("QwenVRAMAllocator", apply_now=False), **preview("doctor")}
+    run = host.run(graph)
+    status = run.status("doctor")
+    assert run.outputs["doctor"] == [[status["text"]]]
+    assert "ComfyUI runs with --cpu" in status["text"]
+    assert "Fragmentation: not measurable" in status["text"]
+    assert status["options"]["backend"]["state"] == "ignored"
+    assert "doctor" in host.run(graph).executed  # at every run: the process changes
+
+
+def test_what_the_settings_say_is_told_and_what_makes_no_sense(host: Any, part: Any) -> None:
+    choose(host, Backend="native", MaxSplitSizeMB=5)
+    graph = {"doctor": node("QwenVRAMAllocator", apply_now=True)}
+    report = host.run(graph).status("doctor")["text"]
+    assert "Chosen in ComfyUI's settings now: backend:native." in report
+    assert "MaxSplitSizeMB is 5, not a whole number of MB from 21 to 1000000" in report
+    assert report.startswith("Nothing can be applied in the running process: ComfyUI runs with")
+    (host.base / "user" / "default" / "comfy.settings.json").write_text("{")
+    assert "comfy.settings.json cannot be read" in host.run(graph).status("doctor")["text"]
+
+
+def test_with_several_users_the_settings_do_not_count(host, part, monkeypatch) -> None:
+    choose(host, Backend="native")
+    assert part.observe().choice == {"backend": "native"}
+    monkeypatch.setattr(part.args, "multi_user", True)
+    assert part.observe().choice == {}
+
+
+def test_what_is_applied_is_read_back_from_pytorch(part: Any, seen: Any) -> None:
+    """PyTorch's allocator keeps its options also without a GPU, where it is built for one."""
+    read = part._options() if torch.backends.cuda.is_built() else None
+    chosen = {"backend": "native", "max_split_size_mb": "128", "expandable_segments": "True"}
+    seen = seen._replace(read=read, choice=chosen, why="this PyTorch does not tell its options")
+    try:
+        line = part.apply_choice(seen)
+        if read is None:
+            assert line.startswith("Nothing can be applied in the running process: this PyTorch")
+            return
+        assert "backend:native in use, max_split_size_mb:128 applied" in line
+        assert part._options()["max_split_size"] == 128 << 20
+        outside = part.Origin("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,foo:bar")
+        assert "PyTorch refused" in part.apply_choice(seen._replace(origin=outside))
+        outside = outside._replace(text="max_split_size_mb:64")
+        line = part.apply_choice(seen._replace(origin=outside))
+        assert "max_split_size_mb:128 not taken over" in line
+        assert part._options()["max_split_size"] == 64 << 20
+    finally:
+        part._setter()("")
+
+
+def test_nothing_is_applied_without_a_choice_or_with_the_drivers_allocator(part, seen) -> None:
+    assert part.apply_choice(seen._replace(choice={})).startswith("Nothing to apply")
+    driver = seen._replace(read=None, why="cudaMallocAsync keeps no account of its blocks")
+    line = part.apply_choice(driver._replace(choice={"max_split_size_mb": "128"}))
+    assert line.startswith("Nothing can be applied in the running process: cudaMallocAsync")
+
+
+# --------------------------------------------------------------------------------- other processes
+def test_cudamallocasync_ignores_the_options_and_tells_nothing(part: Any, seen: Any) -> None:
+    seen = seen._replace(
+        backend="cudaMallocAsync",
+        text="max_split_size_mb:128,backend:cudaMallocAsync",
+        read=None,
+        sizes=None,
+        why="cudaMallocAsync keeps no account of its blocks",
+        dynamic_vram=True,
+    )
+    assert states(part, seen)["max_split_size_mb"] == "ignored"
+    report = text(part, seen)
+    assert (
+        "max_split_size_mb = 128: ignored (cudaMallocAsync ignores it); needs a restart." in report
+    )
+    assert "not a minimum size" in report and "Measured: 128 changed nothing" in report
+    assert "Fragmentation: not measurable (cudaMallocAsync keeps no account" in report
+    assert "behind main.py: --cuda-malloc" in report and "export" not in report
+    assert "Suggestion: Leave it alone." in report
+
+
+def test_native_options_are_live_as_far_as_pytorch_has_them(part: Any, seen: Any) -> None:
+    options = "max_split_size_mb:128,expandable_segments:True,garbage_collection_threshold:0.8"
+    seen = seen._replace(text=options, variable="PYTORCH_CUDA_ALLOC_CONF")
+    assert set(states(part, seen).values()) == {"live", "ignored", "not set"}
+    read = {**READ, "max_split_size": 128 << 20, "expandable_segments": True}
+    seen = seen._replace(read={**read, "garbage_collection_threshold": 0.8})
+    expected = {
+        "backend": "live",
+        "max_split_size_mb": "live",
+        "expandable_segments": "live",
+        "garbage_collection_threshold": "ignored",
+        "roundup_power2_divisions": "not set",
+    }
+    assert states(part, seen) == expected
+    dynamic = states(part, seen._replace(dynamic_vram=True))
+    assert dynamic["expandable_segments"] == "harmful here"
+    assert states(part, seen._replace(fraction=0.9))["garbage_collection_threshold"] == "live"
+    unknown = states(part, seen._replace(fraction=None))["garbage_collection_threshold"]
+    assert unknown == "not measurable"
+
+
+@pytest.mark.parametrize(
+    ("value", "inside", "state"),
+    [
+        ("2", 2, "harmful here"),
+        ("8", 8, "live"),
+        ("[1:1,>:4]", 4, "harmful here"),
+        ("1", 1, "live"),
+    ],
+)
+def test_coarse_steps_do_harm(part: Any, seen: Any, value: str, inside: int, state: str) -> None:
+    read = {**READ, "roundup_power2_divisions": {"1": 1 if "[" in value else inside, "2": inside}}
+    seen = seen._replace(text=f"roundup_power2_divisions:{value}", read=read)
+    assert states(part, seen)["roundup_power2_divisions"] == state
+
+
+def test_the_launcher_lines_give_the_same_start(part: Any, seen: Any) -> None:
+    report = text(part, seen._replace(text="max_split_size_mb:128"))
+    assert 'Windows .bat: set "PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:128"' in report
+    assert 'PowerShell: $env:PYTORCH_CUDA_ALLOC_CONF = "max_split_size_mb:128"' in report
+    assert 'Linux, macOS: export PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:128"' in report
+    assert "behind main.py: --disable-cuda-malloc" in report
+    amd = seen._replace(machine=seen.machine._replace(torch="2.11.0+rocm7"))
+    assert "main.py" not in text(part, amd)
+
+
+def test_findings_name_what_to_remove_and_where(part: Any, seen: Any) -> None:
+    outside = part.Origin("PYTORCH_CUDA_ALLOC_CONF", "garbage_collection_threshold:0.8")
+    seen = seen._replace(
+        text="garbage_collection_threshold:0.8,expandable_segments:True",
+        origin=outside,
+        read={**READ, "garbage_collection_threshold": 0.8, "expandable_segments": True},
+        dynamic_vram=True,
+        shadowed=("PYTORCH_ALLOC_CONF",),
+        variable="PYTORCH_CUDA_ALLOC_CONF",
+    )
+    found = {f.id: f for f in part.allocator_doctor.diagnose(seen).findings}
+    harm = found["allocator_ExpandableSegments"]
+    assert harm.severity == "warning" and "5.3 s instead of" in harm.text
+    assert "in ComfyUI's settings, Qwen VRAM" in harm.action
+    assert found["allocator_GarbageCollectionThreshold"].action == "Remove it in the launcher."
+    assert (
+        "PyTorch reads PYTORCH_CUDA_ALLOC_CONF and nothing else" in found["allocator_shadowed"].text
+    )
+    assert part.diagnosis().findings == ()
+
+
+def test_a_variable_behind_another_is_not_read(part: Any) -> None:
+    shadowed = part.allocator_doctor.shadowed
+    names = {"PYTORCH_ALLOC_CONF": "", "PYTORCH_HIP_ALLOC_CONF": "", "PYTORCH_CUDA_ALLOC_CONF": ""}
+    assert shadowed(names, amd=False) == ("PYTORCH_ALLOC_CONF",)
+    assert shadowed(names, amd=True) == ("PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    assert shadowed({"PYTORCH_ALLOC_CONF": ""}, amd=False) == ()
