@@ -366,7 +366,8 @@ def read_marker(variables: Mapping[str, str]) -> Marker | None:
             return None
         if not (left is None or isinstance(left, str)):
             return None
-        parse(to_text(added))
+        if not all(is_valid(name, value) for name, value in added.items()):
+            return None
         return Marker(Origin(variable, text), left, dict(added), tuple(map(str, notes)))
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
