@@ -96,13 +96,14 @@ def entries_of(text: str) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------- options
 def _verdict(name: str, seen: Observed) -> Verdict:
     now = "can be changed now" if seen.read is not None else "needs a restart"
+    now = "needs native" if seen.backend == ASYNC else now
     nothing = seen.machine.reason_for_nothing() or (seen.why if not seen.device else None)
     if name == "backend":
         state = IGNORED if nothing else (LIVE if seen.backend else UNKNOWN)
         return Verdict(name, seen.backend or "", state, nothing or seen.why, "needs a restart")
     value = entries_of(seen.text).get(name, "")
     if not value:
-        return Verdict(name, "", UNSET, "", now if seen.backend == NATIVE else "needs native")
+        return Verdict(name, "", UNSET, "", now)
     reason = nothing or seen.machine.reason_against(name, value, seen.backend or "")
     if reason or seen.backend is None:
         return Verdict(name, value, IGNORED if reason else UNKNOWN, reason or seen.why, now)

@@ -133,9 +133,7 @@ def test_cudamallocasync_ignores_the_options_and_tells_nothing(part: Any, seen: 
     )
     assert states(part, seen)["max_split_size_mb"] == "ignored"
     report = text(part, seen)
-    assert (
-        "max_split_size_mb = 128: ignored (cudaMallocAsync ignores it); needs a restart." in report
-    )
+    assert "max_split_size_mb = 128: ignored (cudaMallocAsync ignores it); needs native." in report
     assert "not a minimum size" in report and "Measured: 128 changed nothing" in report
     assert "Fragmentation: not measurable (cudaMallocAsync keeps no account" in report
     assert "behind main.py: --cuda-malloc" in report and "export" not in report
