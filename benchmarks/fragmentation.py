@@ -139,9 +139,9 @@ def doctor(server: Server, chosen: Configuration, cpu: bool) -> dict[str, Any]:
     (told,) = server.submit(prompt).outputs["1"]["qwen_vram"]
     if not cpu and told["backend"] != chosen.backend:
         raise RuntimeError(
-            f"The backend is {told['backend']}, not {chosen.backend}:\n{told['text']}"
+            f"The backend is {told['backend']}, not {chosen.backend}:\n{told['report']}"
         )
-    return {"doctor": told["text"], "options": told["options"]}
+    return {"doctor": told["report"], "options": told["options"]}
 
 
 def one(

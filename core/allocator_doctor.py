@@ -249,12 +249,20 @@ def text_of(found: Diagnosis) -> str:
     return "\n".join(lines)
 
 
+def status_of(found: Diagnosis) -> str:
+    """For the node: one line."""
+    states = [f"{v.name}: {v.state}" for v in found.verdicts[1:] if v.value]
+    advice = found.suggestion.partition(". ")[0].rstrip(".")
+    return " · ".join([_headline(found.seen).rstrip("."), *states, advice])
+
+
 def _headline(seen: Observed) -> str:
     if seen.backend is None:
         return f"Backend: {UNKNOWN} ({seen.why})."
-    where = seen.device or f"no GPU: {seen.machine.reason_for_nothing() or seen.why}"
+    if not seen.device:
+        return f"Backend: {seen.backend}, not in use."
     dynamic = "on" if seen.dynamic_vram else "off"
-    return f"Backend: {seen.backend}, on {where}. Dynamic VRAM: {dynamic}."
+    return f"Backend: {seen.backend}, on {seen.device}, dynamic VRAM {dynamic}."
 
 
 def _sources(seen: Observed) -> list[str]:

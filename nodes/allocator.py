@@ -185,9 +185,10 @@ class AllocatorDoctor(io.ComfyNode):
         """Apply if asked, then look, and tell."""
         applied = apply_choice(observe()) if apply_now else ""
         found = diagnosis()
-        text = "\n".join(filter(None, [applied, allocator_doctor.text_of(found)]))
+        report = "\n".join(filter(None, [applied, allocator_doctor.text_of(found)]))
+        line = " · ".join(filter(None, [applied, allocator_doctor.status_of(found)]))
         states = {v.name: {"value": v.value, "state": v.state} for v in found.verdicts}
-        return shown(text, text=text, backend=found.seen.backend, options=states, applied=applied)
+        return shown(report, text=line, report=report, backend=found.seen.backend, options=states)
 
 
 NODES = [AllocatorDoctor]

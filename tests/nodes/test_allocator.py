@@ -67,9 +67,9 @@ def test_it_runs_alone_and_says_what_cannot_be_measured_without_a_gpu(host: Any,
     graph = {"doctor": node("QwenVRAMAllocator", apply_now=False), **preview("doctor")}
     run = host.run(graph)
     status = run.status("doctor")
-    assert run.outputs["doctor"] == [[status["text"]]]
-    assert "ComfyUI runs with --cpu" in status["text"]
-    assert "Fragmentation: not measurable" in status["text"]
+    assert run.outputs["doctor"] == [[status["report"]]]
+    assert status["text"].endswith("Nothing to set: ComfyUI runs with --cpu")
+    assert "Fragmentation: not measurable (ComfyUI runs with --cpu)" in status["report"]
     assert status["options"]["backend"]["state"] == "ignored"
     assert "doctor" in host.run(graph).executed  # at every run: the process changes
 
@@ -77,12 +77,12 @@ def test_it_runs_alone_and_says_what_cannot_be_measured_without_a_gpu(host: Any,
 def test_what_the_settings_say_is_told_and_what_makes_no_sense(host: Any, part: Any) -> None:
     choose(host, Backend="native", MaxSplitSizeMB=5)
     graph = {"doctor": node("QwenVRAMAllocator", apply_now=True)}
-    report = host.run(graph).status("doctor")["text"]
+    report = host.run(graph).status("doctor")["report"]
     assert "Chosen in ComfyUI's settings now: backend:native." in report
     assert "MaxSplitSizeMB is 5, not a whole number of MB from 21 to 1000000" in report
     assert report.startswith("Nothing can be applied in the running process: ComfyUI runs with")
     (host.base / "user" / "default" / "comfy.settings.json").write_text("{")
-    assert "comfy.settings.json cannot be read" in host.run(graph).status("doctor")["text"]
+    assert "comfy.settings.json cannot be read" in host.run(graph).status("doctor")["report"]
 
 
 def test_with_several_users_the_settings_do_not_count(host, part, monkeypatch) -> None:
@@ -154,6 +154,8 @@ def test_native_options_are_live_as_far_as_pytorch_has_them(part: Any, seen: Any
         "roundup_power2_divisions": "not set",
     }
     assert states(part, seen) == expected
+    line = part.allocator_doctor.status_of(part.allocator_doctor.diagnose(seen))
+    assert f"Backend: native, on {GPU}, dynamic VRAM off · max_split_size_mb: live · " in line
     dynamic = states(part, seen._replace(dynamic_vram=True))
     assert dynamic["expandable_segments"] == "harmful here"
     assert states(part, seen._replace(fraction=0.9))["garbage_collection_threshold"] == "live"
