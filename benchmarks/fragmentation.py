@@ -65,7 +65,7 @@ CONFIGURATIONS = {
     "cudaMallocAsync": Configuration({}, backend="cudaMallocAsync"),
     "native_dynamic_vram": Configuration(_native(), args=()),
 }
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2")
+LEFT, PANEL = 240, 100  # of the plot, in pixels
 
 
 # ------------------------------------------------------------------------------------ one server
@@ -186,7 +186,7 @@ def rows_of(out: Path, name: str) -> list[dict[str, Any]]:
 def is_complete(out: Path, name: str) -> bool:
     """Whether the last line says that the configuration came to its end."""
     path = out / f"{name}.jsonl"
-    return path.exists() and '"end"' in path.read_text().splitlines()[-1:][0]
+    return path.exists() and path.read_text().rpartition("\n{")[2].startswith('"end"')
 
 
 def measure(options: argparse.Namespace, name: str) -> None:
@@ -226,35 +226,28 @@ def table(out: Path) -> str:
 
 
 def plot(out: Path) -> None:
-    """OUT/fragmentation.png: the largest free block after each generation; x is a failure."""
-    width, height, left, bottom = 1200, 640, 90, 560
-    picture = PIL.Image.new("RGB", (width, height), "white")
-    draw = PIL.ImageDraw.Draw(picture)
+    """OUT/fragmentation.png: the largest free block after each generation, red if it failed."""
     every = {name: rows for name in CONFIGURATIONS if (rows := rows_of(out, name))}
-    longest = max((len(rows) for rows in every.values()), default=1)
-    blocks_gb = [r.get("largest_free_block_bytes") or 0 for rows in every.values() for r in rows]
-    top = max([b / 1e9 for b in blocks_gb] + [1e-3]) * 1.05
-    place = lambda n, gb: (left + n * (width - left - 320) / longest, bottom - gb * 500 / top)  # noqa: E731
-    for step in range(6):
-        y = place(0, top * step / 5)[1]
-        draw.line([(left, y), (width - 320, y)], fill="#dddddd")
-        draw.text((left - 60, y - 6), f"{top * step / 5:.2f}", fill="black")
-    draw.text(
-        (left, 20),
-        "Largest free block of PyTorch's allocator after each generation, GB",
-        fill="black",
-    )
-    draw.text((left, bottom + 20), f"generations 1 to {longest}; x: failed", fill="black")
+    known = [b for rows in every.values() for r in rows if (b := r.get("largest_free_block_bytes"))]
+    top = max(known, default=1)
+    longest = max(map(len, every.values()), default=1)
+    picture = PIL.Image.new("RGB", (1000, 60 + PANEL * len(every)), "white")
+    draw = PIL.ImageDraw.Draw(picture)
+    head = "Largest free block of PyTorch's allocator after each generation; red: it failed"
+    draw.text((20, 12), f"{head}. Full height: {top / 1e9:.2f} GB", fill="black")
     for index, (name, rows) in enumerate(every.items()):
-        points = [(r.get("largest_free_block_bytes"), r["status"]) for r in rows]
-        line = [place(n, b / 1e9) for n, (b, _) in enumerate(points) if b is not None]
-        if len(line) > 1:
-            draw.line(line, fill=COLOURS[index], width=2)
-        for n, (size, status) in enumerate(points):
-            if status != "success":
-                draw.text(place(n, (size or 0) / 1e9), "x", fill=COLOURS[index], anchor="mm")
-        note = "" if line else ": not measurable"
-        draw.text((width - 300, 60 + 24 * index), f"{name}{note}", fill=COLOURS[index])
+        bottom = 40 + PANEL * (index + 1) - 12
+        draw.line([(LEFT, bottom), (980, bottom)], fill="#999999")
+        draw.text((20, bottom - 60), name, fill="black")
+        if not any("largest_free_block_bytes" in r and r["largest_free_block_bytes"] for r in rows):
+            draw.text((LEFT, bottom - 20), "not measurable", fill="black")
+        step = (980 - LEFT) / longest
+        for n, row in enumerate(rows):
+            height = (row.get("largest_free_block_bytes") or 0) / top * (PANEL - 20)
+            failed = row["status"] != "success"
+            x = LEFT + n * step
+            box = [(x, bottom - max(height, 4 if failed else 0)), (x + step - 2, bottom)]
+            draw.rectangle(box, fill="#d62728" if failed else "#1f77b4")
     picture.save(out / "fragmentation.png")
 
 

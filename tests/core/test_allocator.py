@@ -140,6 +140,13 @@ def test_no_valid_value_brings_another_option(name: str, value: str) -> None:
         assert allocator.parse(f"{name}:{value}") == {name: value}
 
 
+@pytest.mark.parametrize(
+    "value", ["[>:8]", "[>:8,256:1]", "[512:1,256:1]", "[]", "[256:3]", "0", "128"]
+)
+def test_lists_of_divisions_have_sizes_in_order(value: str) -> None:
+    assert not allocator.is_valid("roundup_power2_divisions", value)
+
+
 # --------------------------------------------------------------------------------- the settings
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
