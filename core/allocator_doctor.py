@@ -28,8 +28,9 @@ class Observed(NamedTuple):
     """What the running process shows. None: not measurable, and `why` says for which reason.
 
     `read` holds the options as PyTorch itself gives them (native backend only), `text` the
-    allocator string that it was started with or was given later, `sizes` reserved, allocated and
-    inactive split bytes, `fraction` the part of the memory that the process may take.
+    allocator string that it was started with or was given later, `sizes` each device with its
+    reserved, allocated and inactive split bytes, `fraction` the part of the memory that the
+    process may take.
     """
 
     machine: Machine
@@ -46,7 +47,7 @@ class Observed(NamedTuple):
     dynamic_vram: bool
     read: Mapping[str, Any] | None = None
     fraction: float | None = None
-    sizes: tuple[int, int, int] | None = None
+    sizes: tuple[tuple[str, int, int, int], ...] | None = None
     why: str = ""
 
 
@@ -296,8 +297,8 @@ def _option_lines(verdict: Verdict) -> list[str]:
 def _fragmentation(seen: Observed) -> str:
     if seen.sizes is None:
         return f"Fragmentation: {UNKNOWN} ({seen.why})."
-    reserved, allocated, inactive = (size / 1e9 for size in seen.sizes)
-    return (
-        f"Fragmentation: PyTorch holds {reserved:.2f} GB, {allocated:.2f} GB of it in use and "
-        f"{inactive:.2f} GB free between pieces in use."
+    return "\n".join(
+        f"Fragmentation of {device}: PyTorch holds {reserved / 1e9:.2f} GB, {allocated / 1e9:.2f} GB "
+        f"of it in use and {inactive / 1e9:.2f} GB free between pieces in use."
+        for device, reserved, allocated, inactive in seen.sizes
     )

@@ -28,14 +28,15 @@ def diagnosis() -> Diagnosis:
 
 def observe() -> Observed:
     """Everything that this process tells about its allocator."""
-    machine = Machine(torch.__version__, platform.system(), args.cpu)
+    built = "+cu" if torch.version.cuda else "+rocm" if torch.version.hip else ""
+    machine = Machine(torch.__version__ + built, platform.system(), args.cpu)
     variable, text = _read_by_torch(machine)
     marker = allocator.read_marker(os.environ)
     choice, problems = _chosen()
-    device, why = _device(machine)
+    devices, why = _devices(machine)
     seen = Observed(
         machine=machine,
-        device=torch.cuda.get_device_name(device) if device is not None else "",
+        device=", ".join(f"{d} {torch.cuda.get_device_name(d)}" for d in devices),
         backend=_backend(machine),
         text=text,
         variable=variable,
@@ -48,7 +49,7 @@ def observe() -> Observed:
         dynamic_vram=comfy.memory_management.aimdo_enabled,
         why=why,
     )
-    return _measured(seen, device)
+    return _measured(seen, devices)
 
 
 def _read_by_torch(machine: Machine) -> tuple[str, str]:
@@ -68,14 +69,13 @@ def _chosen() -> tuple[dict[str, str], list[str]]:
     return choice, problems + ([f"{FILE} cannot be read ({problem})"] if problem else [])
 
 
-def _device(machine: Machine) -> tuple[torch.device | None, str]:
-    """The GPU that PyTorch's allocator serves, or None and why there is none."""
+def _devices(machine: Machine) -> tuple[list[torch.device], str]:
+    """The GPUs that PyTorch's allocator serves for ComfyUI; if there is none, why."""
     if reason := machine.reason_for_nothing():
-        return None, reason
-    device = comfy.model_management.get_torch_device()
-    if device.type != "cuda":
-        return None, f"ComfyUI computes on {device.type}"
-    return device, ""
+        return [], reason
+    every = comfy.model_management.get_all_torch_devices()
+    found = [device for device in every if device.type == "cuda"]
+    return found, "" if found else f"ComfyUI computes on {every[0].type}"
 
 
 def _backend(machine: Machine) -> str | None:
@@ -84,18 +84,19 @@ def _backend(machine: Machine) -> str | None:
     return torch.cuda.get_allocator_backend() if built else None
 
 
-def _measured(seen: Observed, device: torch.device | None) -> Observed:
+def _measured(seen: Observed, devices: list[torch.device]) -> Observed:
     """The same with what PyTorch tells of its options and blocks."""
-    if device is None:
+    if not devices:
         return seen
     if seen.backend != NATIVE:
         return seen._replace(why=f"{seen.backend} keeps no account of its blocks")
-    stats = torch.cuda.memory_stats(device)
-    sizes = [stats[f"{kind}_bytes.all.current"] for kind in ("reserved", "allocated")]
-    seen = seen._replace(sizes=(*sizes, stats["inactive_split_bytes.all.current"]))
+    kinds = ("reserved_bytes", "allocated_bytes", "inactive_split_bytes")
+    stats = {device: torch.cuda.memory_stats(device) for device in devices}
+    sizes = [(str(d), *(found[f"{k}.all.current"] for k in kinds)) for d, found in stats.items()]
+    seen = seen._replace(sizes=tuple(sizes))
     fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # since torch 2.8
     if fraction is not None:
-        seen = seen._replace(fraction=fraction(device))
+        seen = seen._replace(fraction=min(map(fraction, devices)))
     read = _options()
     if read is None:
         return seen._replace(why="this PyTorch does not tell its options")

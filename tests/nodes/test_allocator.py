@@ -40,7 +40,7 @@ def seen(part: Any) -> Any:
         dynamic_vram=False,
         read=READ,
         fraction=1.0,
-        sizes=(3_000_000_000, 2_000_000_000, 500_000_000),
+        sizes=(("cuda:0", 3 * 10**9, 2 * 10**9, 5 * 10**8), ("cuda:1", 0, 0, 0)),
         why="",
     )
 
@@ -180,6 +180,8 @@ def test_coarse_steps_do_harm(part: Any, seen: Any, value: str, inside: int, sta
 
 def test_the_launcher_lines_give_the_same_start(part: Any, seen: Any) -> None:
     report = text(part, seen._replace(text="max_split_size_mb:128"))
+    assert "of cuda:0: PyTorch holds 3.00 GB, 2.00 GB of it in use and 0.50 GB free" in report
+    assert "of cuda:1: PyTorch holds 0.00 GB" in report
     assert 'Windows .bat: set "PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:128"' in report
     assert 'PowerShell: $env:PYTORCH_CUDA_ALLOC_CONF = "max_split_size_mb:128"' in report
     assert 'Linux, macOS: export PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:128"' in report
