@@ -298,7 +298,8 @@ def _fragmentation(seen: Observed) -> str:
     if seen.sizes is None:
         return f"Fragmentation: {UNKNOWN} ({seen.why})."
     return "\n".join(
-        f"Fragmentation of {device}: PyTorch holds {reserved / 1e9:.2f} GB, {allocated / 1e9:.2f} GB "
-        f"of it in use and {inactive / 1e9:.2f} GB free between pieces in use."
+        f"Fragmentation of {device}: PyTorch holds {reserved / 1e9:.2f} GB, "
+        f"{allocated / 1e9:.2f} GB of it in use and {inactive / 1e9:.2f} GB free between pieces "
+        "in use."
         for device, reserved, allocated, inactive in seen.sizes
     )

@@ -75,7 +75,8 @@ def _devices(machine: Machine) -> tuple[list[torch.device], str]:
         return [], reason
     every = comfy.model_management.get_all_torch_devices()
     found = [device for device in every if device.type == "cuda"]
-    return found, "" if found else f"ComfyUI computes on {every[0].type}"
+    kind = comfy.model_management.get_torch_device().type
+    return found, "" if found else f"ComfyUI computes on {kind}"
 
 
 def _backend(machine: Machine) -> str | None:
