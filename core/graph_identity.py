@@ -206,6 +206,10 @@ class LoadedFiles:
         """Note that `model` was made from this version of `file`."""
         self._seen.setdefault(model, {})[file.path] = file
 
+    def files_of(self, model: Any) -> list[str]:
+        """Paths of the files that `model` is known to depend on."""
+        return list(self._seen.get(model, ()))
+
     def doubt(self, model: Any, files: Iterable[FileIdentity]) -> str | None:
         """Why it is uncertain that `model` was made from these versions of `files`; else None."""
         seen = self._seen.setdefault(model, {})

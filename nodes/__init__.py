@@ -4,6 +4,8 @@ import asyncio
 
 from . import (
     allocator,
+    boundary,
+    clear,
     conditioning,
     environment,
     image_edit,
@@ -17,12 +19,15 @@ from . import (
 
 NODES = [*loaders.NODES, *conditioning.NODES, *image_edit.NODES, *prefill.NODES, *pins.NODES]
 NODES += allocator.NODES
+NODES += clear.NODES
 
 
 async def start() -> None:
     """Register what is no node."""
     await provider.register()
+    await boundary.register()
     asyncio.get_running_loop().run_in_executor(None, environment.read_sources)
     routes.register()
     pins.register()
+    clear.register()
     queue_time.register()

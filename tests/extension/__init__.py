@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 import sys
+import threading
 
 import torch
 
@@ -237,7 +238,32 @@ class OwnIdClip(Passing):
         return (clip,)
 
 
+class Gated(TextList):
+    """Tells that it runs, and waits until it may go on. ComfyUI caches neither it nor the rest."""
+
+    RETURN_TYPES = ("STRING",)
+    OUTPUT_IS_LIST = (False,)
+    started = threading.Event()
+    go = threading.Event()
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"fail": ("BOOLEAN", {"default": False})}}
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def run(self, fail):
+        self.started.set()
+        assert self.go.wait(60)
+        if fail:
+            raise ValueError("as asked")
+        return (threading.current_thread().name,)
+
+
 CLASSES = (
+    Gated,
     FolderImage,
     FileText,
     ExpandStock,

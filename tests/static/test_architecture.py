@@ -110,4 +110,5 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMPin",
         "QwenVRAMPinned",
         "QwenVRAMAllocator",
+        "QwenVRAMClear",
     }
