@@ -33,7 +33,7 @@ PATH = "/qwen_vram/clear"
 EVENT = "qwen_vram.cleared"
 AT_NODE = "at this node"
 FREE, FENCE = "free_memory", "qwen_vram.fence"
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.05
 
 
 class Clear(io.ComfyNode):
@@ -71,39 +71,46 @@ class Clear(io.ComfyNode):
                         "ends."
                     ),
                 ),
-                io.Boolean.Input(
-                    "diffusion_models",
-                    default=True,
-                    tooltip="At the level models: unload diffusion models.",
-                    advanced=True,
-                ),
-                io.Boolean.Input(
-                    "text_encoders",
-                    default=True,
-                    tooltip="At the level models: unload text encoders.",
-                    advanced=True,
-                ),
-                io.Boolean.Input(
-                    "vaes",
-                    default=True,
-                    tooltip="At the level models: unload VAEs.",
-                    advanced=True,
-                ),
-                io.Boolean.Input(
-                    "other_models",
-                    default=True,
-                    tooltip="At the level models: unload all other models, as ControlNets.",
-                    advanced=True,
-                ),
-                io.Boolean.Input(
-                    "keep_needed",
-                    default=False,
-                    tooltip="At the level models: leave those alone whose files this graph names.",
-                    advanced=True,
-                ),
+                *cls.choices(),
             ],
             outputs=[io.MatchType.Output(template=wire, display_name="value")],
         )
+
+    @classmethod
+    def choices(cls) -> list[io.Input]:
+        """What the level models unloads."""
+        return [
+            io.Boolean.Input(
+                "diffusion_models",
+                default=True,
+                tooltip="At the level models: unload diffusion models.",
+                advanced=True,
+            ),
+            io.Boolean.Input(
+                "text_encoders",
+                default=True,
+                tooltip="At the level models: unload text encoders.",
+                advanced=True,
+            ),
+            io.Boolean.Input(
+                "vaes",
+                default=True,
+                tooltip="At the level models: unload VAEs.",
+                advanced=True,
+            ),
+            io.Boolean.Input(
+                "other_models",
+                default=True,
+                tooltip="At the level models: unload all other models, as ControlNets.",
+                advanced=True,
+            ),
+            io.Boolean.Input(
+                "keep_needed",
+                default=False,
+                tooltip="At the level models: leave those alone whose files this graph names.",
+                advanced=True,
+            ),
+        ]
 
     @classmethod
     def execute(
@@ -201,6 +208,7 @@ async def _free(wish: Wish, names: frozenset[str]) -> dict[str, Any]:
     """The levels cache and models, when no node runs."""
 
     def work(moment: str) -> dict[str, Any]:
+        """Models of a prompt that runs are needed as well."""
         more = frozenset() if moment == AT_ONCE else running_names()
         return freeing.free(wish, names | more)(moment)
 
@@ -211,12 +219,24 @@ async def _everything(wish: Wish) -> dict[str, Any]:
     """By the flag of ComfyUI's queue, which its worker looks at between two prompts."""
     start = await asyncio.to_thread(freeing.Freeing.of, wish, frozenset())
     moment = AT_END if BOUNDARY.busy else AT_ONCE
-    # When the worker takes the second flag, which means nothing to it, it is done with the first.
-    for flag in (FREE, FENCE):
-        PromptServer.instance.prompt_queue.set_flag(flag, True)
-        while flag in PromptServer.instance.prompt_queue.get_flags(reset=False):
-            await asyncio.sleep(POLL_SECONDS)
+    PromptServer.instance.prompt_queue.set_flag(FREE, True)
+    await _taken(FREE)
+    await _taken(FENCE)  # when the worker takes this one, it is done with the first
     return await asyncio.to_thread(freeing.told, start, moment)
+
+
+async def _taken(flag: str) -> None:
+    """Wait until the worker has taken a flag of the queue.
+
+    The fence means nothing to it. Setting it wakes the worker, which otherwise sleeps for minutes
+    when another flag was set just before it fell asleep.
+    """
+    queue = PromptServer.instance.prompt_queue
+    while True:
+        queue.set_flag(FENCE, True)
+        await asyncio.sleep(POLL_SECONDS)
+        if flag not in queue.get_flags(reset=False):
+            return
 
 
 def register() -> None:

@@ -85,6 +85,7 @@ def free(wish: Wish, names: Collection[str]) -> Callable[[str], dict[str, Any]]:
     """The work of the levels cache and models, for `Boundary.submit`."""
 
     def work(moment: str) -> dict[str, Any]:
+        """Called when no node runs."""
         start = Freeing.of(wish, names)
         if wish.level == MODELS:
             chosen = [entry for entry, model in start.models if not why_kept(model, wish, names)]

@@ -25,7 +25,8 @@ def own(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     """A server whose cache nobody else fills."""
     base = tmp_path_factory.mktemp("routes")
     make_checkpoints(comfyui, base / "models")
-    with Server(comfyui, base, ROOT, cpu=True) as running:
+    # Under this flag ComfyUI itself lets pages of every origin in.
+    with Server(comfyui, base, ROOT, cpu=True, extra_args=["--enable-cors-header"]) as running:
         yield running
 
 
@@ -173,17 +174,29 @@ def test_a_list_is_filled_in_over_http_alone(empty: Server) -> None:
     assert [status["result"] for status in run(empty, "a", "b")] == ["hit", "hit"]
 
 
-@pytest.mark.parametrize("path", [PATH, "/qwen_vram/pins", "/qwen_vram/pins/abc"])
-@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", PATH),
+        ("DELETE", PATH),
+        ("GET", "/qwen_vram/pins"),
+        ("DELETE", "/qwen_vram/pins"),
+        ("DELETE", "/qwen_vram/pins/abc"),
+        ("POST", "/qwen_vram/clear"),
+        ("POST", "/api/qwen_vram/clear"),
+    ],
+)
 def test_a_page_of_another_origin_gets_nothing(empty: Server, path: str, method: str) -> None:
     run(empty, str(uuid.uuid4()))
-    # As on an address of the local network, where ComfyUI does not compare the two.
-    headers = {"Host": "comfy.example:8188", "Origin": "http://comfy.example:3000"}
-    request = urllib.request.Request(empty.url + path, method=method, headers=headers)
-    with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60)
-    if (path[-3:], method) != ("abc", "GET"):  # there is no such route
-        assert (
-            error.value.code == 403 and "another origin" in json.loads(error.value.read())["error"]
-        )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    asked = {"method": method, "data": b'{"level": "cache"}' if method == "POST" else None}
+    for origin in ("http://evil.example", "null"):
+        request = urllib.request.Request(empty.url + path, headers={"Origin": origin}, **asked)
+        with pytest.raises(urllib.error.HTTPError) as error:
+            opener.open(request, timeout=60)
+        assert error.value.code == 403
+        assert "another origin" in json.loads(error.value.read())["error"]
     assert empty.get_json(PATH)["disk"]["entries"] == 1
+    if method != "DELETE":
+        request = urllib.request.Request(empty.url + path, headers={"Origin": empty.url}, **asked)
+        assert opener.open(request, timeout=60).status == 200

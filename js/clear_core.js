@@ -1,0 +1,192 @@
+// Requests to free memory, and what is said of the answers. Pure: no DOM, no app.
+import { wordsOf } from "./badges_core.js";
+import { sizeText } from "./panel_core.js";
+
+export const PATH = "/qwen_vram/clear";
+export const EVENT = "qwen_vram.cleared";
+export const WAIT_SECONDS = 10; // then the server says when it will be done
+export const LIMIT_MS = 30_000; // then nobody waits for the server any more
+export const USUAL = "models";
+const SETTING = "QwenVRAM.Clear.Level";
+
+/** Texts in other languages: locales/<language>/settings.json. */
+export const CLEAR_SETTING = {
+  id: SETTING,
+  name: "What the button Clear VRAM frees",
+  type: "combo",
+  options: [
+    { text: "caches only", value: "cache" },
+    { text: "all models", value: "models" },
+    { text: "models that the open workflow does not need", value: "needed" },
+    { text: "all models and node outputs", value: "everything" },
+  ],
+  defaultValue: USUAL,
+  category: ["Qwen VRAM", "Memory", SETTING],
+  tooltip:
+    "Also for its key binding, Ctrl+Alt+M. Models stay in RAM and are loaded again when they are used.",
+};
+
+/** What the button and the commands offer, by the level that the server knows. */
+const WISHES = {
+  cache: { level: "cache" },
+  models: { level: "models" },
+  needed: { level: "models", keep_needed: true },
+  everything: { level: "everything" },
+};
+
+const WORDS = {
+  en: {
+    title: "Clear VRAM",
+    button: "Clear VRAM",
+    tooltips: {
+      cache: "Free caches (Qwen VRAM). The settings say what this button frees.",
+      models: "Unload all models from VRAM (Qwen VRAM). The settings say what this button frees.",
+      needed:
+        "Unload the models that this workflow does not need (Qwen VRAM). The settings say what " +
+        "this button frees.",
+      everything: "Unload all models and forget node outputs (Qwen VRAM). The settings say what this button frees.",
+    },
+    freed: (name, bytes, now) => `${name}: ${bytes} freed${now}`,
+    more: (name, bytes, now) => `${name}: ${bytes} more in use${now}`,
+    unknown: (name) => `${name}: not measurable`,
+    now: (bytes) => `, ${bytes} in use`,
+    unloaded: (names) => `Unloaded: ${names}`,
+    none: "No model was loaded in VRAM.",
+    kept: (names) => `Kept: ${names}`,
+    left: (parts) => `Still taken: ${parts}`,
+    parts: {
+      models: "loaded models",
+      tensors: "node outputs and other tensors",
+      blocks: "free parts of blocks in use",
+      context: "driver and libraries",
+      keep_loaded: "models with keep_loaded",
+      pinned: "pinned memory",
+      prompts: "encoded prompts",
+      other_processes: "other programs",
+      weights: "unloaded models in RAM (not measurable)",
+    },
+    later: {
+      "between two nodes": "ComfyUI is running. Memory is freed as soon as the running node ends.",
+      "at the end of the prompt": "ComfyUI is running. Memory is freed as soon as this run ends.",
+    },
+    refused: (why) => `ComfyUI did not free memory. ${why}`,
+    strange: (status) =>
+      `The answer of the server makes no sense (status ${status}). Look into ComfyUI's log; ` +
+      "restart ComfyUI if the pack was just updated.",
+    silent: "The server does not answer. Look into ComfyUI's log.",
+    unreachable: (why) => `The server cannot be reached (${why}). Is ComfyUI still running?`,
+  },
+  zh: {
+    title: "清理显存",
+    button: "清理显存",
+    tooltips: {
+      cache: "释放缓存（Qwen VRAM）。此按钮释放什么可在设置中选择。",
+      models: "从显存卸载所有模型（Qwen VRAM）。此按钮释放什么可在设置中选择。",
+      needed: "卸载当前工作流不需要的模型（Qwen VRAM）。此按钮释放什么可在设置中选择。",
+      everything: "卸载所有模型并丢弃节点输出（Qwen VRAM）。此按钮释放什么可在设置中选择。",
+    },
+    freed: (name, bytes, now) => `${name}：释放了 ${bytes}${now}`,
+    more: (name, bytes, now) => `${name}：占用增加了 ${bytes}${now}`,
+    unknown: (name) => `${name}：无法测量`,
+    now: (bytes) => `，仍占用 ${bytes}`,
+    unloaded: (names) => `已卸载：${names}`,
+    none: "显存中没有已加载的模型。",
+    kept: (names) => `保留：${names}`,
+    left: (parts) => `仍被占用：${parts}`,
+    parts: {
+      models: "已加载的模型",
+      tensors: "节点输出和其他张量",
+      blocks: "使用中的块里的空闲部分",
+      context: "驱动和库",
+      keep_loaded: "开启了 keep_loaded 的模型",
+      pinned: "锁页内存",
+      prompts: "已编码的提示词",
+      other_processes: "其他程序",
+      weights: "已卸载但仍在内存中的模型（无法测量）",
+    },
+    later: {
+      "between two nodes": "ComfyUI 正在运行。当前节点结束后立即释放内存。",
+      "at the end of the prompt": "ComfyUI 正在运行。本次运行结束后立即释放内存。",
+    },
+    refused: (why) => `ComfyUI 没有释放内存。${why}`,
+    strange: (status) => `服务器的回答无法理解（状态 ${status}）。请查看 ComfyUI 的日志；如果刚更新过本节点包，请重启 ComfyUI。`,
+    silent: "服务器没有回答。请查看 ComfyUI 的日志。",
+    unreachable: (why) => `无法连接服务器（${why}）。ComfyUI 还在运行吗？`,
+  },
+};
+const COMMA = { en: ", ", zh: "，" };
+
+export const clearWords = (locale) => wordsOf(WORDS, locale);
+const isChinese = (locale) => clearWords(locale) === WORDS.zh;
+
+/** A level that exists, whatever the settings file says. */
+export const knownLevel = (level) => (Object.hasOwn(WISHES, level) ? level : USUAL);
+export const needsWorkflow = (level) => Boolean(WISHES[knownLevel(level)].keep_needed);
+
+/** The body of the request. `prompt` is the open workflow in API format, for the level needed. */
+export function bodyOf(level, clientId, prompt) {
+  const body = { ...WISHES[knownLevel(level)], wait_seconds: WAIT_SECONDS };
+  if (clientId) body.client_id = clientId;
+  if (body.keep_needed) body.prompt = prompt;
+  return body;
+}
+
+const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
+const objects = (value) => (Array.isArray(value) ? value.filter(isObject) : []);
+
+/** The toast for a reply of the server, by its status and the text of its body. */
+export function toastOf(status, text, locale) {
+  const words = clearWords(locale);
+  let answer;
+  try {
+    answer = JSON.parse(text);
+  } catch {
+    answer = null;
+  }
+  if (isObject(answer) && typeof answer.error === "string")
+    return { severity: "error", detail: words.refused(answer.error.slice(0, 500)) };
+  if (status < 200 || status > 299 || !isObject(answer) || typeof answer.done !== "boolean")
+    return { severity: "error", detail: words.strange(status) };
+  if (!answer.done) {
+    const detail = words.later[answer.when] ?? words.later["between two nodes"];
+    return { severity: "info", detail };
+  }
+  return { severity: "success", detail: detailOf(answer, locale) };
+}
+
+/** What was freed, unloaded, kept and not freed: one line each. */
+export function detailOf(answer, locale) {
+  const words = clearWords(locale);
+  const comma = isChinese(locale) ? COMMA.zh : COMMA.en;
+  const names = (models) => models.map(({ name }) => String(name)).join(comma);
+  const lines = objects(answer.devices).map((device) => deviceLine(device, words));
+  const [unloaded, kept, left] = [answer.unloaded, answer.kept, answer.left].map(objects);
+  if (unloaded.length) lines.push(words.unloaded(names(unloaded)));
+  else if (answer.level !== "cache" && !kept.length) lines.push(words.none);
+  if (kept.length) lines.push(words.kept(names(kept)));
+  const told = left.map((part) => partText(part, words));
+  if (told.length) lines.push(words.left(told.join(comma)));
+  return lines.join("\n");
+}
+
+function deviceLine({ device, kind, freed_bytes: freed, after }, words) {
+  const name = kind === "cpu" ? "RAM" : String(device);
+  if (!Number.isFinite(freed)) return words.unknown(name);
+  const own = [after?.own_bytes, after?.reserved_bytes].find(Number.isFinite);
+  const now = own === undefined ? "" : words.now(sizeText(own));
+  return (freed < 0 ? words.more : words.freed)(name, sizeText(Math.abs(freed)), now);
+}
+
+function partText({ id, bytes, text, device }, words) {
+  const name = words.parts[id] ?? String(text ?? id);
+  const where = device === "cpu" && id === "other_processes" ? " (RAM)" : "";
+  return Number.isFinite(bytes) ? `${name}${where} ${sizeText(bytes)}` : name;
+}
+
+/** The toast for a request that got no answer at all. */
+export function failureOf(error, locale) {
+  const words = clearWords(locale);
+  const silent = error?.name === "AbortError" || error?.name === "TimeoutError";
+  const why = String(error?.message ?? error).slice(0, 200);
+  return { severity: "error", detail: silent ? words.silent : words.unreachable(why) };
+}

@@ -1,0 +1,134 @@
+"""Clear VRAM in the real frontend: its button, key binding and commands, and what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pack.demo.server import Server
+from pack.tests.browser.editor import SETTLE_MS, Editor
+from pack.tests.graphs import UNET, VAE, text_to_image
+from playwright.sync_api import Locator, Page, Request, Route
+
+ROUTE = "**/qwen_vram/clear"
+COMMAND = "id => { app.extensionManager.command.execute(id); }"
+SETTING = "([id, value]) => app.extensionManager.setting.set(id, value)"
+LEVEL = "QwenVRAM.Clear.Level"
+HOSTILE = {
+    "an error page": (500, "<html><b onclick=alert(1)>Oops</b></html>"),
+    "nothing": (200, ""),
+    "other JSON": (200, '{"done": "perhaps"}'),
+    "an error": (403, '{"error": "Only ComfyUI\'s own pages."}'),
+}
+
+
+@pytest.fixture
+def page(editor: Editor) -> Page:
+    """With no toast and no dialog open."""
+    editor.page.evaluate("() => app.extensionManager.toast.removeAll()")
+    editor.page.wait_for_timeout(SETTLE_MS)
+    return editor.page
+
+
+def toast(page: Page, *texts: str) -> Locator:
+    """The toast that has all these texts."""
+    found = page.locator(".p-toast-message").filter(has_text=texts[0])
+    for text in texts[1:]:
+        found = found.filter(has_text=text)
+    found.first.wait_for(timeout=30_000)
+    return found.first
+
+
+def screenshot(page: Page, name: str) -> None:
+    """For people to look at, into the folder that QWEN_VRAM_SCREENSHOTS names."""
+    if folder := os.environ.get("QWEN_VRAM_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def button(page: Page) -> Locator:
+    """In the bar beside Run."""
+    return page.get_by_test_id("action-bar-buttons").get_by_role("button", name="VRAM").first
+
+
+def pressed(page: Page, act: Any) -> dict[str, Any]:
+    """The body of the request that an action sends."""
+    with page.expect_request(ROUTE) as sent:
+        act()
+    request: Request = sent.value
+    assert request.method == "POST"
+    return json.loads(request.post_data)
+
+
+def test_the_button_unloads_all_models_and_says_so(page: Page, official_names: Server) -> None:
+    assert official_names.submit(text_to_image(seed=21)).status == "success"
+    body = pressed(page, lambda: button(page).click())
+    assert body["level"] == "models" and "prompt" not in body
+    shown = toast(page, "Unloaded:", VAE, UNET)
+    assert "RAM:" in shown.inner_text()
+    screenshot(page, "clear_button")
+    assert official_names.post_json("/qwen_vram/clear", {"level": "models"})["unloaded"] == []
+
+
+def test_the_setting_says_what_button_and_key_free(page: Page, official_names: Server) -> None:
+    graph = text_to_image(seed=22)
+    assert official_names.submit(graph).status == "success"
+    page.evaluate("graph => app.loadApiJson(graph, 'test')", {"vae": graph["vae"]})
+    page.evaluate(SETTING, [LEVEL, "needed"])
+    try:
+        page.mouse.click(700, 700)  # on the canvas
+        body = pressed(page, lambda: page.keyboard.press("Control+Alt+m"))
+        assert body["keep_needed"] and [n["class_type"] for n in body["prompt"].values()] == [
+            "QwenVRAMLoadVAE"
+        ]
+        toast(page, "Unloaded:", UNET, f"Kept: {VAE}")
+    finally:
+        page.evaluate(SETTING, [LEVEL, "models"])
+
+
+@pytest.mark.parametrize(
+    ("command", "level"),
+    [("Cache", "cache"), ("Models", "models"), ("Everything", "everything")],
+)
+def test_every_level_has_a_command(page: Page, command: str, level: str) -> None:
+    body = pressed(page, lambda: page.evaluate(COMMAND, f"QwenVRAM.Clear.{command}"))
+    assert body["level"] == level
+    toast(page, "RAM:")
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_strange_reply_gets_a_message(editor: Editor, page: Page, case: str) -> None:
+    status, text = HOSTILE[case]
+    page.route(ROUTE, lambda route: route.fulfill(status=status, body=text))
+    try:
+        button(page).click()
+        said = "Only ComfyUI's own pages." if case == "an error" else "makes no sense"
+        assert "onclick" not in toast(page, said).inner_html()
+        screenshot(page, f"clear_{case.replace(' ', '_')}")
+    finally:
+        page.unroute(ROUTE)
+        # The browser itself notes the status of a failed request.
+        editor.problems[:] = [p for p in editor.problems if "Failed to load resource" not in p]
+
+
+def test_a_reply_that_never_comes_gets_a_message(editor: Editor, page: Page) -> None:
+    held: list[Route] = []
+    page.route(ROUTE, lambda route: held.append(route))
+    page.clock.install()
+    try:
+        pressed(page, lambda: button(page).click())
+        button(page).click()  # nothing: the first is under way
+        page.clock.fast_forward(31_000)
+        toast(page, "The server does not answer.")
+        assert len(held) == 1
+    finally:
+        page.unroute(ROUTE)
+        editor.start()
+    pressed(page, lambda: button(page).click())
+    toast(page, "RAM:")
+
+
+def test_the_page_complained_of_nothing(editor: Editor) -> None:
+    assert editor.problems == []

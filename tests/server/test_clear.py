@@ -1,0 +1,152 @@
+"""POST /qwen_vram/clear on the shared server: when it acts, what it answers, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import websocket
+from pack.demo.server import HOST, Server
+from pack.tests.graphs import CLIP, UNET, VAE, text_to_image
+
+PATH = "/qwen_vram/clear"
+STEPS = 120  # about two seconds of sampling
+
+
+def post(server: Server, body: Any, method: str = "POST") -> tuple[int, Any]:
+    """Status and answer."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(server.url + PATH, data=data, method=method)
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        text = error.read()
+        return error.code, json.loads(text) if text.startswith(b"{") else text
+
+
+def run(server: Server, graph: dict[str, Any]) -> set[str]:
+    """The nodes that were executed."""
+    result = server.submit(graph)
+    assert result.status == "success", result.error
+    return set(result.executed)
+
+
+@contextmanager
+def sampling(server: Server) -> Iterator[None]:
+    """While the sampler runs; afterwards the prompt is over."""
+    begun, results = threading.Event(), []
+
+    def note(event: str, data: dict[str, Any]) -> None:
+        if event == "progress":
+            begun.set()
+
+    def work() -> None:
+        seed = uuid.uuid4().int % 2**32
+        results.append(server.submit(text_to_image(seed=seed, steps=STEPS), note))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert begun.wait(60)
+    yield
+    thread.join()
+    assert results[0].status == "success", results[0].error
+
+
+def test_models_are_unloaded_at_once_when_nothing_runs(server: Server) -> None:
+    graph = text_to_image(text=str(uuid.uuid4()), seed=11)
+    run(server, graph)
+    status, answer = post(server, {"level": "models", "kinds": ["VAE", "diffusion model"]})
+    assert status == 200 and answer["done"] and answer["when"] == "at once"
+    assert {UNET, VAE} <= {m["name"] for m in answer["unloaded"]}
+    assert CLIP in {m["name"] for m in answer["kept"]}
+    assert answer["devices"][-1]["kind"] == "cpu"
+    assert run(server, graph) == set()  # node outputs are still there
+
+
+def test_the_open_workflow_keeps_its_models(server: Server) -> None:
+    graph = text_to_image(text=str(uuid.uuid4()), seed=12)
+    run(server, graph)
+    wanted = {"level": "models", "keep_needed": True, "prompt": {"vae": graph["vae"]}}
+    status, answer = post(server, wanted)
+    assert status == 200 and {m["name"] for m in answer["unloaded"]} >= {UNET, CLIP}
+    assert [m["why"] for m in answer["kept"] if m["name"] == VAE] == ["the workflow needs it"]
+
+
+def test_everything_forgets_node_outputs(server: Server) -> None:
+    graph = text_to_image(seed=13)
+    run(server, graph)
+    status, answer = post(server, {"level": "everything"})
+    assert (status, answer["when"]) == (200, "at once")
+    assert {"unet", "sampler", "decode", "save"} <= run(server, graph)
+
+
+def test_while_a_node_runs_it_waits_until_the_node_ends(server: Server) -> None:
+    with sampling(server):
+        status, answer = post(server, {"level": "models", "wait_seconds": 60})
+        (running, _) = server.get_json("/queue").values()
+    assert (status, answer["when"]) == (200, "between two nodes")
+    assert UNET in {m["name"] for m in answer["unloaded"]}
+    assert len(running) <= 1
+
+
+def test_everything_waits_until_the_prompt_ends(server: Server) -> None:
+    with sampling(server):
+        status, answer = post(server, {"level": "everything", "wait_seconds": 60})
+    assert (status, answer["when"]) == (200, "at the end of the prompt")
+
+
+def test_who_does_not_wait_is_told_later(server: Server) -> None:
+    client = uuid.uuid4().hex
+    address = f"ws://{HOST}:{server.port}/ws?clientId={client}"
+    events = websocket.create_connection(address, timeout=60, http_no_proxy=[HOST])
+    try:
+        with sampling(server):
+            body = {"level": "cache", "wait_seconds": 0, "client_id": client}
+            for _ in range(3):  # as from an impatient user: it is done, and told, once
+                status, answer = post(server, body)
+                assert (status, answer["done"]) == (202, False)
+                assert answer["when"] == "between two nodes" and "running node" in answer["text"]
+        post(server, {"level": "cache"})  # so that there is something behind it
+        told = []
+        while not told or told[-1]["type"] != "qwen_vram.cleared":
+            told.append(json.loads(events.recv()))
+        assert told[-1]["data"]["done"] and told[-1]["data"]["when"] == "between two nodes"
+        events.settimeout(0.5)
+        with pytest.raises(websocket.WebSocketTimeoutException):
+            while json.loads(events.recv())["type"] != "qwen_vram.cleared":
+                pass
+    finally:
+        events.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (b"", "The body is not JSON"),
+        (b"<html>", "The body is not JSON"),
+        ([], "must be a JSON object"),
+        ({}, "level must be cache, models or everything."),
+        ({"level": "all"}, "level must be"),
+        ({"level": 3}, "level must be text."),
+        ({"level": "cache", "force": True}, "force is not known: use level, kinds"),
+        ({"level": "models", "kinds": ["unet"]}, "kinds must be a list of one or more of"),
+        ({"level": "models", "keep_needed": True}, "send it as prompt"),
+        ({"level": "cache", "wait_seconds": 601}, "wait_seconds must be"),
+    ],
+)
+def test_a_request_that_makes_no_sense_gets_a_sentence(server: Server, body, sentence) -> None:
+    status, answer = post(server, body)
+    assert status == 400 and sentence in answer["error"]
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
+def test_other_methods_are_refused(server: Server, method: str) -> None:
+    assert post(server, {"level": "cache"}, method)[0] in (404, 405)
