@@ -3,6 +3,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import {
   bodyOf, CLEAR_SETTING, clearWords, EVENT, failureOf, knownLevel, LIMIT_MS, needsWorkflow, PATH, toastOf,
+  unreadable,
 } from "./clear_core.js";
 
 const LABELS = {
@@ -28,22 +29,32 @@ function toast({ severity, detail }) {
 async function clear(level) {
   if (underWay.has(level)) return; // its answer will be shown
   underWay.add(level);
+  try {
+    const prompt = needsWorkflow(level) ? (await app.graphToPrompt()).output : undefined;
+    toast(await ask(bodyOf(level, api.clientId, prompt)));
+  } catch (error) {
+    toast(unreadable(error, locale()));
+  } finally {
+    underWay.delete(level);
+  }
+}
+
+/** The toast that tells what became of a request. */
+async function ask(body) {
   const limit = new AbortController();
   const timer = setTimeout(() => limit.abort(), LIMIT_MS);
   try {
-    const prompt = needsWorkflow(level) ? (await app.graphToPrompt()).output : undefined;
     const response = await api.fetchApi(PATH, {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(bodyOf(level, api.clientId, prompt)),
+      body: JSON.stringify(body),
       signal: limit.signal, // also while the body is read
     });
-    toast(toastOf(response.status, await response.text(), locale()));
+    return toastOf(response.status, await response.text(), locale());
   } catch (error) {
-    toast(failureOf(error, locale()));
+    return failureOf(error, locale());
   } finally {
     clearTimeout(timer);
-    underWay.delete(level);
   }
 }
 

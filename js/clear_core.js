@@ -4,7 +4,7 @@ import { sizeText } from "./panel_core.js";
 
 export const PATH = "/qwen_vram/clear";
 export const EVENT = "qwen_vram.cleared";
-export const WAIT_SECONDS = 10; // then the server says when it will be done
+export const WAIT_SECONDS = 3; // then the server says when it will be done
 export const LIMIT_MS = 30_000; // then nobody waits for the server any more
 export const USUAL = "models";
 const SETTING = "QwenVRAM.Clear.Level";
@@ -52,7 +52,8 @@ const WORDS = {
     now: (bytes) => `, ${bytes} in use`,
     unloaded: (names) => `Unloaded: ${names}`,
     none: "No model was loaded in VRAM.",
-    kept: (names) => `Kept: ${names}`,
+    kept: (names, why) => `Kept, because ${why}: ${names}`,
+    why: {},
     left: (parts) => `Still taken: ${parts}`,
     parts: {
       models: "loaded models",
@@ -66,6 +67,7 @@ const WORDS = {
       weights: "unloaded models in RAM (not measurable)",
     },
     later: {
+      "at once": "Memory is being freed. This takes a while.",
       "between two nodes": "ComfyUI is running. Memory is freed as soon as the running node ends.",
       "at the end of the prompt": "ComfyUI is running. Memory is freed as soon as this run ends.",
     },
@@ -73,6 +75,7 @@ const WORDS = {
     strange: (status) =>
       `The answer of the server makes no sense (status ${status}). Look into ComfyUI's log; ` +
       "restart ComfyUI if the pack was just updated.",
+    unreadable: (why) => `The open workflow cannot be read (${why}). Nothing was freed.`,
     silent: "The server does not answer. Look into ComfyUI's log.",
     unreachable: (why) => `The server cannot be reached (${why}). Is ComfyUI still running?`,
   },
@@ -91,7 +94,15 @@ const WORDS = {
     now: (bytes) => `，仍占用 ${bytes}`,
     unloaded: (names) => `已卸载：${names}`,
     none: "显存中没有已加载的模型。",
-    kept: (names) => `保留：${names}`,
+    kept: (names, why) => `保留（${why}）：${names}`,
+    why: {
+      "its kind was not chosen": "没有选择这一类",
+      "the workflow needs it": "工作流需要",
+      "it is not known which file it was made from, so the workflow may need it":
+        "不知道来自哪个文件，工作流可能需要",
+      "it computes on the CPU and takes no VRAM, or something still refers to it":
+        "在 CPU 上计算，不占显存，或者仍被别处引用",
+    },
     left: (parts) => `仍被占用：${parts}`,
     parts: {
       models: "已加载的模型",
@@ -105,11 +116,13 @@ const WORDS = {
       weights: "已卸载但仍在内存中的模型（无法测量）",
     },
     later: {
+      "at once": "正在释放内存，需要一点时间。",
       "between two nodes": "ComfyUI 正在运行。当前节点结束后立即释放内存。",
       "at the end of the prompt": "ComfyUI 正在运行。本次运行结束后立即释放内存。",
     },
     refused: (why) => `ComfyUI 没有释放内存。${why}`,
     strange: (status) => `服务器的回答无法理解（状态 ${status}）。请查看 ComfyUI 的日志；如果刚更新过本节点包，请重启 ComfyUI。`,
+    unreadable: (why) => `无法读取打开的工作流（${why}）。没有释放任何内存。`,
     silent: "服务器没有回答。请查看 ComfyUI 的日志。",
     unreachable: (why) => `无法连接服务器（${why}）。ComfyUI 还在运行吗？`,
   },
@@ -148,7 +161,7 @@ export function toastOf(status, text, locale) {
   if (status < 200 || status > 299 || !isObject(answer) || typeof answer.done !== "boolean")
     return { severity: "error", detail: words.strange(status) };
   if (!answer.done) {
-    const detail = words.later[answer.when] ?? words.later["between two nodes"];
+    const detail = words.later[answer.when] ?? words.later["at once"];
     return { severity: "info", detail };
   }
   return { severity: "success", detail: detailOf(answer, locale) };
@@ -163,7 +176,8 @@ export function detailOf(answer, locale) {
   const [unloaded, kept, left] = [answer.unloaded, answer.kept, answer.left].map(objects);
   if (unloaded.length) lines.push(words.unloaded(names(unloaded)));
   else if (answer.level !== "cache" && !kept.length) lines.push(words.none);
-  if (kept.length) lines.push(words.kept(names(kept)));
+  for (const why of new Set(kept.map((model) => String(model.why))))
+    lines.push(words.kept(names(kept.filter((model) => String(model.why) === why)), words.why[why] ?? why));
   const told = left.map((part) => partText(part, words));
   if (told.length) lines.push(words.left(told.join(comma)));
   return lines.join("\n");
@@ -181,6 +195,12 @@ function partText({ id, bytes, text, device }, words) {
   const name = words.parts[id] ?? String(text ?? id);
   const where = device === "cpu" && id === "other_processes" ? " (RAM)" : "";
   return Number.isFinite(bytes) ? `${name}${where} ${sizeText(bytes)}` : name;
+}
+
+/** The toast for an open workflow that cannot be sent. */
+export function unreadable(error, locale) {
+  const why = String(error?.message ?? error).slice(0, 200);
+  return { severity: "error", detail: clearWords(locale).unreadable(why) };
 }
 
 /** The toast for a request that got no answer at all. */

@@ -198,9 +198,12 @@ def _answer(task: asyncio.Task[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _later(wish: Wish) -> dict[str, Any]:
-    moment = AT_END if wish.level == EVERYTHING else BETWEEN
-    what = "prompt" if wish.level == EVERYTHING else "node"
-    text = f"ComfyUI is running a prompt. Memory is freed as soon as the running {what} ends."
+    """The answer to somebody who does not wait any longer."""
+    moment, text = AT_ONCE, "Memory is being freed. This takes a while."
+    if BOUNDARY.busy:
+        moment = AT_END if wish.level == EVERYTHING else BETWEEN
+        what = "prompt" if wish.level == EVERYTHING else "node"
+        text = f"ComfyUI is running a prompt. Memory is freed as soon as the running {what} ends."
     return {"done": False, "level": wish.level, "when": moment, "text": text}
 
 

@@ -6,7 +6,6 @@ import gc
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-import comfy.memory_management
 import comfy.model_management
 import torch
 from comfy.model_management import LoadedModel
@@ -19,7 +18,9 @@ from .status import size_text
 from .store import STORE
 
 WORTH_TELLING_BYTES = 1 << 20
-MEASURES = ("own_bytes", "reserved_bytes", "used_bytes")  # what tells most of this process first
+# The first that is measurable tells what was freed. Torch's own count knows nothing of the pages
+# that dynamic VRAM keeps weights in.
+MEASURES = ("own_bytes", "used_bytes", "reserved_bytes")
 Known = list[tuple[LoadedModel, Model]]
 
 
@@ -146,7 +147,7 @@ def _device(before: Figures, after: Figures) -> dict[str, Any]:
 
 
 def _freed(before: Figures, after: Figures) -> int | None:
-    """By this process, if the driver tells; else by torch, or by all there are."""
+    """By this process, if the driver tells; else by all there are, or by torch."""
     return freed(*([figures.told()[name] for name in MEASURES] for figures in (before, after)))
 
 
@@ -184,10 +185,11 @@ def _left_on_card(figures: Figures, wish: Wish) -> list[Left]:
     """Of what this process holds."""
     device, own = figures.memory.device, figures.memory.own_bytes
     allocated, reserved = figures.allocated_bytes, figures.reserved_bytes
-    models = sum(m.bytes for _, m in loaded_models.known() if m.device == device)
+    loaded = [e.model for e in loaded_models.loaded() if str(e.device) == device]
+    models = sum(patcher.loaded_size() for patcher in loaded)
+    # With dynamic VRAM most weights lie in pages that are not torch's.
+    weights = sum(patcher.model.model_loaded_weight_memory for patcher in loaded)
     parts = [Left("models", device, models, "Models that are loaded.")]
-    # With dynamic VRAM the weights lie in pages of their own, else in torch's tensors.
-    pages, weights = (models, 0) if comfy.memory_management.aimdo_enabled else (0, models)
     if allocated is not None and reserved is not None:
         text = "Tensors that node outputs, or nodes themselves, hold."
         if wish.level != EVERYTHING:
@@ -197,7 +199,7 @@ def _left_on_card(figures: Figures, wish: Wish) -> list[Left]:
         parts.append(Left("blocks", device, reserved - allocated, text))
         if own is not None:
             text = "The driver's and libraries' part of ComfyUI; it goes when ComfyUI ends."
-            parts.append(Left("context", device, own - reserved - pages, text))
+            parts.append(Left("context", device, own - reserved - (models - weights), text))
     return parts
 
 

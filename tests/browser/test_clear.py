@@ -11,6 +11,7 @@ import pytest
 from pack.demo.server import Server
 from pack.tests.browser.editor import SETTLE_MS, Editor
 from pack.tests.graphs import UNET, VAE, text_to_image
+from pack.tests.server.test_clear import sampling
 from playwright.sync_api import Locator, Page, Request, Route
 
 ROUTE = "**/qwen_vram/clear"
@@ -83,7 +84,7 @@ def test_the_setting_says_what_button_and_key_free(page: Page, official_names: S
         assert body["keep_needed"] and [n["class_type"] for n in body["prompt"].values()] == [
             "QwenVRAMLoadVAE"
         ]
-        toast(page, "Unloaded:", UNET, f"Kept: {VAE}")
+        toast(page, "Unloaded:", UNET, f"Kept, because the workflow needs it: {VAE}")
     finally:
         page.evaluate(SETTING, [LEVEL, "models"])
 
@@ -111,6 +112,25 @@ def test_a_strange_reply_gets_a_message(editor: Editor, page: Page, case: str) -
         page.unroute(ROUTE)
         # The browser itself notes the status of a failed request.
         editor.problems[:] = [p for p in editor.problems if "Failed to load resource" not in p]
+
+
+def test_a_workflow_that_cannot_be_read_gets_a_message(page: Page) -> None:
+    page.evaluate("() => { app.graphToPrompt = () => { throw new Error('broken'); }; }")
+    try:
+        page.evaluate(COMMAND, "QwenVRAM.Clear.Needed")
+        toast(page, "The open workflow cannot be read (broken). Nothing was freed.")
+    finally:
+        page.evaluate("() => { delete app.graphToPrompt; }")
+
+
+def test_while_a_node_runs_the_button_says_so_and_tells_the_result_later(
+    page: Page, official_names: Server
+) -> None:
+    with sampling(official_names, 700):
+        button(page).click()
+        toast(page, "Memory is freed as soon as the running node ends.")
+        screenshot(page, "clear_waits")
+    toast(page, "Unloaded:", UNET)
 
 
 def test_a_reply_that_never_comes_gets_a_message(editor: Editor, page: Page) -> None:

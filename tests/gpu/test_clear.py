@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from pack.demo.checkpoints import make_checkpoints
@@ -65,6 +68,13 @@ def run(server: Server, graph: dict[str, Any]) -> None:
     assert result.status == "success", result.error
 
 
+def picture(server: Server, graph: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+    """The pixels, and what the nodes showed."""
+    result = server.submit(graph)
+    assert result.status == "success", result.error
+    return np.asarray(PIL.Image.open(io.BytesIO(result.images[0].content))), result.outputs
+
+
 def card(answer: dict[str, Any]) -> dict[str, Any]:
     """What is said of the first card."""
     return next(device for device in answer["devices"] if device["kind"] == "cuda")
@@ -91,14 +101,14 @@ def test_what_is_said_to_be_freed_is_what_the_driver_sees(server: Server, level:
     rest = told["after"]["reserved_bytes"] - told["after"]["allocated_bytes"]
     assert rest < NOISE_BYTES
     named = {part["id"] for part in answer["left"] if part["device"] == told["device"]}
-    assert told["after"]["allocated_bytes"] < MB or "tensors" in named
+    assert told["after"]["allocated_bytes"] < 2 * MB or "tensors" in named
 
 
 def test_the_picture_after_it_is_the_same(server: Server) -> None:
     graph = text_to_image(seed=3, size=512)
-    first = server.submit(graph).images[0].content
+    first, _ = picture(server, graph)
     server.post_json(PATH, {"level": "everything", "wait_seconds": 60})
-    assert server.submit(graph).images[0].content == first
+    assert np.array_equal(picture(server, graph)[0], first)
 
 
 def test_a_run_goes_on_when_its_models_are_taken_between_two_nodes(server: Server) -> None:
@@ -111,10 +121,7 @@ def test_a_run_goes_on_when_its_models_are_taken_between_two_nodes(server: Serve
     ):
         graph[f"clear_{user}"] = node("QwenVRAMClear", value=wire, **given, **kinds)
         graph[user]["inputs"][name] = [f"clear_{user}", 0]
-    result = server.submit(graph)
-    assert result.status == "success", result.error
-    status = result.outputs["clear_decode"]["qwen_vram"][0]
+    cleared, outputs = picture(server, graph)
+    status = outputs["clear_decode"]["qwen_vram"][0]
     assert UNET in {m["name"] for m in status["unloaded"]}
-    again = server.submit(large(seed=4))  # without them: the sampler's result differs in nothing
-    assert again.status == "success"
-    assert result.images[0].content == again.images[0].content
+    assert np.array_equal(cleared, picture(server, large(seed=4))[0])

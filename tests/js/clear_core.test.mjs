@@ -27,13 +27,14 @@ test("the answer is told in lines", () => {
     "cuda:0: 14.2 GB freed, 5.9 GB in use",
     "RAM: 1.0 MB more in use, 2.0 GB in use",
     "Unloaded: a.safetensors",
-    "Kept: b.safetensors",
+    "Kept, because the workflow needs it: b.safetensors",
     "Still taken: node outputs and other tensors 1.0 GB, unloaded models in RAM (not measurable), " +
       "other programs (RAM) 3.0 GB, Something of a newer version 2.0 MB",
   ]);
   const unknown = { ...DONE, devices: [{ ...CARD, freed_bytes: null }], unloaded: [], kept: [], left: [] };
   assert.equal(detailOf(unknown, "en"), "cuda:0: not measurable\nNo model was loaded in VRAM.");
   assert.match(detailOf(DONE, "zh-TW"), /释放了 14.2 GB，仍占用 5.9 GB/);
+  assert.match(detailOf(DONE, "zh"), /保留（工作流需要）：b\.safetensors/);
 });
 
 test("what will be done later says when", () => {
@@ -62,10 +63,17 @@ test("no answer at all gets a message", () => {
   assert.match(failureOf(new TypeError("Failed to fetch"), "en").detail, /Failed to fetch/);
 });
 
+test("every reason to keep a model that the server gives is known in Chinese", () => {
+  const server = readFileSync(new URL("../../core/clearing.py", import.meta.url), "utf-8");
+  const reasons = Object.keys(clearWords("zh").why);
+  assert.equal(reasons.length, server.match(/^[A-Z_]+ = "/gm).length);
+  for (const reason of reasons) assert.ok(server.includes(`"${reason}"`), reason);
+});
+
 test("the body names a level of the server, and the workflow where it counts", () => {
-  assert.deepEqual(bodyOf("models", "me"), { level: "models", wait_seconds: 10, client_id: "me" });
+  assert.deepEqual(bodyOf("models", "me"), { level: "models", wait_seconds: 3, client_id: "me" });
   const needed = bodyOf("needed", null, { 1: {} });
-  assert.deepEqual(needed, { level: "models", keep_needed: true, wait_seconds: 10, prompt: { 1: {} } });
+  assert.deepEqual(needed, { level: "models", keep_needed: true, wait_seconds: 3, prompt: { 1: {} } });
   assert.ok(needsWorkflow("needed") && !needsWorkflow("models"));
   for (const level of [undefined, "", "toString", "all"]) assert.equal(knownLevel(level), "models");
 });
@@ -75,7 +83,8 @@ test("both languages have the same words", () => {
     if (typeof value !== "object") return typeof value;
     return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, shape(inner)]));
   };
-  assert.deepEqual(shape(clearWords("zh")), shape(clearWords("en")));
+  const known = (language) => shape({ ...clearWords(language), why: {} }); // the server's are English
+  assert.deepEqual(known("zh"), known("en"));
 });
 
 test("the setting offers every level, in both languages", () => {
