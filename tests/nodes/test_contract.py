@@ -49,4 +49,4 @@ def test_it_asks_for_nothing_that_would_spoil_cache_keys(node) -> None:
 
 def test_only_javascript_and_documents_are_served_from_the_web_directory(host) -> None:
     names = {path.suffix for path in (host.pack_root / "js").rglob("*") if path.is_file()}
-    assert names <= {".js", ".md"}
+    assert names <= {".js", ".md", ".png"}

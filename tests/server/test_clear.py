@@ -40,7 +40,7 @@ def run(server: Server, graph: dict[str, Any]) -> set[str]:
 
 
 @contextmanager
-def sampling(server: Server, steps: int = STEPS) -> Iterator[None]:
+def sampling(server: Server) -> Iterator[None]:
     """While the sampler runs; afterwards the prompt is over."""
     begun, results = threading.Event(), []
 
@@ -50,7 +50,7 @@ def sampling(server: Server, steps: int = STEPS) -> Iterator[None]:
 
     def work() -> None:
         seed = uuid.uuid4().int % 2**32
-        results.append(server.submit(text_to_image(seed=seed, steps=steps), note))
+        results.append(server.submit(text_to_image(seed=seed, steps=STEPS), note))
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -19,6 +19,7 @@ READMES = ("README.md", "README.zh.md")
 SOURCES = sorted((ROOT / "nodes").glob("*.py"))
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+PICTURE = re.compile(r"!\[[^\]]+\]\(([^)]+)\)")
 # In the frontend's translations these characters are syntax (vue-i18n); tooltips are taken raw.
 TRANSLATION_SYNTAX = set("{}@|")
 STATUS_HEADINGS = ("## Status line\n", "## 状态行\n")
@@ -151,8 +152,11 @@ def test_every_node_has_a_help_page_under_its_name(node_id: str, language: str) 
 
 
 def test_no_help_page_is_left_over() -> None:
-    expected = {page(node_id, language) for node_id in schemas() for language in LANGUAGES}
-    assert {path for path in DOCS.rglob("*") if path.is_file()} == expected
+    pages = {page(node_id, language) for node_id in schemas() for language in LANGUAGES}
+    # ComfyUI looks for pictures in docs/, whatever the language of the page.
+    shown = {DOCS / name for path in pages for name in PICTURE.findall(path.read_text("utf-8"))}
+    assert {path for path in DOCS.rglob("*") if path.is_file()} == pages | shown
+    assert all(path.stat().st_size < 150_000 for path in shown)
 
 
 @each_node
