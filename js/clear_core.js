@@ -6,6 +6,7 @@ export const PATH = "/qwen_vram/clear";
 export const EVENT = "qwen_vram.cleared";
 export const WAIT_SECONDS = 3; // then the server says when it will be done
 export const LIMIT_MS = 30_000; // then nobody waits for the server any more
+const NOISE_BYTES = 1e6; // what comes and goes by itself
 export const USUAL = "models";
 const SETTING = "QwenVRAM.Clear.Level";
 
@@ -48,6 +49,7 @@ const WORDS = {
     },
     freed: (name, bytes, now) => `${name}: ${bytes} freed${now}`,
     more: (name, bytes, now) => `${name}: ${bytes} more in use${now}`,
+    same: (name, now) => `${name}: nothing freed${now}`,
     unknown: (name) => `${name}: not measurable`,
     now: (bytes) => `, ${bytes} in use`,
     unloaded: (names) => `Unloaded: ${names}`,
@@ -90,6 +92,7 @@ const WORDS = {
     },
     freed: (name, bytes, now) => `${name}：释放了 ${bytes}${now}`,
     more: (name, bytes, now) => `${name}：占用增加了 ${bytes}${now}`,
+    same: (name, now) => `${name}：没有释放${now}`,
     unknown: (name) => `${name}：无法测量`,
     now: (bytes) => `，仍占用 ${bytes}`,
     unloaded: (names) => `已卸载：${names}`,
@@ -188,6 +191,7 @@ function deviceLine({ device, kind, freed_bytes: freed, after }, words) {
   if (!Number.isFinite(freed)) return words.unknown(name);
   const own = [after?.own_bytes, after?.reserved_bytes].find(Number.isFinite);
   const now = own === undefined ? "" : words.now(sizeText(own));
+  if (Math.abs(freed) < NOISE_BYTES) return words.same(name, now);
   return (freed < 0 ? words.more : words.freed)(name, sizeText(Math.abs(freed)), now);
 }
 

@@ -185,7 +185,7 @@ def _left_on_card(figures: Figures, wish: Wish) -> list[Left]:
     """Of what this process holds."""
     device, own = figures.memory.device, figures.memory.own_bytes
     allocated, reserved = figures.allocated_bytes, figures.reserved_bytes
-    loaded = [e.model for e in loaded_models.loaded() if str(e.device) == device]
+    loaded = [patcher for e, patcher in loaded_models.loaded() if str(e.device) == device]
     models = sum(patcher.loaded_size() for patcher in loaded)
     # With dynamic VRAM most weights lie in pages that are not torch's.
     weights = sum(patcher.model.model_loaded_weight_memory for patcher in loaded)

@@ -14,15 +14,16 @@ from ..core.graph_identity import strings_in
 from .environment import LOADED
 
 
-def loaded() -> list[LoadedModel]:
-    """As the list is now; models that nothing refers to any more are left out."""
+def loaded() -> list[tuple[LoadedModel, ModelPatcher]]:
+    """As the list is now, from any thread; models that nothing refers to any more are left out."""
     everything = list(comfy.model_management.current_loaded_models)
-    return [entry for entry in everything if entry.model is not None]
+    alive = [(entry, entry.model) for entry in everything]  # held, or one might go meanwhile
+    return [(entry, patcher) for entry, patcher in alive if patcher is not None]
 
 
 def known() -> list[tuple[LoadedModel, Model]]:
     """The same with what is known of each."""
-    return [(entry, facts(entry)) for entry in loaded()]
+    return [(entry, facts(patcher, str(entry.device))) for entry, patcher in loaded()]
 
 
 def is_loaded(entry: LoadedModel) -> bool:
@@ -30,13 +31,12 @@ def is_loaded(entry: LoadedModel) -> bool:
     return any(entry is other for other in comfy.model_management.current_loaded_models)
 
 
-def facts(entry: LoadedModel) -> Model:
-    """What is known of a loaded model."""
-    patcher = entry.model
+def facts(patcher: ModelPatcher, device: str) -> Model:
+    """What is known of a model that is loaded on this device."""
     files = files_of(patcher)
     name = os.path.basename(files[0]) if files else type(patcher.model).__name__
     size = int(patcher.loaded_size())
-    return Model(name, kind_of(patcher), str(entry.device), size, files)
+    return Model(name, kind_of(patcher), device, size, files)
 
 
 def kind_of(patcher: ModelPatcher) -> str:
@@ -66,6 +66,6 @@ def unload(chosen: list[LoadedModel]) -> None:
     that the rest of the prompt uses is loaded again then. Models that compute on the CPU beside a
     GPU are left alone, as by ComfyUI itself: there is nowhere to move them to.
     """
-    kept = [entry for entry in loaded() if not any(entry is other for other in chosen)]
+    kept = [entry for entry, _ in loaded() if not any(entry is other for other in chosen)]
     for device in comfy.model_management.get_all_torch_devices():
         comfy.model_management.free_memory(1e30, device, kept)

@@ -6,7 +6,7 @@ import { bodyOf, CLEAR_SETTING, clearWords, detailOf, failureOf, knownLevel, nee
 const CARD = {
   device: "cuda:0", kind: "cuda", freed_bytes: 14.2e9, after: { own_bytes: 5.9e9, reserved_bytes: 1 },
 };
-const RAM = { device: "cpu", kind: "cpu", freed_bytes: -1e6, after: { own_bytes: 2e9, reserved_bytes: null } };
+const RAM = { device: "cpu", kind: "cpu", freed_bytes: -2e6, after: { own_bytes: 2e9, reserved_bytes: null } };
 const DONE = {
   done: true,
   level: "models",
@@ -25,12 +25,13 @@ const DONE = {
 test("the answer is told in lines", () => {
   assert.deepEqual(detailOf(DONE, "en").split("\n"), [
     "cuda:0: 14.2 GB freed, 5.9 GB in use",
-    "RAM: 1.0 MB more in use, 2.0 GB in use",
+    "RAM: 2.0 MB more in use, 2.0 GB in use",
     "Unloaded: a.safetensors",
     "Kept, because the workflow needs it: b.safetensors",
     "Still taken: node outputs and other tensors 1.0 GB, unloaded models in RAM (not measurable), " +
       "other programs (RAM) 3.0 GB, Something of a newer version 2.0 MB",
   ]);
+  assert.match(detailOf({ ...DONE, devices: [{ ...RAM, freed_bytes: -4096 }] }, "en"), /^RAM: nothing freed, 2.0 GB/);
   const unknown = { ...DONE, devices: [{ ...CARD, freed_bytes: null }], unloaded: [], kept: [], left: [] };
   assert.equal(detailOf(unknown, "en"), "cuda:0: not measurable\nNo model was loaded in VRAM.");
   assert.match(detailOf(DONE, "zh-TW"), /释放了 14.2 GB，仍占用 5.9 GB/);

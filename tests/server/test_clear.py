@@ -17,7 +17,7 @@ from pack.demo.server import HOST, Server
 from pack.tests.graphs import CLIP, UNET, VAE, text_to_image
 
 PATH = "/qwen_vram/clear"
-STEPS = 120  # about two seconds of sampling
+STEPS = 60  # about a second of sampling
 
 
 def post(server: Server, body: Any, method: str = "POST") -> tuple[int, Any]:
