@@ -15,11 +15,13 @@ from . import (
     provider,
     queue_time,
     routes,
+    warmup,
 )
 
 NODES = [*loaders.NODES, *conditioning.NODES, *image_edit.NODES, *prefill.NODES, *pins.NODES]
 NODES += allocator.NODES
 NODES += clear.NODES
+NODES += warmup.NODES
 
 
 async def start() -> None:
@@ -31,3 +33,4 @@ async def start() -> None:
     pins.register()
     clear.register()
     queue_time.register()
+    warmup.register()

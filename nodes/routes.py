@@ -21,6 +21,7 @@ from .provider import STOCK_NODES
 from .requests import refused
 from .settings import Settings
 from .store import SAVINGS, STORE, set_up
+from .warmup import forget
 
 PATH = "/qwen_vram/conditioning"
 LISTS = "qwen_vram"  # in ComfyUI's temporary folder: lists of prompts that js/prefill.js sent
@@ -60,7 +61,7 @@ def remove(wish: Wish) -> dict[str, Any]:
     if wish.everything:
         pins, failed = DiskTier(PINS.directory, 0).clear(0.0, {})
         answer["pins"] = _size(pins)
-        answer["failed"] += [*failed, *_remove_lists(), *_forget_totals()]
+        answer["failed"] += [*failed, *_remove_lists(), *_forget_totals(), *forget()]
     return answer
 
 

@@ -16,6 +16,7 @@ log = logging.getLogger("qwen_vram")
 FILE = "comfy.settings.json"
 
 KEEP_ALL, KEEP_OURS, KEEP_NOTHING = "all encode nodes", "nodes of Qwen VRAM", "nothing"
+WARM_UP_OFF, WARM_UP_OPENED, WARM_UP_START = "off", "workflow opened", "ComfyUI starts"
 REDIS_VARIABLE = "QWEN_VRAM_REDIS_URL"  # for machines whose settings are not edited by hand
 
 
@@ -29,6 +30,7 @@ class Settings(NamedTuple):
     redis_url: str = ""
     redis_seconds: int = 30 * 86400
     redis_bytes: int = 1_000_000_000
+    warm_up: str = WARM_UP_OFF
 
 
 _read: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {}
@@ -54,6 +56,7 @@ def settings() -> Settings:
         str(url).strip(),
         _number(stored, "RedisDays", 86400, usual.redis_seconds),
         _number(stored, "RedisGB", 10**9, usual.redis_bytes),
+        _warm_up(stored),
     )
 
 
@@ -63,16 +66,29 @@ def _number(stored: dict[str, Any], name: str, unit: int, usual: int) -> int:
         return usual
     if type(value) in (int, float) and 0 <= value < 1e9:
         return int(value * unit)
-    _complain(name, value, "a number of at least 0")
+    _complain(f"QwenVRAM.Conditioning.{name}", value, "a number of at least 0")
     return usual
 
 
 def _keep(stored: dict[str, Any]) -> str:
     keep = stored.get("QwenVRAM.Conditioning.Keep", KEEP_ALL)
     if keep not in (KEEP_ALL, KEEP_OURS, KEEP_NOTHING):
-        _complain("Keep", keep, f"{KEEP_ALL}, {KEEP_OURS} or {KEEP_NOTHING}; nothing is kept")
+        _complain(
+            "QwenVRAM.Conditioning.Keep",
+            keep,
+            f"{KEEP_ALL}, {KEEP_OURS} or {KEEP_NOTHING}; nothing is kept",
+        )
         return KEEP_NOTHING
     return keep
+
+
+def _warm_up(stored: dict[str, Any]) -> str:
+    chosen = stored.get("QwenVRAM.WarmUp.Automatic", WARM_UP_OFF)
+    if chosen in (WARM_UP_OFF, WARM_UP_OPENED, WARM_UP_START):
+        return chosen
+    options = f"{WARM_UP_OFF}, {WARM_UP_OPENED} or {WARM_UP_START}"
+    _complain("QwenVRAM.WarmUp.Automatic", chosen, options)
+    return WARM_UP_OFF
 
 
 def _stored() -> list[dict[str, Any]]:
@@ -105,4 +121,4 @@ _complained: set[str] = set()
 def _complain(name: str, value: Any, wanted: str) -> None:
     if name not in _complained:
         _complained.add(name)
-        log.warning("The setting QwenVRAM.Conditioning.%s is %r, not %s.", name, value, wanted)
+        log.warning("The setting %s is %r, not %s.", name, value, wanted)

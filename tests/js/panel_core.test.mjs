@@ -7,6 +7,7 @@ import {
   daysOf, panelWords, pinRows, placeRows, question, removedText, savedRows, sizeText,
 } from "../../js/panel_core.js";
 import { panelSetting, SETTINGS } from "../../js/settings_core.js";
+import { SETTING as WARM_UP } from "../../js/warmup_core.js";
 
 const read = (path) => readFileSync(new URL(`../../${path}`, import.meta.url), "utf-8");
 const locale = (language, name) => JSON.parse(read(`locales/${language}/${name}.json`));
@@ -21,7 +22,7 @@ const REPORT = {
 
 test("every setting is one that the server reads, in both languages", () => {
   const server = read("nodes/settings.py");
-  for (const { id, name, tooltip, options } of SETTINGS) {
+  for (const { id, name, tooltip, options } of [...SETTINGS, WARM_UP]) {
     const last = id.replace("QwenVRAM.Conditioning.", "");
     assert.ok(server.includes(`"${last}"`) || server.includes(id), `${id} is not read`);
     const key = id.replaceAll(".", "_");
@@ -32,7 +33,7 @@ test("every setting is one that the server reads, in both languages", () => {
     assert.deepEqual(Object.keys(chinese.options ?? {}), (options ?? []).map((o) => o.text));
     for (const option of options ?? []) assert.ok(server.includes(`"${option.value}"`), option.value);
   }
-  const categories = [...SETTINGS, ...ALLOCATOR_SETTINGS, CLEAR_SETTING, panelSetting(() => null)].flatMap((s) => s.category.slice(0, 2));
+  const categories = [...SETTINGS, WARM_UP, ...ALLOCATOR_SETTINGS, CLEAR_SETTING, panelSetting(() => null)].flatMap((s) => s.category.slice(0, 2));
   for (const language of ["en", "zh"]) {
     const known = Object.keys(locale(language, "main").settingsCategories);
     assert.deepEqual(known.sort(), [...new Set(categories)].sort());
@@ -51,7 +52,7 @@ test("the defaults are the server's", () => {
 });
 
 test("every command has its label in both languages", () => {
-  for (const file of ["js/settings.js", "js/prefill.js"]) {
+  for (const file of ["js/settings.js", "js/prefill.js", "js/warmup.js"]) {
     const source = read(file);
     const [, id] = source.match(/"(QwenVRAM\.\w+)";/);
     const key = id.replace(".", "_");

@@ -55,6 +55,15 @@ def test_an_unknown_choice_keeps_nothing(host, module) -> None:
     assert module.settings().keep == module.KEEP_NOTHING
 
 
+def test_the_warm_up_is_off_unless_chosen(host, module, caplog) -> None:
+    path = choose(host)
+    for chosen, expected in (("ComfyUI starts", module.WARM_UP_START), ("sometimes", "off")):
+        path.write_text(json.dumps({"QwenVRAM.WarmUp.Automatic": chosen}))
+        module._read.clear()
+        assert module.settings().warm_up == expected
+    assert caplog.text.count("QwenVRAM.WarmUp.Automatic") == 1
+
+
 def test_with_several_users_the_strictest_choice_counts(host, module, monkeypatch) -> None:
     choose(host, Keep="all encode nodes", DiskGB=1)
     choose(host, "ann_1", Keep="nothing", DiskGB=3)

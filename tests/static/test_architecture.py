@@ -111,4 +111,5 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMPinned",
         "QwenVRAMAllocator",
         "QwenVRAMClear",
+        "QwenVRAMWarmupSink",
     }
