@@ -102,6 +102,12 @@ class SharedRegistry(Generic[Model]):
         with self._lock:
             return list(self._kept)
 
+    def live(self) -> list[tuple[Model, int]]:
+        """Every live model, with the number of handles that nodes hold for it."""
+        with self._lock:
+            found = [(entry.model(), len(entry.handles)) for entry in self._entries.values()]
+        return [(model, count) for model, count in found if model is not None]
+
     def release(self) -> int:
         """Let go of every kept model; what somebody else holds stays. Returns how many."""
         with self._lock:

@@ -14,6 +14,7 @@ from . import (
     prefill,
     provider,
     queue_time,
+    report,
     routes,
     warmup,
 )
@@ -22,6 +23,7 @@ NODES = [*loaders.NODES, *conditioning.NODES, *image_edit.NODES, *prefill.NODES,
 NODES += allocator.NODES
 NODES += clear.NODES
 NODES += warmup.NODES
+NODES += report.NODES
 
 
 async def start() -> None:
@@ -34,3 +36,4 @@ async def start() -> None:
     clear.register()
     queue_time.register()
     warmup.register()
+    report.register()

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
+from ..core.units import size_text as size_text  # for the nodes that show one
 from .store import SAVINGS
 
 CACHE_EVENT = "qwen_vram.cache"
@@ -61,8 +62,3 @@ def announce_partial(why: str, seconds: float, kept: str, saved: float) -> dict[
     facts["seconds_saved"] = saved
     announce(get_executing_context().node_id, **facts)
     return facts
-
-
-def size_text(size_bytes: int) -> str:
-    """A size for people: MB below one GB, else GB (decimal, as shops and ComfyUI's log count)."""
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"

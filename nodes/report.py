@@ -1,0 +1,220 @@
+"""Memory Report: who holds the memory of every device, as a node and as GET /qwen_vram/report."""
+
+from __future__ import annotations
+
+import asyncio
+import io as streams
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from aiohttp import web
+from comfy_api.latest import io, ui
+from comfy_execution.progress import get_progress_state
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+
+from ..core import memory_map, memory_report
+from ..core.graph_identity import is_link
+from .devices import devices
+from .memory_sources import gather, note_contexts
+from .requests import refused
+from .status import shown
+
+PATH = "/qwen_vram/report"
+FORMATS = ("json", "text", "png")
+THEMES = tuple(memory_map.THEMES)
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
+NO_STORE = {"Cache-Control": "no-store"}
+BUSY = "not tried: a prompt runs, and it needs the memory. Ask again when nothing runs."
+ANY = io.MatchType.Template("value")
+
+
+class Report(io.ComfyNode):
+    """Say who holds the memory, at this point of the graph."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See js/docs/QwenVRAMReport.md."""
+        return io.Schema(
+            node_id="QwenVRAMReport",
+            display_name="Memory Report (Qwen VRAM)",
+            category="Qwen VRAM/memory",
+            description=(
+                "Shows who holds the memory of every device: other programs, each model, the "
+                "allocator, and what nobody accounts for. What cannot be measured is said."
+            ),
+            search_aliases=["vram usage", "memory map", "vram debug", "fragmentation", "who holds"],
+            inputs=[
+                io.MatchType.Input(
+                    "value",
+                    ANY,
+                    optional=True,
+                    tooltip=(
+                        "Anything: it is passed on unchanged, so that the report is made at this "
+                        "point of the graph."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "probe",
+                    default=False,
+                    tooltip=(
+                        "Also find the largest allocation that would succeed now, by trying. "
+                        "Gives the allocator's cache back to the driver."
+                    ),
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "theme",
+                    options=list(THEMES),
+                    tooltip="The colours of the picture.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[
+                io.MatchType.Output(ANY, display_name="value"),
+                io.String.Output(display_name="text"),
+                io.String.Output(display_name="json"),
+                io.Image.Output(display_name="picture"),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> float | str:
+        """Report at every run, unless that would make what follows on the wire run again.
+
+        What ComfyUI knows of a node is part of the signature of every node behind it, so a node
+        that always runs has all of them run. With `value` connected to another node this one runs
+        when its input was computed anew, as any other.
+        """
+        context, graph = get_executing_context(), get_progress_state().dynprompt
+        followed = [context.node_id, 0] if context is not None else None
+        for node_id in graph.all_node_ids():
+            links = graph.get_node(node_id)["inputs"].values()
+            if any(is_link(link) and list(link) == followed for link in links):
+                return "on a wire"
+        return float("nan")
+
+    @classmethod
+    def execute(cls, probe: bool, theme: str, value: Any = None) -> io.NodeOutput:
+        """Gather, draw, and pass `value` on."""
+        told = gather(thorough=True, probe=probe)
+        picture = as_image(memory_map.draw(told, theme))
+        result = shown(
+            value, memory_report.text(told), json.dumps(told), picture, text=headline(told)
+        )
+        result.ui = {**result.ui, **ui.PreviewImage(picture, cls=cls).as_dict()}
+        return result
+
+
+def as_image(picture: Any) -> torch.Tensor:
+    """A PIL picture as ComfyUI's IMAGE."""
+    pixels = np.asarray(picture, dtype=np.float32) / 255.0  # (H, W, 3)
+    return torch.from_numpy(pixels)[None]  # HWC -> BHWC
+
+
+def headline(told: Mapping[str, Any]) -> str:
+    """What is shown on the node as text: free memory, and the first finding."""
+    amount = memory_report.amount
+    words = [
+        f"{d['name'] if d['kind'] == 'cpu' else d['device']}: "
+        f"{amount(d['free_bytes'])} free of {amount(d['total_bytes'])}"
+        for d in told["devices"]
+    ]
+    if told["findings"]:
+        first = told["findings"][0]
+        words.append(f"{first['text']} {first['action']}")
+    return " · ".join(words)
+
+
+# -------------------------------------------------------------------------------------- the route
+class Wish(NamedTuple):
+    """What a request asks for."""
+
+    format: str = "json"
+    theme: str = THEMES[0]
+    device: str | None = None
+    probe: bool = False
+    fragments: bool = False
+
+
+def wish_of(query: Mapping[str, str]) -> Wish:
+    """Read the query of a request. Raises ValueError with a sentence."""
+    unknown = query.keys() - set(Wish._fields)
+    if unknown:
+        known = ", ".join(Wish._fields)
+        raise ValueError(f"{min(unknown)[:80]} is not known: use {known}, or nothing.")
+    names = [str(device) for device in devices()]
+    wish = Wish(
+        _one_of(query, "format", FORMATS, FORMATS[0]),
+        _one_of(query, "theme", THEMES, THEMES[0]),
+        _one_of(query, "device", names, None),
+        _flag(query, "probe"),
+        _flag(query, "fragments"),
+    )
+    if "theme" in query and wish.format != "png":
+        raise ValueError("theme is only for format=png.")
+    return wish
+
+
+def _one_of(query: Mapping[str, str], name: str, known: Any, usual: Any) -> Any:
+    value = query.get(name, usual)
+    if value is not usual and value not in known:
+        raise ValueError(f"{name} must be one of: {', '.join(known)}.")
+    return value
+
+
+def _flag(query: Mapping[str, str], name: str) -> bool:
+    found = _FLAGS.get(query.get(name, "false").lower())
+    if found is None:
+        raise ValueError(f"{name} must be true or false.")
+    return found
+
+
+def answer(wish: Wish) -> dict[str, Any]:
+    """The report; a probe is only tried while nothing runs, and then nothing starts either."""
+    if not wish.probe:
+        return gather(wish.fragments, False, wish.device)
+    queue = PromptServer.instance.prompt_queue
+    with queue.mutex:  # the worker takes its next prompt under it
+        busy = bool(queue.currently_running)
+        told = gather(wish.fragments, not busy, wish.device)
+    for device in told["devices"] if busy else ():
+        device["largest_allocation"] = memory_report.Probe(None, BUSY)._asdict()
+    return told
+
+
+def _png(told: dict[str, Any], theme: str) -> bytes:
+    stream = streams.BytesIO()
+    memory_map.draw(told, theme).save(stream, "PNG")
+    return stream.getvalue()
+
+
+async def get_report(request: web.Request) -> web.Response:
+    """GET: the report as JSON, text or picture."""
+    refusal = refused(request)
+    if refusal is not None:
+        return refusal
+    try:
+        wish = wish_of(request.query)
+    except ValueError as error:
+        return web.json_response({"error": str(error)}, status=400)
+    told = await asyncio.to_thread(answer, wish)
+    if wish.format == "png":
+        body = await asyncio.to_thread(_png, told, wish.theme)
+        return web.Response(body=body, content_type="image/png", headers=NO_STORE)
+    if wish.format == "text":
+        return web.Response(text=memory_report.text(told), headers=NO_STORE)
+    return web.json_response(told, headers=NO_STORE)
+
+
+def register() -> None:
+    """Serve the report, and note what CUDA itself takes; called when the pack is loaded."""
+    note_contexts()
+    PromptServer.instance.routes.get(PATH)(get_report)
+
+
+NODES = [Report]

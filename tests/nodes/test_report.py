@@ -1,0 +1,217 @@
+"""The memory report in the real ComfyUI on the CPU: figures, the node, what runs again."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import types
+from typing import Any
+
+import pytest
+import torch
+from pack.tests.graphs import CLIP, VAE, encode, loader, node, preview
+
+
+@pytest.fixture
+def sources(fresh) -> types.ModuleType:
+    """nodes/memory_sources.py of the loaded pack, with nothing seen before."""
+    fresh.part("nodes.memory_models")._seen.clear()
+    return fresh.part("nodes.memory_sources")
+
+
+def graph(**more: Any) -> dict[str, Any]:
+    """A loader and an encoding, so that a model is in use."""
+    return {"clip": loader("TextEncoder", CLIP), "e": encode("a fox", cache="off"), **more}
+
+
+def report_node(*value: Any, **inputs: Any) -> dict[str, Any]:
+    """Our node, on a wire if there is a value."""
+    wire = {"value": list(value)} if value else {}
+    return node("QwenVRAMReport", **{"probe": False, "theme": "dark", **inputs, **wire})
+
+
+def told_by(run: Any, name: str = "report") -> dict[str, Any]:
+    """The report in the node's output json."""
+    return json.loads(run.outputs[name][2][0])
+
+
+def named(told: dict[str, Any], start: str) -> list[dict[str, Any]]:
+    """The models whose names start so."""
+    return [m for m in told["models"] if m["name"].startswith(start)]
+
+
+def test_ram_is_the_one_device_and_its_parts_add_up(sources) -> None:
+    told = sources.gather()
+    (ram,) = told["devices"]
+    assert (ram["device"], ram["kind"], ram["allocator"]) == ("cpu", "cpu", None)
+    assert sum(part["bytes"] for part in ram["parts"]) == ram["total_bytes"]
+    by_id = {part["id"]: part["bytes"] for part in ram["parts"]}
+    assert by_id["unexplained"] == 0 and by_id["process"] > 100e6 and by_id["free"] > 0
+
+
+def test_what_this_process_takes_in_ram_is_seen(host) -> None:
+    devices, cpu = host.part("nodes.devices"), torch.device("cpu")
+    before = devices.device_memory(cpu)
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    after = devices.device_memory(cpu)
+    assert after.own_bytes - before.own_bytes == pytest.approx(block.nbytes, rel=0.2)
+    assert after.other_bytes == after.used_bytes - after.own_bytes
+
+
+def test_models_are_listed_with_file_dtype_and_bytes(fresh, sources) -> None:
+    fresh.run(graph(**preview("e")))
+    (clip,) = named(sources.gather(), CLIP[:8])
+    assert clip["file"] == CLIP and clip["kind"] == "text encoder"
+    assert (clip["device"], clip["dtype"]) == ("cpu", "bf16")
+    assert clip["bytes"] == clip["resident_bytes"] == clip["ram_bytes"] + clip["mapped_bytes"] > 1e6
+    assert clip["shared_with"] == 0 and clip["duplicate_of"] is None and clip["needed"] is None
+
+
+def test_nodes_that_share_one_model_are_counted(fresh, sources) -> None:
+    second = loader("TextEncoder", CLIP, keep_loaded=True)
+    fresh.run(graph(clip2=second, e2=encode("b", "clip2", "off"), **preview("e", "e2")))
+    (clip,) = named(sources.gather(), CLIP[:8])
+    assert clip["shared_with"] == 1
+
+
+def test_two_loaders_of_one_file_that_do_not_share_are_two_copies(fresh, sources) -> None:
+    graph = {
+        "ours": loader("VAE", VAE),
+        "stock": node("VAELoader", vae_name=VAE),
+        "image": node("EmptyImage", width=64, height=64, batch_size=1, color=0),
+    }
+    for name in ("ours", "stock"):
+        graph[f"encode_{name}"] = node("VAEEncode", pixels=["image", 0], vae=[name, 0])
+        graph[f"decode_{name}"] = node("VAEDecode", samples=[f"encode_{name}", 0], vae=[name, 0])
+        graph[f"shown_{name}"] = node("PreviewImage", images=[f"decode_{name}", 0])
+    fresh.run(graph)
+    told = sources.gather()
+    first, second = named(told, VAE.partition(".")[0])
+    assert first["duplicate_of"] is None and second["duplicate_of"] == first["name"]
+    assert second["name"].endswith("#2") and first["kind"] == "VAE"
+    (finding,) = [f for f in told["findings"] if f["id"] == "duplicate_vae"]
+    assert finding["command"] == "QwenVRAM.MergeLoaders" and finding["saves_bytes"] > 0
+
+
+def test_a_model_that_is_only_in_ram_is_found_on_demand(fresh, sources) -> None:
+    graph = {"vae": node("VAELoader", vae_name=VAE), "out": node("PreviewAny", source=["vae", 0])}
+    run, name = fresh.run(graph), VAE.partition(".")[0]  # nothing has computed with it yet
+    assert not named(sources.gather(), name)
+    (vae,) = named(sources.gather(thorough=True), name)
+    assert vae["kind"] == "VAE" and vae["ram_bytes"] + vae["mapped_bytes"] > 1e5
+    assert named(sources.gather(), name)  # known from now on
+    del run
+    fresh.restart()
+    assert not named(sources.gather(), name)
+
+
+def test_what_is_mapped_from_a_file_is_not_counted_as_held(fresh, sources) -> None:
+    models = fresh.part("nodes.memory_models")
+    model = torch.nn.Linear(512, 512, bias=False)
+    storage = model.weight.untyped_storage()
+    storage._comfy_tensor_mmap_refs = ("as comfy.utils marks it",)
+    weights = models._measure(_patcher(fresh, model), ())
+    assert (weights.mapped, weights.on) == (512 * 512 * 4, {})
+
+
+def _patcher(fresh, model: torch.nn.Module) -> Any:
+    import comfy.model_patcher
+
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+
+
+def test_the_prompt_cache_is_a_part(fresh, sources) -> None:
+    fresh.run({**graph(), "e": encode("kept", cache="memory"), **preview("e")})
+    (ram,) = sources.gather()["devices"]
+    (pack,) = [part for part in ram["parts"] if part["id"] == "pack"]
+    assert pack["bytes"] == fresh.store.memory_usage().bytes > 0
+
+
+def test_gathering_is_quick_once_models_are_known(fresh, sources) -> None:
+    fresh.run(graph(**preview("e")))
+    sources.gather()
+    seconds = []
+    for _ in range(9):
+        start = time.perf_counter()
+        sources.gather()
+        seconds.append(time.perf_counter() - start)
+    assert sorted(seconds)[4] < 0.05  # a panel asks every second; usual are 1 to 2 ms
+
+
+def test_probing_is_not_tried_in_ram(sources) -> None:
+    (ram,) = sources.gather(probe=True)["devices"]
+    assert ram["largest_allocation"]["bytes"] is None
+    assert ram["largest_allocation"]["note"].startswith("not tried: an operating system promises")
+
+
+@pytest.mark.parametrize("room", [0, 5 << 20, 3_000_000_001, 40_000_000_000])
+def test_the_probe_halves_its_way_to_the_largest_that_fits(sources, room: int) -> None:
+    bound, tried = 40_000_000_000, []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= room
+
+    found = sources._largest(fits, bound)
+    assert room - sources.PROBE_BYTES <= found <= room and len(tried) < 16
+
+
+# --------------------------------------------------------------------------------------- the node
+def test_the_node_passes_the_very_object_on_and_draws(fresh, sources) -> None:
+    run = fresh.run(graph(report=report_node("e", 0), **preview("report")))
+    value, text, data, picture = (output[0] for output in run.outputs["report"])
+    assert value is run.outputs["e"][0][0]
+    told = json.loads(data)
+    assert told["running"] in (True, False) and text == _core(fresh).text(told)
+    assert (
+        picture.shape[0] == 1 and picture.shape[2:] == (800, 3) and picture.dtype == torch.float32
+    )
+    assert 0 <= float(picture.min()) < float(picture.max()) <= 1
+    shown = run.ui["report"]
+    assert shown["qwen_vram"][0]["text"].startswith("RAM: ") and len(shown["images"]) == 1
+    path = os.path.join(fresh.folder_paths.get_temp_directory(), shown["images"][0]["filename"])
+    assert os.path.getsize(path) > 1000
+
+
+def _core(fresh) -> types.ModuleType:
+    return fresh.part("core.memory_report")
+
+
+def test_the_node_works_alone_and_the_themes_differ(fresh) -> None:
+    run = fresh.run({"dark": report_node(), "light": report_node(theme="light", probe=True)})
+    dark, light = run.outputs["dark"][3][0], run.outputs["light"][3][0]
+    assert run.outputs["dark"][0][0] is None
+    assert dark.mean() < 0.4 < 0.6 < light.mean()
+
+
+def test_at_the_end_of_a_graph_it_reports_at_every_run(fresh) -> None:
+    work = graph(report=report_node("e", 0), **preview("e"))
+    fresh.run(work)
+    again = fresh.run(work)
+    assert again.executed == ["report"]
+
+
+def test_on_a_wire_it_makes_nothing_run_again(fresh) -> None:
+    work = graph(report=report_node("e", 0), **preview("report"))
+    fresh.run(work)
+    assert fresh.run(work).executed == []
+    changed = {**work, "e": encode("another", cache="off")}
+    assert fresh.run(changed).executed == ["e", "report", "out_report"]
+
+
+def test_its_text_is_made_anew_for_a_node_that_shows_it(fresh) -> None:
+    work = {"report": report_node(), "shown": node("PreviewAny", source=["report", 1])}
+    fresh.run(work)
+    assert fresh.run(work).executed == ["report", "shown"]
+
+
+def test_results_that_nodes_keep_are_a_part_while_a_prompt_runs(fresh, sources) -> None:
+    fresh.restart("RAM_PRESSURE")
+    picture = node("EmptyImage", width=1024, height=1024, batch_size=1, color=7)
+    run = fresh.run({"image": picture, "report": report_node("image", 0)})
+    (ram,) = told_by(run)["devices"]
+    sizes = {part["id"]: part["bytes"] for part in ram["parts"]}
+    assert sizes["outputs"] >= 1024 * 1024 * 3 * 4
+    assert "outputs" not in {part["id"] for part in sources.gather()["devices"][0]["parts"]}
