@@ -119,6 +119,7 @@ class _Sheet:
 
     def fitting(self, text: str, size: int, width: float) -> str:
         """As much of a text as has room, with dots in its middle: both ends of a name matter."""
+        text = " ".join(text.split())  # a file's name may hold a line break
         if self.pen.textlength(text, _font(size)) <= width:
             return text
         for kept in range(len(text) - 1, 1, -1):
