@@ -188,10 +188,11 @@ def _draw_bar(
 def _hatch(sheet: _Sheet, box: tuple[int, int, int, int]) -> None:
     """Stripes, so that no colour has to be told apart."""
     left, top, right, bottom = box
-    for start in range(left - BAR, right, 14):
-        x0, x1 = max(start, left), min(start + BAR, right)
+    height = bottom - top
+    for start in range(left - height, right, 14 if height == BAR else 9):
+        x0, x1 = max(start, left), min(start + height, right)
         if x1 > x0:
-            line = (x0, bottom - (x0 - start), x1, bottom - (x1 - start))
+            line = (x0, top + (x0 - start), x1, top + (x1 - start))
             sheet.pen.line(line, sheet.theme.ground, 3)
 
 
