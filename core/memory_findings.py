@@ -111,7 +111,7 @@ def _fragments(device: Device) -> Iterator[Finding]:
     allocator, pieces = device.allocator, device.fragments
     if allocator is None or allocator.inactive_split is None:
         return
-    least = max(GB // 2, (device.total or 0) // 20)
+    least = max(GB // 2, (device.total or 0) // 40)
     restart = (
         "Restart ComfyUI without --disable-cuda-malloc, so that the driver's cudaMallocAsync "
         "manages the memory."
@@ -168,8 +168,8 @@ def _unexplained(device: Device, models: Sequence[Model]) -> Iterator[Finding]:
         yield Finding(
             "unexplained",
             "info",
-            f"Nobody accounts for {size_text(rest)} of {device.device}: libraries, or a custom "
-            "node that takes memory past torch.",
+            f"Nobody accounts for {size_text(rest)} of {device.device}: libraries, a custom node "
+            f"that takes memory past torch{', or another program' if device.own is None else ''}.",
             "If it grows from run to run, restart ComfyUI with fewer custom nodes to find it.",
         )
     else:

@@ -22,6 +22,7 @@ MODEL_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00
 OTHER_COLOURS = {
     "other_processes": "#7A7A7A",
     "rest": "#7A7A7A",
+    "others_at_start": "#7A7A7A",
     "unknown": "#7A7A7A",
     "process": "#A58F7A",
     "context": "#9C9CB4",

@@ -15,6 +15,8 @@ from .units import size_text
 
 VERSION = 1
 NOT_MEASURABLE = "not measurable"
+AT_START = "as measured when ComfyUI started"
+SINCE_START = "others_at_start"
 OTHERS = {
     "cpu": "Other processes and the system",
     "mps": "Other processes, and ComfyUI's own RAM",  # one memory for both
@@ -85,7 +87,8 @@ class Probe(NamedTuple):
 class Device:
     """One device as the driver and the allocator tell it. Bytes; `why` as in nodes/devices.py.
 
-    `context` is what CUDA and its libraries took before anything was allocated.
+    `context` is what CUDA and its libraries took before anything was allocated; where the driver
+    does not tell what is ours, `at_start` is what they and other processes took then.
     """
 
     device: str
@@ -100,6 +103,7 @@ class Device:
     fragments: Fragments | None = None
     holdings: Sequence[Holding] = ()
     context: int | None = None
+    at_start: int | None = None
     probe: Probe | None = None
 
     @property
@@ -131,9 +135,14 @@ def parts(device: Device, models: Sequence[Model]) -> list[Part]:
     rest = None
     if device.total is not None and not {"rest", "unknown"} & {part.id for part in found}:
         rest = device.total - (device.free or 0) - known
-    found.append(Part("unexplained", "Unexplained", rest))
+    found.append(Part("unexplained", "Unexplained", rest, _rest_detail(found)))
     label = "Free" if device.kind != "cpu" else "Free, or file cache that gives way"
     return [*found, Part("free", label, device.free)]
+
+
+def _rest_detail(found: Sequence[Part]) -> str:
+    since = any(part.id == SINCE_START for part in found)
+    return "and what other processes took since ComfyUI started" if since else ""
 
 
 def _part(holding: Holding) -> Part:
@@ -206,22 +215,25 @@ def _other_parts(device: Device, ours: int) -> list[Part]:
             found.append(Part("unknown", label, device.total - ours))
         return found
     if device.own is None:
-        if device.used > ours:
-            found.append(Part("rest", _rest_label(device), device.used - ours))
-        return found
+        return [*found, *_rest_parts(device, ours)]
     if device.other is not None:
         found.append(
             Part("other_processes", OTHERS.get(device.kind, "Other processes"), device.other)
         )
     if device.context is not None:
-        detail = "as measured when ComfyUI started"
-        found.append(Part("context", "CUDA context and libraries", device.context, detail))
+        found.append(Part("context", "CUDA context and libraries", device.context, AT_START))
     return found
 
 
-def _rest_label(device: Device) -> str:
+def _rest_parts(device: Device, ours: int) -> list[Part]:
+    """Others and the context in one: what they took at the start, or else all that is left."""
     context = "CUDA context" if device.kind == "cuda" else "driver"
-    return f"Other processes, {context} and unexplained"
+    if device.at_start is not None:
+        label = f"Other processes and {context}"
+        return [Part(SINCE_START, label, device.at_start, AT_START)]
+    if device.used is None or device.used <= ours:
+        return []
+    return [Part("rest", f"Other processes, {context} and unexplained", device.used - ours)]
 
 
 # ------------------------------------------------------------------------------------ the report

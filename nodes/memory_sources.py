@@ -35,7 +35,7 @@ MOVING = "ComfyUI is loading or moving it right now; ask again."
 PROBE_BYTES = 16 << 20  # close enough
 
 FINDERS: list[Callable[[], list[Finding]]] = []  # more findings, such as the allocator's doctor's
-_contexts: dict[str, int] = {}
+_at_start: dict[str, tuple[int | None, int | None]] = {}  # of ours, of all: without the allocator
 _probing = threading.Lock()
 
 
@@ -44,12 +44,16 @@ def running() -> bool:
     return bool(PromptServer.instance.prompt_queue.get_current_queue_volatile()[0])
 
 
-def note_contexts() -> None:
-    """Note what CUDA's context takes: what the driver counts for us before anything is loaded."""
-    for device in devices():
-        memory = device_memory(device)
-        if device.type == "cuda" and memory.own_bytes is not None:
-            _contexts[str(device)] = memory.own_bytes - torch.cuda.memory_reserved(device)
+def note_start() -> None:
+    """Note what the driver counts before anything is loaded: CUDA's context, and others."""
+    for device in devices()[:-1]:
+        memory, allocator = device_memory(device), _allocator(device, None)
+        reserved = allocator.reserved if allocator is not None else 0
+        own, used = memory.own_bytes, memory.used_bytes
+        _at_start[str(device)] = (
+            None if own is None else own - reserved,
+            None if used is None or device.type == "mps" else used - reserved,
+        )
 
 
 def gather(thorough: bool = False, probe: bool = False, only: str | None = None) -> dict[str, Any]:
@@ -93,7 +97,7 @@ def _device(device: torch.device, thorough: bool, probe: bool) -> Device:
         _allocator(device, pieces),
         pieces,
         tuple(holding for holding in _holdings(device) if holding.bytes),
-        _contexts.get(str(device)),
+        *_at_start.get(str(device), (None, None)),
         probed,
     )
 

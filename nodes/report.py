@@ -19,7 +19,7 @@ from server import PromptServer
 from ..core import memory_map, memory_report
 from ..core.graph_identity import is_link
 from .devices import devices
-from .memory_sources import gather, note_contexts
+from .memory_sources import gather, note_start
 from .requests import refused
 from .status import shown
 
@@ -213,7 +213,7 @@ async def get_report(request: web.Request) -> web.Response:
 
 def register() -> None:
     """Serve the report, and note what CUDA itself takes; called when the pack is loaded."""
-    note_contexts()
+    note_start()
     PromptServer.instance.routes.get(PATH)(get_report)
 
 

@@ -111,6 +111,16 @@ def test_without_figures_of_one_process_others_and_context_are_one_part() -> Non
     assert not {"other_processes", "context"} & parts.keys()
 
 
+def test_what_others_took_at_the_start_leaves_the_growth_as_unexplained() -> None:
+    device = card(own=None, other=None, at_start=1_500 * MB)
+    parts = memory_report.parts(device, [TRANSFORMER, VAE])
+    by_id = {part.id: part for part in parts}
+    assert by_id["others_at_start"].bytes == 1_500 * MB and by_id["unexplained"].bytes == 120 * MB
+    assert "since ComfyUI started" in by_id["unexplained"].detail
+    grown = found(card(own=None, other=None, at_start=GB), models=(TRANSFORMER, VAE))
+    assert "or another program." in grown["unexplained"].text
+
+
 def test_without_the_driver_only_the_total_and_what_we_hold_are_known() -> None:
     parts = sizes(card(used=None, own=None, other=None), TRANSFORMER)
     assert parts["free"] is None and parts["unexplained"] is None
@@ -262,6 +272,7 @@ devices = st.builds(
     fragments=st.none() | st.builds(Fragments, some, some, some, some, some),
     holdings=st.lists(st.builds(Holding, st.just("pack"), names, some, st.booleans()), max_size=2),
     context=maybe,
+    at_start=maybe,
     probe=st.none() | st.builds(Probe, maybe, names),
 )
 

@@ -262,8 +262,30 @@ class Gated(TextList):
         return (threading.current_thread().name,)
 
 
+class FragmentHeap(TextList):
+    """Leaves a card's memory full of holes: every second of many tensors lives on."""
+
+    OUTPUT_IS_LIST = (False,)
+    OUTPUT_NODE = True
+    live: list = []
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"pieces": ("INT",), "piece_mb": ("INT",)}}
+
+    def run(self, pieces, piece_mb):
+        size = piece_mb * 1_000_000
+        FragmentHeap.live = []
+        whole = torch.empty(pieces * size, dtype=torch.uint8, device="cuda")
+        del whole  # torch's own allocator keeps it in one piece, and cuts the next ones from it
+        every = [torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(pieces)]
+        FragmentHeap.live = every[::2]
+        return ("done",)
+
+
 CLASSES = (
     Gated,
+    FragmentHeap,
     FolderImage,
     FileText,
     ExpandStock,
