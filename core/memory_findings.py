@@ -12,8 +12,8 @@ GB = 1_000_000_000
 UNEXPLAINED_BYTES = 300_000_000
 MERGE, CLEAR_CACHE, CLEAR_MODELS = (
     "QwenVRAM.MergeLoaders",
-    "QwenVRAM.Clear.cache",
-    "QwenVRAM.Clear.models",
+    "QwenVRAM.Clear.Cache",
+    "QwenVRAM.Clear.Models",
 )
 
 

@@ -69,7 +69,7 @@ class Key(NamedTuple):
 def text_key(text: str, link: Any, dynprompt: Any) -> Key:
     """The key of `text`, encoded by the text encoder behind `link`. Raises NotCacheable."""
     host = upstream.host_of(dynprompt)
-    identity = identify_upstream(link, host)
+    identity = identify_upstream(upstream.origin(link, dynprompt), host)
     _note_embeddings(identity, [text])
     parts = {"text": digest(KEY_VERSION, text), **_parts_of("clip", identity)}
     return _key(parts, identity)
@@ -81,6 +81,7 @@ def picture_key(made: dict[str, Any], link: Any, name: str, dynprompt: Any) -> K
     `made` has the names that explain a miss; a miss is explained by entries of the same "text".
     `name` is the input that `link` belongs to. Raises NotCacheable.
     """
+    link = upstream.origin(link, dynprompt)
     identity = identify_upstream(link, upstream.host_of(dynprompt))
     _note_embeddings(identity, strings_in(made))
     own = {part: digest(KEY_VERSION, value) for part, value in made.items()}
@@ -109,7 +110,7 @@ def node_key(node_id: str, dynprompt: Any) -> Key:
     widgets = {n: canonical(v, n) for n, v in inputs.items() if not is_link(v)}
     own = [node["class_type"], facts.package, facts.fingerprint, widgets]
     parts = {"text": digest(KEY_VERSION, own)}
-    links = {name: value for name, value in inputs.items() if is_link(value)}
+    links = {n: upstream.origin(v, dynprompt) for n, v in inputs.items() if is_link(v)}
     for name in sorted(links, key=lambda n: (n in _MODELS, n)):
         identity = identify_upstream(links[name], host)
         taken = name in _TAKEN or name.startswith(_TAKEN_BEGINNINGS)

@@ -35,6 +35,8 @@ ANY = io.MatchType.Template("value")
 class Report(io.ComfyNode):
     """Say who holds the memory, at this point of the graph."""
 
+    HANDS_ON = "value"  # as its first output: the prompt cache looks through it
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         """See js/docs/QwenVRAMReport.md."""

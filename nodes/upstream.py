@@ -39,7 +39,33 @@ _NO_MODELS = {"custom_nodes", "configs"}
 def host_of(dynprompt: DynamicPrompt) -> Host:
     """Answer about the graph that runs now; each question is looked into once."""
     facts = functools.cache(lambda node_id: class_facts(node_id, dynprompt.get_node(node_id)))
-    return Host(dynprompt.get_node, lambda node_id, _: facts(node_id), functools.cache(files_named))
+
+    @functools.cache
+    def node(node_id: str) -> dict[str, Any]:
+        """A node with its links as they count."""
+        found = dynprompt.get_node(node_id)
+        inputs = {name: origin(value, dynprompt) for name, value in found["inputs"].items()}
+        return {**found, "inputs": inputs}
+
+    return Host(node, lambda node_id, _: facts(node_id), functools.cache(files_named))
+
+
+def origin(link: Any, dynprompt: DynamicPrompt) -> Any:
+    """Where a linked value really comes from: past nodes of ours that only hand it on.
+
+    Such a node's other outputs say something else at every run, and class_facts refuses them.
+    """
+    seen = set()
+    while is_link(link) and link[1] == 0 and link[0] not in seen:
+        seen.add(link[0])
+        node = dynprompt.get_node(link[0])
+        cls = comfy_nodes.NODE_CLASS_MAPPINGS[node["class_type"]]
+        ours = cls.__module__.startswith(f"{__package__}.")
+        name = getattr(cls, "HANDS_ON", None) if ours else None
+        if name is None or not is_link(node["inputs"].get(name)):
+            return link
+        link = node["inputs"][name]
+    return link
 
 
 def class_facts(node_id: str, node: dict[str, Any]) -> ClassFacts:

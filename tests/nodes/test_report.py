@@ -215,3 +215,27 @@ def test_results_that_nodes_keep_are_a_part_while_a_prompt_runs(fresh, sources) 
     sizes = {part["id"]: part["bytes"] for part in ram["parts"]}
     assert sizes["outputs"] >= 1024 * 1024 * 3 * 4
     assert "outputs" not in {part["id"] for part in sources.gather()["devices"][0]["parts"]}
+
+
+# ------------------------------------------------------------------------------- the prompt cache
+def test_the_prompt_cache_looks_through_it(fresh) -> None:
+    fresh.run({"clip": loader("TextEncoder", CLIP), "e": encode("a fox"), **preview("e")})
+    fresh.restart()
+    work = {
+        "clip": loader("TextEncoder", CLIP),
+        "report": report_node("clip", 0),
+        "e": encode("a fox", "report"),
+        **preview("e"),
+    }
+    assert fresh.run(work, ["out_e"]).status("e")["result"] == "hit"
+
+
+def test_a_text_of_the_report_is_never_taken_from_the_prompt_cache(fresh) -> None:
+    work = {
+        "clip": loader("TextEncoder", CLIP),
+        "report": report_node(),
+        "e": node("CLIPTextEncode", clip=["clip", 0], text=["report", 1]),
+        **preview("e"),
+    }
+    fresh.run(work)
+    assert fresh.store.in_memory().entries == 0
