@@ -158,6 +158,22 @@ def test_the_probe_halves_its_way_to_the_largest_that_fits(sources, room: int) -
     assert room - sources.PROBE_BYTES <= found <= room and len(tried) < 16
 
 
+@pytest.mark.parametrize("backend", ["native", "cudaMallocAsync"])
+def test_what_an_allocator_cannot_tell_is_none_with_the_reason(
+    sources, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    names = ("allocated_bytes", "reserved_bytes", "inactive_split_bytes")
+    stats = {f"{name}.all.current": size for name, size in zip(names, (5, 9, 0), strict=True)}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    told = sources._allocator(torch.device("cuda", 0), None)
+    assert told[:3] == (backend, 5, 9) and told.largest_free_block is None
+    if backend == "native":
+        assert told.inactive_split == 0 and "?fragments=true" in told.why["largest_free_block"]
+    else:
+        assert told.inactive_split is None and "no list of blocks" in told.why["inactive_split"]
+
+
 # --------------------------------------------------------------------------------------- the node
 def test_the_node_passes_the_very_object_on_and_draws(fresh, sources) -> None:
     run = fresh.run(graph(report=report_node("e", 0), **preview("report")))
