@@ -35,10 +35,12 @@ class Ram(NamedTuple):
     pinned: int = 0
 
 
-def findings(devices: Sequence[Device], models: Sequence[Model], ram: Ram) -> list[Finding]:
-    """Everything that stands out, the worst first."""
+def findings(
+    devices: Sequence[Device], models: Sequence[Model], ram: Ram, more: Sequence[Finding] = ()
+) -> list[Finding]:
+    """Everything that stands out, and what others found, the worst first."""
     models = named_apart(models)
-    found = [*_duplicates(models), *_unneeded(models)]
+    found = [*more, *_duplicates(models), *_unneeded(models)]
     for device in devices:
         found += _of_the_ram(device, ram) if device.kind == "cpu" else _of_a_card(device)
         found += _unexplained(device, models)

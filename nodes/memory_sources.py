@@ -17,6 +17,7 @@ from ..core import memory_report
 from ..core.fragments import Fragments, fragments
 from ..core.memory_findings import Finding, Ram, findings
 from ..core.memory_report import Allocator, Device, Holding, Probe
+from . import allocator
 from .devices import device_memory, devices
 from .memory_models import models
 from .store import STORE
@@ -34,7 +35,6 @@ NOT_ASKED = "only asked for on demand, since it takes long: ?fragments=true, or 
 MOVING = "ComfyUI is loading or moving it right now; ask again."
 PROBE_BYTES = 16 << 20  # close enough
 
-FINDERS: list[Callable[[], list[Finding]]] = []  # more findings, such as the allocator's doctor's
 _at_start: dict[str, tuple[int | None, int | None]] = {}  # of ours, of all: without the allocator
 _probing = threading.Lock()
 
@@ -47,8 +47,8 @@ def running() -> bool:
 def note_start() -> None:
     """Note what the driver counts before anything is loaded: CUDA's context, and others."""
     for device in devices()[:-1]:
-        memory, allocator = device_memory(device), _allocator(device, None)
-        reserved = allocator.reserved if allocator is not None else 0
+        memory, torchs = device_memory(device), _allocator(device, None)
+        reserved = torchs.reserved if torchs is not None else 0
         own, used = memory.own_bytes, memory.used_bytes
         _at_start[str(device)] = (
             None if own is None else own - reserved,
@@ -67,7 +67,8 @@ def gather(thorough: bool = False, probe: bool = False, only: str | None = None)
     if moving and told:
         last = told[-1]
         told[-1] = Device(**{**vars(last), "why": {**last.why, f"{moving} of the models": MOVING}})
-    found = [*findings(told, known, _ram()), *(f for finder in FINDERS for f in finder())]
+    doctor = [Finding(*finding) for finding in allocator.diagnosis().findings]
+    found = findings(told, known, _ram(), doctor)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     time = now.replace("+00:00", "Z")
     return memory_report.report(told, known, [f._asdict() for f in found], time, running())

@@ -210,6 +210,13 @@ def test_a_calm_machine_has_no_findings() -> None:
     assert "Nothing stands out." in memory_report.text(told(RAM))
 
 
+def test_what_others_found_is_sorted_in() -> None:
+    more = [Finding("allocator", "warning", "It does harm.", "Remove it.")]
+    full = Device(**{**vars(RAM), "used": 34 * GB, "other": 21_400 * MB})
+    listed = memory_findings.findings([full], [], Ram(pinned=30 * GB), more)
+    assert [finding.id for finding in listed] == ["ram_full", "allocator", "pinned"]
+
+
 def test_the_worst_comes_first() -> None:
     full = Device(**{**vars(RAM), "used": 34 * GB})
     severities = [
