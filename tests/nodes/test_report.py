@@ -254,4 +254,4 @@ def test_a_text_of_the_report_is_never_taken_from_the_prompt_cache(fresh) -> Non
         **preview("e"),
     }
     fresh.run(work)
-    assert fresh.store.in_memory().entries == 0
+    assert fresh.store.memory_usage().entries == 0
