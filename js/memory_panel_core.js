@@ -1,0 +1,270 @@
+// The memory panel: a report as ComfyUI's server sends it -> what is drawn; and when to ask for
+// the next. The reply is not believed: it may be broken, huge or hostile. Pure: no DOM, no app.
+import { wordsOf } from "./badges_core.js";
+
+const WORDS = {
+  en: {
+    title: "Memory", running: "A workflow is running.", idle: "Nothing is running.",
+    devices: "Devices", models: "Models", findings: "Findings", actions: "Actions",
+    use: (used, total) => `${used} of ${total} in use`,
+    useUnknown: (total) => `${total} in all; what is in use is not measurable`,
+    unknown: "not measurable", notMeasurable: (count) => `Not measurable: ${count}`,
+    model: "Model", places: "on its device", ram: (size) => `RAM: ${size}`,
+    of: (part, whole) => `${part} of ${whole}`, pinned: (size) => `${size} pinned`,
+    mapped: (size) => `${size} only mapped from the file`,
+    shared: (count) => `shared with ${count} more`, duplicate: (name) => `second copy of ${name}`,
+    noModels: "ComfyUI holds no model.", noFindings: "Nothing to do.",
+    saves: (size) => `about ${size}`, run: "Do it",
+    severities: { problem: "Problem", warning: "Warning", info: "Note" },
+    probe: "Probe the largest allocation", probing: "Probing ...",
+    probeTitle: "Allocates memory for a moment to find the largest block that can be had now. Not while a workflow runs.",
+    largest: (name, size, note) => `${name}: the largest allocation that succeeds now is ${size}. ${note}`.trim(),
+    noProbe: "ComfyUI told no largest allocation: there is no device but the RAM.",
+    loading: "Asking ComfyUI ...",
+    noAnswer: (why) => `No answer: ${why}`, stale: (time) => `The figures are those of ${time}.`,
+    slow: (seconds) => `ComfyUI did not answer within ${seconds} seconds.`,
+    unreachable: "ComfyUI cannot be reached.", notJson: "ComfyUI sent something that is no report.",
+    tooLarge: "the reply is too large to be a report.",
+    commands: {
+      "qwenvram.mergeloaders": "Merge duplicate loaders", "qwenvram.clear.cache": "Clear caches",
+      "qwenvram.clear.models": "Unload all models", "qwenvram.clear.needed": "Unload unneeded models",
+      "qwenvram.clear.everything": "Unload all, forget outputs",
+    },
+    parts: {},
+  },
+  zh: {
+    title: "内存", running: "工作流正在运行。", idle: "没有工作流在运行。",
+    devices: "设备", models: "模型", findings: "发现", actions: "操作",
+    use: (used, total) => `已用 ${used}，共 ${total}`,
+    useUnknown: (total) => `共 ${total}；已用量无法测量`,
+    unknown: "无法测量", notMeasurable: (count) => `无法测量：${count} 项`,
+    model: "模型", places: "在设备上", ram: (size) => `内存：${size}`,
+    of: (part, whole) => `${part} / ${whole}`, pinned: (size) => `锁页 ${size}`,
+    mapped: (size) => `${size} 仅由文件映射`,
+    shared: (count) => `与另外 ${count} 处共用`, duplicate: (name) => `${name} 的第二份`,
+    noModels: "ComfyUI 没有持有模型。", noFindings: "没有需要处理的问题。",
+    saves: (size) => `约 ${size}`, run: "执行",
+    severities: { problem: "问题", warning: "警告", info: "提示" },
+    probe: "探测最大可分配量", probing: "正在探测……",
+    probeTitle: "短暂分配显存，以找出当前能得到的最大一块。工作流运行时不可用。",
+    largest: (name, size, note) => `${name}：当前能成功的最大分配为 ${size}。${note}`.trim(),
+    noProbe: "ComfyUI 没有给出最大分配：除内存外没有其他设备。",
+    loading: "正在询问 ComfyUI……",
+    noAnswer: (why) => `没有应答：${why}`, stale: (time) => `显示的是 ${time} 的数值。`,
+    slow: (seconds) => `ComfyUI 在 ${seconds} 秒内没有应答。`,
+    unreachable: "无法连接 ComfyUI。", notJson: "ComfyUI 发来的内容不是报告。",
+    tooLarge: "应答太大，不可能是报告。",
+    commands: {
+      "qwenvram.mergeloaders": "合并重复的加载器", "qwenvram.clear.cache": "清理缓存",
+      "qwenvram.clear.models": "卸载所有模型", "qwenvram.clear.needed": "卸载不需要的模型",
+      "qwenvram.clear.everything": "卸载全部并丢弃输出",
+    },
+    parts: {
+      other_processes: "其他进程", pages: "动态显存页", pack: "Qwen VRAM", context: "CUDA 上下文和库",
+      allocator_live: "节点的张量", allocator_split: "分配器：碎片", allocator_cache: "分配器：缓存",
+      process: "ComfyUI 的其余部分", rest: "其他进程、驱动和未能解释的部分",
+      unknown: "空闲，或被其他程序占用（无法测量）", unexplained: "未能解释", free: "空闲",
+    },
+  },
+};
+
+/** The texts in the frontend's language, English where there is no translation. */
+export const memoryWords = (locale) => wordsOf(WORDS, locale);
+
+// ------------------------------------------------------------------------------------- the reply
+export const MOST_BYTES = 1 << 20; // of a reply; a report with a hundred models has some 50 kB
+const MOST_ITEMS = 100;
+const MOST_LETTERS = 400;
+const TURNING = /[\u0000-\u0008\u200e\u200f\u202a-\u202e\u2066-\u2069]/g; // letters would run backwards
+const OUR_COMMAND = /^QwenVRAM\.[\w.]+$/; // a reply must not press other buttons of the editor
+
+export const NO_REPORT = ["notJson", "tooLarge"]; // keys of the words
+
+/** A report from the text of a reply. Throws an Error with one of NO_REPORT. */
+export function parseReport(text) {
+  if (text.length > MOST_BYTES) throw new Error("tooLarge");
+  let report = null;
+  try {
+    report = JSON.parse(text);
+  } catch {
+    throw new Error("notJson");
+  }
+  if (!Array.isArray(report?.devices)) throw new Error("notJson");
+  return report;
+}
+
+const isObject = (value) => typeof value === "object" && value !== null;
+const list = (value) => (Array.isArray(value) ? value : []).filter(isObject).slice(0, MOST_ITEMS);
+const count = (value) => (Number.isFinite(value) ? value : null);
+
+function text(value, fallback = "") {
+  const given = typeof value === "string" || typeof value === "number" ? String(value) : fallback;
+  const shown = given.slice(0, MOST_LETTERS + 1).replace(TURNING, "");
+  return shown.length > MOST_LETTERS ? `${shown.slice(0, MOST_LETTERS)} ...` : shown;
+}
+
+/** A size as the report's texts tell it (core/units.py), or that there is none. */
+export function bytesText(value, words) {
+  if (count(value) === null) return words.unknown;
+  const size = Math.abs(value);
+  const told = size >= 1e9 ? `${(size / 1e9).toFixed(2)} GB` : `${(size / 1e6).toFixed(1)} MB`;
+  return value < 0 ? `−${told}` : told;
+}
+
+// --------------------------------------------------------------------------------- what is drawn
+// Okabe and Ito's colours: told apart by people who see red and green alike. Parts that are nobody's
+// model have their own, so that they look the same on every device.
+const MODEL_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442"];
+const COLOURS = {
+  other_processes: "#6b7280", context: "#9ca3af", pages: "#56B4E9", pack: "#7c3aed",
+  process: "#2a9d8f", rest: "#6b7280", unknown: "#4b5563", allocator_live: "#2a9d8f", allocator_split: "#b45309", allocator_cache: "#d6b370",
+};
+
+/** What the panel shows of a report, in plain texts and numbers from 0 to 1. */
+export function viewOf(report, locale) {
+  const words = memoryWords(locale);
+  return {
+    state: report.running ? words.running : words.idle,
+    busy: Boolean(report.running),
+    devices: list(report.devices).map((device) => deviceView(device, words)),
+    models: list(report.models).map((model) => modelView(model, words)),
+    findings: list(report.findings).map((finding) => findingView(finding, words)),
+  };
+}
+
+function deviceView(device, words) {
+  const parts = list(device.parts);
+  const total = count(device.total_bytes);
+  const sum = parts.reduce((all, part) => all + Math.max(0, count(part.bytes) ?? 0), 0);
+  const scale = Math.max(total ?? 0, sum); // sources that overlap add up to more than there is
+  let models = 0;
+  const rows = parts.map((part) => {
+    const id = text(part.id);
+    const colour = COLOURS[id] ?? (id === "free" || id === "unexplained" ? null : MODEL_COLOURS[models++ % MODEL_COLOURS.length]);
+    return partRow(part, { id, colour, scale }, words);
+  });
+  const name = text(device.name) || text(device.device);
+  const use = useText(device, total, words);
+  const drawn = rows.filter((row) => row.share > 0).map((row) => `${row.label} ${row.size}`);
+  return {
+    key: text(device.device), name, use, rows, label: `${name}: ${use}. ${drawn.join(", ")}`,
+    unknown: list(device.not_measurable).map(({ what, why }) => `${text(what)}: ${text(why)}`),
+  };
+}
+
+function partRow(part, { id, colour, scale }, words) {
+  const bytes = count(part.bytes);
+  const share = scale > 0 && bytes > 0 ? bytes / scale : 0;
+  const label = words.parts[id] ?? text(part.label, id);
+  return { id, label, size: bytesText(bytes, words), share, colour, detail: text(part.detail) };
+}
+
+function useText(device, total, words) {
+  const free = count(device.free_bytes);
+  if (total === null) return words.unknown;
+  if (free === null) return words.useUnknown(bytesText(total, words));
+  return words.use(bytesText(total - free, words), bytesText(total, words));
+}
+
+/** What a probe found, or why there was none. */
+export function probedText(report, locale) {
+  const words = memoryWords(locale);
+  const probed = list(report.devices).filter((device) => isObject(device.largest_allocation));
+  const told = probed.map(({ name, device, largest_allocation: { bytes, note } }) =>
+    words.largest(text(name) || text(device), bytesText(bytes, words), text(note)));
+  return told.join(" ") || words.noProbe;
+}
+
+function modelView(model, words) {
+  const size = (value) => (count(value) === null ? null : bytesText(value, words));
+  const name = text(model.name) || text(model.file) || text(model.kind);
+  const whole = size(model.bytes);
+  const resident = size(model.resident_bytes);
+  const notes = [text(model.file).startsWith(name) ? "" : text(model.file), text(model.kind), text(model.dtype), text(model.device)];
+  if (count(model.pinned_bytes)) notes.push(words.pinned(size(model.pinned_bytes)));
+  if (count(model.mapped_bytes)) notes.push(words.mapped(size(model.mapped_bytes)));
+  if (count(model.shared_with)) notes.push(words.shared(model.shared_with));
+  return {
+    name,
+    notes: notes.filter(Boolean).join(" · "),
+    onDevice: whole && resident ? words.of(resident, whole) : (resident ?? words.unknown),
+    inRam: model.device === "cpu" ? "" : words.ram(size(model.ram_bytes) ?? words.unknown), // the same there
+    duplicate: model.duplicate_of ? words.duplicate(text(model.duplicate_of)) : "",
+  };
+}
+
+function findingView(finding, words) {
+  const severity = Object.hasOwn(words.severities, finding.severity) ? finding.severity : "info";
+  const command = typeof finding.command === "string" && OUR_COMMAND.test(finding.command) ? finding.command : null;
+  const saves = count(finding.saves_bytes);
+  return {
+    severity, heading: words.severities[severity], text: text(finding.text), action: text(finding.action),
+    saves: saves ? words.saves(bytesText(saves, words)) : "", command,
+  };
+}
+
+/** What a button says that runs a command. */
+export function commandLabel(id, label, words) {
+  return words.commands[id.toLowerCase()] ?? (text(label) || words.run);
+}
+
+// ------------------------------------------------------------------------------------- when to ask
+export const SECONDS = 1;
+const LONGEST_PAUSE = 30;
+export const LIMIT_SECONDS = 5;
+const PATIENCE = 4; // asks for at most a fifth of the time, however slow the server is
+
+/** Seconds to wait after an answer that took so long, or after so many failures in a row. */
+export function pauseAfter(tookSeconds, failures) {
+  const pause = failures ? SECONDS * 2 ** Math.min(failures, 10) : Math.max(SECONDS, PATIENCE * tookSeconds);
+  return Math.min(pause, LONGEST_PAUSE);
+}
+
+/**
+ * Asks again and again, never twice at once.
+ *
+ * ask() -> promise of an answer, which must end by itself; show(answer); fail(error);
+ * wanted() -> "yes", "later" (hidden: nothing is asked) or "never" (gone: it ends). `clock` has
+ * setTimeout, clearTimeout and now() in milliseconds. Returns {start, stop, soon}.
+ */
+export function poller({ ask, show, fail, wanted, clock }) {
+  let timer = null;
+  let started = false;
+  let asking = false;
+  let failures = 0;
+
+  function wait(seconds) {
+    clock.clearTimeout(timer);
+    timer = clock.setTimeout(turn, seconds * 1000);
+  }
+  async function turn() {
+    const wish = wanted();
+    if (wish === "never") return stop();
+    if (asking) return undefined; // its answer calls the next turn
+    return wish === "later" ? wait(SECONDS) : once();
+  }
+  async function once() {
+    const since = clock.now();
+    asking = true;
+    try {
+      const answer = await ask();
+      failures = 0;
+      if (started) show(answer);
+    } catch (error) {
+      failures += 1;
+      if (started) fail(error);
+    } finally {
+      asking = false;
+      if (started) wait(pauseAfter((clock.now() - since) / 1000, failures));
+    }
+  }
+  function start() {
+    started = true;
+    wait(0);
+  }
+  function stop() {
+    started = false;
+    clock.clearTimeout(timer);
+  }
+  return { start, stop, soon: () => started && !asking && wait(0) };
+}
