@@ -206,10 +206,10 @@ function makePanel(place) {
   return panel;
 }
 
-/** Other tabs may take our place without a word: the frontend then does not call destroy(). */
+/** Another tab may take our place, even our element, without a call of destroy(). */
 function wanted({ root, probing }) {
-  const sidebar = app.extensionManager.sidebarTab;
-  if (!root.isConnected || (sidebar && sidebar.activeSidebarTabId !== TAB)) return "never";
+  if (app.extensionManager.sidebarTab.activeSidebarTabId !== TAB) root.remove();
+  if (!root.isConnected) return "never";
   const seen = !document.hidden && root.getClientRects().length > 0;
   return seen && !probing ? "yes" : "later";
 }
