@@ -56,7 +56,8 @@ def table_of(text: str, name: str) -> list[str]:
     """The prompts of a table, row by row. Raises PromptListError.
 
     They stand in the columns that the first row calls prompt, text or positive, and negative; if
-    it calls none so, it is no heading, and the first column counts.
+    it calls none so, it is no heading, and the first column counts. Rows that begin with # are
+    left out.
     """
     declared, body = _declared_separator(text)
     rows, has_heading = _rows(body, declared, name)
@@ -130,7 +131,8 @@ def _read(text: str, separator: str, name: str) -> list[_Row]:
     rows: list[_Row] = []
     try:
         for row in reader:
-            if any(cell.strip() for cell in row):
+            comment = bool(row) and row[0].lstrip().startswith(_COMMENT)
+            if any(cell.strip() for cell in row) and not comment:
                 rows.append((reader.line_num, row))
     except csv.Error as error:
         raise PromptListError(

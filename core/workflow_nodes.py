@@ -15,6 +15,10 @@ OURS = "qwen_vram"
 PINNED_NODE = "QwenVRAMPinned"
 NODE_KEEPS_NOTHING = "this node keeps nothing"
 RUN_KEEPS_NOTHING = "this run keeps nothing"
+SETTINGS_KEEP_NOTHING = "nothing is kept, by the settings"
+CACHE_IS_OFF = "cache is off"
+# Reasons that are a choice of the user: no miss of the cache, which was not to be asked.
+CHOSEN = frozenset({NODE_KEEPS_NOTHING, RUN_KEEPS_NOTHING, SETTINGS_KEEP_NOTHING, CACHE_IS_OFF})
 HOSTS_OWN = "is_changed"  # ComfyUI's note of a node's fingerprint; saved with pictures, too
 _DEEPEST = 32
 _MOST_NODES = 100_000
@@ -72,6 +76,32 @@ def marks_of(workflow: Any) -> dict[str, Marks]:
             if isinstance(kind, str) and kind in subgraphs and depth < _DEEPEST:
                 waiting.append((f"{node_id}:", kind, subgraphs[kind], nothing, depth + 1))
     return found
+
+
+def pinned_in(request: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The inputs of the pinned nodes of a prepared request that it runs for, by their ids."""
+    prompt, targets = request["prompt"], request.get("partial_execution_targets")
+    asked = needed(prompt, targets) if isinstance(targets, list) else prompt.keys()
+    nodes = {node_id: prompt[node_id] for node_id in asked}
+    pinned = {i: n for i, n in nodes.items() if _dict(nodes, i).get("class_type") == PINNED_NODE}
+    return {node_id: _dict(node, "inputs") for node_id, node in pinned.items()}
+
+
+def needed(prompt: dict[str, Any], targets: list[Any]) -> set[str]:
+    """The ids of these nodes of a prompt and of all that feeds them."""
+    found: set[str] = set()
+    waiting = [target for target in targets if isinstance(target, str)]
+    while waiting:
+        node_id = waiting.pop()
+        if node_id in prompt and node_id not in found:
+            found.add(node_id)
+            links = [v for v in _dict(_dict(prompt, node_id), "inputs").values() if _is_link(v)]
+            waiting += [link[0] for link in links]
+    return found
+
+
+def _is_link(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
 
 
 def _prepared_node(

@@ -12,7 +12,7 @@ from . import encoding
 from .encoding import CACHE_MODES, Lookup, Made
 from .keys import Key, text_key
 from .loaders import REGISTRY
-from .status import announce_hit, announce_miss, shown
+from .status import announce_hit, announce_miss, result_of, shown
 
 WAITING = encoding.Waiting()
 
@@ -95,9 +95,8 @@ class CachedTextEncode(io.ComfyNode):
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
         seconds = time.perf_counter() - start
         kept = cls.keep(found, clip, conditioning, seconds, text, cache)
-        line = " · ".join(
-            filter(None, [f"miss: {found.note}", f"encoded in {seconds:.2f} s", kept])
-        )
+        result = f"{result_of(found.note)}: {found.note}"
+        line = ", ".join(filter(None, [result, f"encoded in {seconds:.2f} s", kept]))
         facts = announce_miss(found.note, seconds, kept)
         return shown(conditioning, text=line, **facts)
 
@@ -107,7 +106,7 @@ class CachedTextEncode(io.ComfyNode):
         REGISTRY.forget_leaving()  # an encoder that was kept, and is neither kept nor needed now
         encoding.settle(found.hit)
         saved = max(0.0, found.hit.entry.seconds - found.seconds)
-        line = f"hit ({found.hit.tier}) · saved {saved:.2f} s · encoder not needed"
+        line = f"hit, {found.hit.tier}, {found.seconds:.2f} s"
         return shown(found.hit.entry.value, text=line, **announce_hit(found.hit.tier, saved))
 
     @classmethod

@@ -17,6 +17,7 @@ from comfy_execution.utils import get_executing_context
 from ..core.conditioning_codec import Entry
 from ..core.conditioning_store import Hit
 from ..core.graph_identity import NotCacheable
+from ..core.workflow_nodes import CACHE_IS_OFF
 from . import environment
 from .keys import Key
 from .store import STORE, reason_to_keep_nothing
@@ -59,7 +60,7 @@ class Waiting:
 def look_up(current_key: Callable[[], Key], cache: str, node: dict[str, Any]) -> Lookup:
     """Search the store. `node` is the node of the graph that asks."""
     if cache == "off":
-        return Lookup(note="cache is off")
+        return Lookup(note=CACHE_IS_OFF)
     reason = reason_to_keep_nothing(node, ours=True)
     if reason:
         return Lookup(note=reason)

@@ -35,7 +35,7 @@ from .pictures import (
     encode_text,
     pictures_of,
 )
-from .status import announce_hit, announce_miss, announce_partial, shown
+from .status import announce_hit, announce_miss, announce_partial, result_of, shown
 
 WAITING = encoding.Waiting()
 NEW = "new text"  # what the store says of a first part that it does not know
@@ -71,7 +71,7 @@ class Outcome(NamedTuple):
         if self.tier:
             return {"result": "hit", "tier": self.tier, "seconds_saved": self.saved}
         made = {"why": self.why, "seconds": self.seconds, "kept": self.kept}
-        return {"result": "miss", **made}
+        return {"result": result_of(self.why), **made}
 
 
 def taken(found: Lookup) -> Outcome:
@@ -105,10 +105,10 @@ def told(name: str, outcomes: Sequence[Outcome]) -> str:
     missed = [o for o in outcomes if not o.tier]
     tiers = _each(o.tier for o in hits)
     if not missed:
-        return f"{name}hit ({tiers})"
-    some = f"{len(hits)} of {len(outcomes)} hit ({tiers}), " if hits else ""
-    seconds = sum(o.seconds for o in missed)
-    line = f"{name}{some}miss ({_each(o.why for o in missed)}), encoded in {seconds:.2f} s"
+        return f"{name}hit, {tiers}"
+    some = f"{len(hits)} of {len(outcomes)} hit, {tiers}; " if hits else ""
+    seconds, why = sum(o.seconds for o in missed), _each(o.why for o in missed)
+    line = f"{name}{some}{result_of(missed[0].why)} ({why}), encoded in {seconds:.2f} s"
     return ", ".join(filter(None, [line, _each(o.kept for o in missed)]))
 
 
@@ -381,8 +381,9 @@ class CachedImageEditEncode(io.ComfyNode):
         line.append(
             told("reference latents: ", references) if references else "no reference latents"
         )
-        if any(o.tier for o in outcomes):
-            line.append(f"saved {sum(o.saved for o in outcomes):.2f} s")
+        saved = sum(o.saved for o in outcomes)
+        if saved >= 0.005:
+            line.append(f"saved {saved:.2f} s")
         parts = {"conditioning": conditioning.facts, "references": [r.facts for r in references]}
         text = " · ".join(line)
         return shown(value, *size, text=text, **announce(outcomes), **parts)

@@ -121,7 +121,7 @@ def node_key(node_id: str, dynprompt: Any) -> Key:
 # Names of other parts, which an input could have, too.
 _TAKEN = {"text", "file", "code version", "ComfyUI's version", "start options"}
 _TAKEN |= {"environment variables", "libraries", "hardware", "precision", *_KINDS.values()}
-_TAKEN_BEGINNINGS = ("linked ", "LoRA before ", "graph before ")
+_TAKEN_BEGINNINGS = ("linked ", "LoRA before ", "nodes before ")
 _MODELS = ("clip", "vae", "model")  # what they are fed by comes last in the explanation
 
 
@@ -130,9 +130,9 @@ def _parts_of(name: str, identity: GraphIdentity) -> dict[str, str]:
     if name not in _MODELS:
         return {name: digest(identity.nodes)}
     if name == "vae":
-        return {"graph before vae": digest(identity.nodes)}
+        return {"nodes before vae": digest(identity.nodes)}
     loras = [_values(row) for row in identity.nodes if "lora" in str(row[1]).lower()]
-    return {f"LoRA before {name}": digest(loras), f"graph before {name}": digest(identity.nodes)}
+    return {f"LoRA before {name}": digest(loras), f"nodes before {name}": digest(identity.nodes)}
 
 
 def _values(row: list[Any]) -> list[Any]:

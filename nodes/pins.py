@@ -30,6 +30,7 @@ LIVE_TYPES = frozenset(
     }
 )
 ADVICE = "Pin a node behind it instead: conditioning, latents, images and masks can be kept."
+HOW_TO_DELETE = f"Use DELETE {PATH}/<content> for one pin, {PATH}?everything=true for all."
 VALUE_TOOLTIP = "One output of the node to pin: value_0 is its first."
 
 
@@ -199,12 +200,27 @@ async def list_pins(request: web.Request) -> web.Response:
 
 async def delete_pin(request: web.Request) -> web.Response:
     """Delete the pin that the address names."""
-    return refused(request) or await _deleted([request.match_info["content"]])
+    if (refusal := refused(request)) is not None:
+        return refusal
+    if request.query:
+        return _bad(f"{min(request.query)} is not known: the address names the pin to delete.")
+    return await _deleted([request.match_info["content"]])
 
 
 async def delete_pins(request: web.Request) -> web.Response:
-    """Delete all pins."""
-    return refused(request) or await _deleted(None)
+    """Delete all pins, if the request says that it means all."""
+    if (refusal := refused(request)) is not None:
+        return refusal
+    unknown = request.query.keys() - {"everything"}
+    if unknown:
+        return _bad(f"{min(unknown)} is not known. {HOW_TO_DELETE}")
+    if request.query.get("everything", "").lower() not in ("true", "1"):
+        return _bad(f"This would delete every pin. {HOW_TO_DELETE}")
+    return await _deleted(None)
+
+
+def _bad(sentence: str) -> web.Response:
+    return web.json_response({"error": sentence}, status=400)
 
 
 async def _deleted(contents: list[str] | None) -> web.Response:
@@ -212,7 +228,7 @@ async def _deleted(contents: list[str] | None) -> web.Response:
     try:
         return web.json_response({"deleted": await asyncio.to_thread(_delete, contents)})
     except PinLost as error:
-        return web.json_response({"error": str(error)}, status=400)
+        return _bad(str(error))
     except OSError as error:
         return web.json_response({"error": str(error)}, status=500)
 

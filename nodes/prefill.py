@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +23,7 @@ from .encoding import CACHE_MODES, Lookup, Made
 from .keys import Key, text_key
 from .loaders import REGISTRY
 from .status import shown
-from .store import STORE
+from .store import LISTS, STORE
 
 WAITING = encoding.Waiting()
 FULLY_STORED = ("stored", "stored in memory")
@@ -206,8 +208,12 @@ def _from_file(file: str) -> list[str]:
     file = file.strip().strip('"')  # as Windows copies a path
     if not file:
         return []
-    path = file if os.path.isabs(file) else folder_paths.get_annotated_filepath(file)
-    return read_prompts(Path(path))
+    named = file if os.path.isabs(file) else folder_paths.get_annotated_filepath(file)
+    path = Path(named)
+    if path.parent == Path(folder_paths.get_temp_directory()) / LISTS:
+        with suppress(OSError):  # not there: said below. On Windows it changes nothing.
+            path.chmod(stat.S_IRUSR | stat.S_IWUSR)  # as ComfyUI's upload left it, all may read it
+    return read_prompts(path)
 
 
 NODES = [Prefill]

@@ -20,11 +20,10 @@ from .pins import PINS
 from .provider import STOCK_NODES
 from .requests import refused
 from .settings import Settings
-from .store import SAVINGS, STORE, set_up
+from .store import LISTS, SAVINGS, STORE, set_up
 from .warmup import forget
 
 PATH = "/qwen_vram/conditioning"
-LISTS = "qwen_vram"  # in ComfyUI's temporary folder: lists of prompts that js/prefill.js sent
 DAY_SECONDS = 86400
 MOST_DAYS = 36500
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
@@ -60,8 +59,10 @@ def remove(wish: Wish) -> dict[str, Any]:
     answer["redis"]["state"] = _redis_state(wanted, removed.redis)
     if wish.everything:
         pins, failed = DiskTier(PINS.directory, 0).clear(0.0, {})
-        answer["pins"] = _size(pins)
-        answer["failed"] += [*failed, *_remove_lists(), *_forget_totals(), *forget()]
+        lists, lists_left = _remove_lists()
+        totals, totals_left = _forget_totals()
+        answer |= {"pins": _size(pins), "lists": lists, "totals": totals}
+        answer["failed"] += [*failed, *lists_left, *totals_left, *forget()]
     return answer
 
 
@@ -74,6 +75,11 @@ def wish_of(query: Mapping[str, str]) -> Wish:
     if everything is None:
         raise ValueError("everything must be true or false.")
     if "unused_days" not in query:
+        if "everything" in query and not everything:
+            raise ValueError(
+                "everything=false alone does not say what to remove: leave it out to remove every "
+                "entry, or add unused_days=N."
+            )
         return Wish(everything=everything)
     if everything:
         raise ValueError("everything=true takes no unused_days: it removes all there is.")
@@ -111,24 +117,27 @@ def _removed(removed: Removed) -> dict[str, Any]:
     return {**tiers, "failed": list(removed.failed)}
 
 
-def _remove_lists() -> list[str]:
-    """Delete lists of prompts that were sent for a prefill; return what could not be."""
-    failed = []
+def _remove_lists() -> tuple[int, list[str]]:
+    """Delete lists of prompts that were sent for a prefill; how many, and what could not be."""
+    removed, failed = 0, []
     folder = Path(folder_paths.get_temp_directory()) / LISTS
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         try:
             os.unlink(path)
+            removed += 1
         except OSError as error:
             failed.append(f"{path.name} ({error.strerror or error})")
-    return failed
+    return removed, failed
 
 
-def _forget_totals() -> list[str]:
+def _forget_totals() -> tuple[bool, list[str]]:
+    """Start counting from zero; whether there was anything counted, and what could not be."""
+    counted = SAVINGS.total() != Totals()
     try:
         SAVINGS.forget()
     except OSError as error:
-        return [f"{SAVINGS.path.name} ({error.strerror or error})"]
-    return []
+        return False, [f"{SAVINGS.path.name} ({error.strerror or error})"]
+    return counted, []
 
 
 async def get_conditioning(request: web.Request) -> web.Response:

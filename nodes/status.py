@@ -9,6 +9,7 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from ..core.units import size_text as size_text  # for the nodes that show one
+from ..core.workflow_nodes import CHOSEN
 from .store import SAVINGS
 
 CACHE_EVENT = "qwen_vram.cache"
@@ -47,11 +48,20 @@ def announce_hit(
 def announce_miss(
     why: str, seconds: float, kept: str, node_id: str | None = None
 ) -> dict[str, Any]:
-    """Count a miss and tell it, with what it took in seconds. Returns the facts for the history."""
-    SAVINGS.miss()
-    facts = {"result": "miss", "why": why, "seconds": seconds, "kept": kept}
+    """Count a miss and tell it, with what it took in seconds. Returns the facts for the history.
+
+    Where the user chose that nothing is kept it is no miss, and not counted.
+    """
+    facts = {"result": result_of(why), "why": why, "seconds": seconds, "kept": kept}
+    if facts["result"] == "miss":
+        SAVINGS.miss()
     announce(node_id or get_executing_context().node_id, **facts)
     return facts
+
+
+def result_of(why: str) -> str:
+    """How a value was made that was not found: a miss, or by the user's choice "not kept"."""
+    return "not kept" if why in CHOSEN else "miss"
 
 
 def announce_partial(why: str, seconds: float, kept: str, saved: float) -> dict[str, Any]:

@@ -11,12 +11,14 @@ import folder_paths
 
 from ..core.conditioning_store import ConditioningStore
 from ..core.savings import Savings
+from ..core.workflow_nodes import SETTINGS_KEEP_NOTHING
 from .settings import KEEP_NOTHING, KEEP_OURS, Settings, settings
 
 log = logging.getLogger("qwen_vram")
 
 FOLDER = Path(folder_paths.get_system_user_directory("qwen_vram"))
 STORE = ConditioningStore(FOLDER / "conditioning", Settings().memory_bytes, Settings().disk_bytes)
+LISTS = "qwen_vram"  # in ComfyUI's temporary folder: lists of prompts that js/prefill.js sent
 SAVINGS = Savings(FOLDER / "totals.json")
 _applied = Settings()
 _lock = threading.Lock()
@@ -63,6 +65,6 @@ def reason_to_keep_nothing(node: dict[str, Any], ours: bool) -> str | None:
     """
     keep = settings().keep
     if keep == KEEP_NOTHING or (keep == KEEP_OURS and not ours):
-        return "nothing is kept, by the settings"
+        return SETTINGS_KEEP_NOTHING
     chosen = node.get("_meta", {}).get("qwen_vram", {})
     return chosen.get("keep_nothing")

@@ -20,7 +20,7 @@ from pack.core.conditioning_store import ConditioningStore
 from pack.core.statistics import Size
 from pack.tests.core.test_conditioning_codec import same, values
 
-PARTS = {"text": "t", "graph before clip": "g", "model file": "f"}
+PARTS = {"text": "t", "nodes before clip": "g", "model file": "f"}
 
 
 def key(name: object) -> str:
@@ -334,10 +334,10 @@ def test_the_reason_of_a_miss_names_the_part_that_changed(store) -> None:
     assert why(again, text="u") == "new text"
     assert why(again, **{"model file": "g"}) == "model file changed"
     assert (
-        why(again, **{"model file": "g", "graph before clip": "h"}) == "graph before clip changed"
+        why(again, **{"model file": "g", "nodes before clip": "h"}) == "nodes before clip changed"
     )
     assert why(again) == "evicted"
-    fewer = {name: PARTS[name] for name in ("text", "graph before clip")}
+    fewer = {name: PARTS[name] for name in ("text", "nodes before clip")}
     assert again.why_missed(key(2), fewer) == "model file is gone"
 
 

@@ -182,11 +182,11 @@ def use_stock_loader(graph: dict, host: Any) -> None:
     ("change", "why"),
     [
         (change_text, "new text"),
-        (change_dtype, "graph before clip changed"),
-        (change_device, "graph before clip changed"),
-        (change_layer, "graph before clip changed"),
+        (change_dtype, "nodes before clip changed"),
+        (change_device, "nodes before clip changed"),
+        (change_layer, "nodes before clip changed"),
         (add_lora, "LoRA before clip changed"),
-        (use_stock_loader, "graph before clip changed"),
+        (use_stock_loader, "nodes before clip changed"),
     ],
 )
 def test_every_change_of_the_graph_is_a_miss_with_its_reason(fresh, change, why) -> None:
@@ -246,7 +246,7 @@ def test_touching_the_encoder_or_using_a_link_to_it(fresh, encoder) -> None:
     symlink(link, encoder)
     fresh.restart()
     run = fresh.run(prompt(clip=loader("TextEncoder", link.name)))
-    assert run.status("e")["why"] == "graph before clip changed"  # the same file, but another value
+    assert run.status("e")["why"] == "nodes before clip changed"  # the same file, but another value
     os.utime(encoder)
     fresh.restart()
     run = fresh.run(prompt(clip=loader("TextEncoder", encoder.name)))

@@ -260,7 +260,7 @@ def test_another_type_of_the_weights_is_a_miss_of_its_part_alone(
     other[name]["inputs"].update(changed)
     run = again(fresh, other)
     assert run.status("e")["result"] == "partial"
-    assert run.status("e")["why"] == f"graph before {name} changed"
+    assert run.status("e")["why"] == f"nodes before {name} changed"
     assert {"clip", "vae"} & set(run.executed) == {name}
     assert same(value(run), value(again(fresh, keeping_nothing(other))))
 

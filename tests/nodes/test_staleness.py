@@ -238,7 +238,7 @@ def test_the_id_of_a_node_that_asks_for_it_is_in_the_key(fresh) -> None:
         return {**prompt(), node_id: own, "e": encode("x", node_id)}
 
     fresh.run(graph("5"))
-    assert why(fresh, graph("6")) == "graph before clip changed"
+    assert why(fresh, graph("6")) == "nodes before clip changed"
     assert why(fresh, graph("5")) == "hit"
 
 
