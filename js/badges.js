@@ -71,6 +71,7 @@ function draw() {
 }
 
 function listen() {
+  api.addEventListener("qwen_vram.pin_marked", draw);
   api.addEventListener("execution_start", async ({ detail }) => {
     const run = runs.start();
     const [workflow, ids] = await workflowOf(detail.prompt_id);

@@ -1,4 +1,5 @@
 // What a badge says about one run of an encode node, and whose run it is. Pure: no DOM, no app.
+import { markOf } from "./pins_core.js";
 import { findNode } from "./status_core.js";
 
 const WORDS = {
@@ -9,7 +10,7 @@ const WORDS = {
     comfyTitle: "Not asked: ComfyUI itself still had the result in memory.",
     hitTitle: "Found in the prompt cache. Saved: the time of encoding when it was stored, " +
       "less the time of this search. Loading the encoder is saved too, and not counted.",
-    took: "took",
+    took: "took", off: "off", notKept: "not kept",
   },
   zh: {
     hit: "命中", miss: "未命中", partial: "部分命中", saved: "节省", comfy: "ComfyUI 缓存",
@@ -18,7 +19,7 @@ const WORDS = {
     comfyTitle: "未查询提示词缓存：ComfyUI 的内存里仍有结果。",
     hitTitle: "在提示词缓存中找到。节省 = 保存时编码所用的时间减去本次查找的时间；" +
       "加载编码器的时间同样省下，但没有计入。",
-    took: "用时",
+    took: "用时", off: "已关闭", notKept: "未保存",
   },
 };
 
@@ -28,6 +29,7 @@ export const COLOURS = {
   partial: { bgColor: "#1e4d5c", fgColor: "#dff6fc" },
   comfy: { bgColor: "#1e3a5f", fgColor: "#dbeafe" },
   miss: { bgColor: "#6b3a0a", fgColor: "#ffedd5" },
+  off: { bgColor: "#3f3f46", fgColor: "#f4f4f5" },
 };
 
 const LONGEST_WHY = 36; // characters; the whole reason is in the title
@@ -39,9 +41,9 @@ const CHINESE_WHY = {
   "this node keeps nothing": "此节点不保存", "this run keeps nothing": "本次运行不保存",
 };
 const CHINESE_PARTS = {
-  LoRA: "LoRA", "nodes before clip": "clip 之前的节点", "nodes before vae": "vae 之前的节点",
+  "nodes before clip": "clip 之前的节点", "nodes before vae": "vae 之前的节点",
   "LoRA file": "LoRA 文件", "text encoder file": "文本编码器文件", "VAE file": "VAE 文件",
-  "embedding file": "embedding 文件", "checkpoint file": "检查点文件", image: "图片",
+  "embedding file": "embedding 文件", "checkpoint file": "检查点文件",
   "diffusion model file": "扩散模型文件", file: "文件", "code version": "代码版本",
   "ComfyUI's version": "ComfyUI 版本", "start options": "启动选项",
   "environment variables": "环境变量", libraries: "依赖库", hardware: "硬件", precision: "精度",
@@ -49,12 +51,9 @@ const CHINESE_PARTS = {
 };
 const CHINESE_ENDS = { changed: "已改变", "is gone": "已移除" };
 const NOT_CACHEABLE = "cannot be cached: "; // what follows is a sentence, with commas perhaps
-// How the parts of a key are called to a user.
-const PARTS = [
-  [/^graph before (\w+)(?= (changed|is gone)$)/, "nodes before $1"],
-  [/^LoRA before \w+(?= (changed|is gone)$)/, "LoRA"],
-  [/^(image ?\d*|pixels)(?= (changed|is gone)$)/, "image"],
-];
+const OF_THE_NODE = "this node keeps nothing"; // its badge says so already: js/pins.js
+// Chosen by the user for longer than one run.
+const OFF = new Set(["nothing is kept, by the settings", "cache is off"]);
 
 /** The words of the frontend's language, English where there is no translation. */
 export function wordsOf(words, locale) {
@@ -63,6 +62,7 @@ export function wordsOf(words, locale) {
 
 /** Seconds for people. */
 export function secondsText(seconds) {
+  if (seconds < 0.05) return seconds > 0 ? "< 0.1 s" : "0 s";
   if (seconds < 9.95) return `${seconds.toFixed(1)} s`;
   if (seconds < 119.5) return `${Math.round(seconds)} s`;
   const minutes = Math.round(seconds / 60);
@@ -73,9 +73,8 @@ export function secondsText(seconds) {
 export function whyText(why, locale) {
   const [reasons, ...sentence] = String(why).split(NOT_CACHEABLE);
   const isChinese = wordsOf(WORDS, locale) === WORDS.zh;
-  const short = (reason) => PARTS.reduce((text, [part, name]) => text.replace(part, name), reason);
-  const known = reasons.split(", ").filter(Boolean).map(short);
-  const told = isChinese ? known.map(chineseWhy) : known;
+  const whole = CHINESE_WHY[reasons] ? [reasons] : reasons.split(", ").filter(Boolean);
+  const told = isChinese ? whole.map(chineseWhy) : whole;
   const prefix = isChinese ? "无法缓存：" : NOT_CACHEABLE;
   if (sentence.length) told.push(prefix + sentence.join(NOT_CACHEABLE));
   return told.join(isChinese ? "，" : ", ");
@@ -84,29 +83,45 @@ export function whyText(why, locale) {
 function chineseWhy(reason) {
   const [, part, end] = reason.match(/^(.*) (changed|is gone)$/) ?? [];
   if (part) return `${chinesePart(part)} ${CHINESE_ENDS[end]}`;
-  const number = reason.match(/^new image (\d+)$/)?.[1];
-  return number ? `新的图片 ${number}` : (CHINESE_WHY[reason] ?? reason);
+  const number = reason.match(/^new image ?(\d*)$/)?.[1];
+  return number === undefined ? (CHINESE_WHY[reason] ?? reason) : `新的图片 ${number}`.trim();
 }
 
 function chinesePart(part) {
   const input = part.match(/^linked (.*)$/)?.[1];
-  return input ? `连接的 ${input}` : (CHINESE_PARTS[part] ?? part);
+  const lora = part.match(/^LoRA before (.*)$/)?.[1];
+  const image = part.match(/^image ?(\d*)$/)?.[1];
+  if (input) return `连接的 ${input}`;
+  if (lora) return `${lora} 之前的 LoRA`;
+  return image === undefined ? (CHINESE_PARTS[part] ?? part) : `图片 ${image}`.trim();
 }
 
 function shortened(text) {
   return text.length <= LONGEST_WHY ? text : `${text.slice(0, LONGEST_WHY - 1).trimEnd()}…`;
 }
 
+/** Nothing where it would be rounded to nothing. */
+const savedText = (seconds, words) => seconds >= 0.05 && `${words.saved} ${secondsText(seconds)}`;
+
+/** What the user did not want to be kept is no miss. */
+function chosenBadge({ why, seconds }, words, locale) {
+  if (why === OF_THE_NODE) return null;
+  const took = seconds > 0 && `${words.took} ${secondsText(seconds)}`;
+  const title = [whyText(why, locale), took].filter(Boolean).join(" · ");
+  return { kind: "off", text: OFF.has(why) ? words.off : words.notKept, title };
+}
+
 /** {kind, text, title} for what one event says of one node; null for what no badge shows. */
 export function badgeOf(facts, locale) {
   const words = wordsOf(WORDS, locale);
   if (facts.result === "comfy") return { kind: "comfy", text: words.comfy, title: words.comfyTitle };
-  const saved = facts.seconds_saved > 0 && `${words.saved} ${secondsText(facts.seconds_saved)}`;
+  const saved = savedText(facts.seconds_saved, words);
   if (facts.result === "hit") {
     const tier = String(facts.tier).split(", ").map((name) => words.tiers[name] ?? name).join(", ");
     const text = [words.hit, tier, saved].filter(Boolean).join(" · ");
     return { kind: "hit", text, title: words.hitTitle };
   }
+  if (facts.result === "not kept") return chosenBadge(facts, words, locale);
   if (facts.result !== "miss" && facts.result !== "partial") return null;
   const why = whyText(facts.why ?? "", locale);
   const took = facts.seconds > 0 && `${words.took} ${secondsText(facts.seconds)}`;
@@ -129,9 +144,11 @@ export function summaryOf(many, locale) {
     hits && `${hits} ${hits === 1 ? words.hit : words.hits}`,
     misses && `${misses} ${misses === 1 ? words.miss : words.misses}`,
     own && `${own} × ${words.comfy}`,
-    seconds > 0 && `${words.saved} ${secondsText(seconds)}`,
+    savedText(seconds, words),
   ];
-  const kind = misses ? "miss" : hits ? "hit" : "comfy";
+  const others = own ? "comfy" : "off";
+  if (!hits && !misses && !own) parts.push(badgeOf(many[0], locale)?.text);
+  const kind = misses ? "miss" : hits ? "hit" : others;
   const titles = many.map((facts) => badgeOf(facts, locale)?.text).filter(Boolean);
   return { kind, text: parts.filter(Boolean).join(" · "), title: titles.join("\n") };
 }
@@ -190,8 +207,9 @@ export function badgesIn(rootGraph, factsById, isEncode, locale) {
   const badges = new Map();
   for (const [id, facts] of factsById) {
     const node = findNode(rootGraph, id);
-    const skipped = facts.result === "comfy" && !isEncode(node?.comfyClass ?? "");
-    const badge = node && !skipped && badgeOf(facts, locale);
+    if (!node || markOf(node, "pin")) continue; // what runs in its place is no encode node
+    const skipped = facts.result === "comfy" && !isEncode(node.comfyClass ?? "");
+    const badge = !skipped && badgeOf(facts, locale);
     if (!badge) continue;
     badges.set(node, badge);
     const path = id.split(":");

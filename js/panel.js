@@ -2,6 +2,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { daysOf, panelWords, pinRows, placeRows, question, removedText, savedRows } from "./panel_core.js";
+import { pinUsers } from "./pins_core.js";
 
 const ROUTE = "/qwen_vram/conditioning";
 const PINS_ROUTE = "/qwen_vram/pins";
@@ -94,6 +95,7 @@ async function removeAfterAsking(panel, { kind, title, path, days }) {
   } catch (error) {
     panel.say(error.message);
   }
+  api.dispatchCustomEvent("qwen_vram.pins_changed"); // nodes that lost theirs show it
   await panel.refresh();
 }
 
@@ -137,14 +139,15 @@ function buttons(panel, words) {
 
 function pinTable(panel, pins, words) {
   if (pins === null) return make("div", { className: "path", textContent: words.noPinsRoute });
-  const rows = pinRows(pins, locale()).map((row) => {
+  const users = pinUsers(app.rootGraph ?? app.graph);
+  const rows = pinRows(pins, users, locale()).map((row) => {
     const path = `${PINS_ROUTE}/${row.content}`;
     const onclick = () => removeAfterAsking(panel, { kind: "pin", title: words.unpin, path });
     const last = make("td", {}, make("button", { textContent: words.unpin, onclick }));
-    return make("tr", {}, cell(row.name), cell(row.size), cell(row.used), last);
+    return make("tr", {}, cell(row.name), cell(row.here), cell(row.size), cell(row.used), last);
   });
-  const empty = make("td", { textContent: words.noPins, colSpan: 4, className: "note" });
-  return table([words.pins, words.size, "", ""], rows.length ? rows : [make("tr", {}, empty)]);
+  const empty = make("td", { textContent: words.noPins, colSpan: 5, className: "note" });
+  return table([words.pins, words.usedHere, words.size, words.lastUsed, ""], rows.length ? rows : [make("tr", {}, empty)]);
 }
 
 function figures(panel, report, pins, words) {

@@ -6,11 +6,13 @@ const WORDS = {
     memory: "In memory", disk: "On disk", redis: "In Redis", now: "Since ComfyUI started",
     total: "In total", pins: "Pinned outputs", folder: "Folder",
     place: "Place", entries: "Entries", size: "Size", bound: "At most",
-    time: "Time", hits: "Hits", misses: "Misses", saved: "Saved",
+    time: "Period", hits: "Hits", misses: "Misses", saved: "Saved",
     redisOff: "off: no URL is set", redisAway: "does not answer; ComfyUI's log says why",
     unknown: "not measurable",
-    clearAll: "Clear all", clearUnused: "Clear what was unused for", days: "days",
-    everything: "Remove everything", refresh: "Refresh", unpin: "Delete", noPins: "none",
+    clearAll: "Clear prompt cache", clearUnused: "Clear what was unused for", days: "days",
+    everything: "Remove everything, pins too", refresh: "Refresh", unpin: "Delete", noPins: "none",
+    usedHere: "Used in this workflow", notHere: "no", lastUsed: "Last used",
+    totals: "the totals", lists: (count) => (count === 1 ? "1 list of prompts" : `${count} lists of prompts`),
     noPinsRoute: "Pinned outputs cannot be listed: this ComfyUI has no pins.",
     unreachable: "ComfyUI does not answer. Start it, then press Refresh.",
     badDays: "Days must be a number from 0 to 36500.",
@@ -33,23 +35,25 @@ const WORDS = {
     memory: "内存", disk: "磁盘", redis: "Redis", now: "本次启动以来",
     total: "累计", pins: "固定的输出", folder: "文件夹",
     place: "位置", entries: "条目", size: "大小", bound: "上限",
-    time: "时间", hits: "命中", misses: "未命中", saved: "节省",
+    time: "时段", hits: "命中", misses: "未命中", saved: "节省",
     redisOff: "关闭：没有设置地址", redisAway: "没有应答，原因见 ComfyUI 的日志",
     unknown: "无法测量",
-    clearAll: "全部清除", clearUnused: "清除未使用超过", days: "天的条目",
-    everything: "清除一切", refresh: "刷新", unpin: "删除", noPins: "无",
+    clearAll: "清除缓存", clearUnused: "清除未使用超过", days: "天的条目",
+    everything: "全部删除", refresh: "刷新", unpin: "删除", noPins: "无",
+    usedHere: "用于当前工作流", notHere: "否", lastUsed: "上次使用",
+    totals: "累计数字", lists: (count) => `${count} 份提示词列表`,
     noPinsRoute: "无法列出固定的输出：此 ComfyUI 没有该功能。",
     unreachable: "ComfyUI 没有应答。请启动它，然后按“刷新”。",
     badDays: "天数必须是 0 到 36500 之间的数。",
-    nothing: "没有可清除的内容。",
-    removed: "已清除", failed: "无法清除",
+    nothing: "没有可删除的内容。",
+    removed: "已删除", failed: "无法删除",
     redisLeft: "Redis 没有应答：其中的内容仍然存在。请在它恢复后再清除一次。",
     counted: "命中次数也包括 ComfyUI 查询过、但其后续节点没有运行的节点。",
     shared: "Redis 和共享文件夹中的内容对所有使用它们的机器都会清除。",
     ask: {
       all: "清除所有已保存的提示词和图片编码？需要时会重新编码。",
       unused: "清除 {days} 天内没有使用过的条目？需要时会重新编码。",
-      everything: "清除所有已保存的提示词和图片编码、累计数字、所有固定的输出，以及为预填充上传的所有" +
+      everything: "删除所有已保存的提示词和图片编码、累计数字、所有固定的输出，以及为预填充上传的所有" +
         "提示词列表？含有固定输出的工作流会要求取消固定。ComfyUI 已保存的图片仍带有提示词。",
       pin: "删除这个固定的输出？使用它的工作流会要求取消固定。",
     },
@@ -126,16 +130,18 @@ export function removedText(removed, locale) {
       return `${words[name]}: ${countText(entries, locale)} (${sizeText(bytes)})`;
     });
   const pins = removed.pins?.entries ?? removed.deleted;
-  const all = pins ? [...tiers, words.pin(pins)] : tiers;
+  const more = [pins && words.pin(pins), removed.lists && words.lists(removed.lists)];
+  const all = [...tiers, ...more, removed.totals && words.totals].filter(Boolean);
   const done = all.length ? `${words.removed}: ${all.join(" · ")}.` : words.nothing;
   const failed = removed.failed?.length ? ` ${words.failed}: ${removed.failed.join(", ")}.` : "";
   const left = removed.redis?.state === "away" ? ` ${words.redisLeft}` : "";
   return done + failed + left;
 }
 
-/** Rows of the list of pins. */
-export function pinRows(pins, locale) {
+/** Rows of the list of pins; `users` are the titles of the open workflow's nodes, by content. */
+export function pinRows(pins, users, locale) {
   return pins.map((pin) => ({
+    here: users.get(pin.content)?.join(", ") ?? panelWords(locale).notHere,
     content: pin.content,
     name: pin.types.join(", ") || pin.content.slice(0, 12),
     size: sizeText(pin.bytes),

@@ -3,14 +3,19 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import {
-  badgeText, eventsOf, executionIds, hasOutputs, isKept, markOf, outcomeOf, pinPrompt, pinWords, problemOf,
-  rejection, setMark, sizeText,
+  eventsOf, executionIds, hasOutputs, isKept, markOf, outcomeOf, pinBadge, pinPrompt, pinWords, problemOf,
+  rejection, setMark, sizeText, valuesOf,
 } from "./pins_core.js";
+import { findNode, nodesIn, oursAmong } from "./status_core.js";
 
-const COLOURS = { bgColor: "#4c1d95", fgColor: "#ede9fe" };
+const PINS_ROUTE = "/qwen_vram/pins";
+const CHANGED = "qwen_vram.pins_changed"; // told by panel.js
 const EVENTS = ["executed", "execution_error", "execution_interrupted", "execution_success"];
 const CHANGES = ["status", "reconnected"]; // the queue may have lost a run, or events were missed
 
+let kept = null; // contents of the pins that ComfyUI has; null while that is not known
+
+const rootGraph = () => app.rootGraph ?? app.graph;
 const words = () => pinWords(app.extensionManager.setting.get("Comfy.Locale"));
 const moreNodes = () => app.extensionManager.setting.get("QwenVRAM.Conditioning.MoreNodes");
 
@@ -35,7 +40,29 @@ function redraw(node) {
 function mark(node, name, value) {
   setMark(node, name, value);
   redraw(node);
+  api.dispatchCustomEvent("qwen_vram.pin_marked"); // what the cache did for it counts no longer
   app.extensionManager.workflow?.activeWorkflow?.changeTracker?.captureCanvasState?.();
+}
+
+/** Say on a node of ours what became of it; its last line is of before. */
+function showLine(node, text) {
+  const ids = nodesIn(rootGraph()).filter(([, each]) => each === node).map(([id]) => id);
+  for (const nodeId of oursAmong(rootGraph(), ids)) {
+    api.dispatchCustomEvent("progress_text", { nodeId, text });
+  }
+}
+
+/** Learn which pins there are, and show it on the nodes that have one. */
+async function refresh() {
+  kept = await fetchJson(PINS_ROUTE).then((pins) => new Set(pins.map((pin) => pin.content)), () => null);
+  for (const [, node] of nodesIn(rootGraph())) if (markOf(node, "pin")) redraw(node);
+}
+
+/** ComfyUI's own message of a refused pin says only that an input was rejected. */
+function tellRefused({ detail: { node: nodeId, missing, text } }) {
+  const title = findNode(rootGraph(), nodeId)?.title ?? nodeId;
+  toast("error", missing ? words().missing(title) : words().rejected(title, text));
+  return refresh();
 }
 
 async function fetchJson(path) {
@@ -98,12 +125,15 @@ async function run(prompt, workflow) {
 
 async function pinOne(node) {
   const { output, workflow } = await app.graphToPrompt();
-  const ids = executionIds(app.rootGraph ?? app.graph, node, output);
+  const ids = executionIds(rootGraph(), node, output);
   const problem = problemOf(node, ids);
   if (problem) throw new Error(words()[problem]);
+  const values = valuesOf(node);
   const pin = await run(pinPrompt(output, ids[0], node.outputs.length), workflow);
   if (node.graph?.getNodeById(node.id) !== node) throw new Error(words().gone);
-  mark(node, "pin", pin);
+  kept?.add(pin.content);
+  mark(node, "pin", { ...pin, values });
+  showLine(node, words().line);
   toast("success", words().pinned(node.title, sizeText(pin.bytes)));
 }
 
@@ -119,7 +149,10 @@ async function pin(nodes) {
 }
 
 function unpin(nodes) {
-  for (const node of nodes.filter((each) => markOf(each, "pin"))) mark(node, "pin", undefined);
+  for (const node of nodes.filter((each) => markOf(each, "pin"))) {
+    mark(node, "pin", undefined);
+    showLine(node, words().unpinned);
+  }
 }
 
 function selected() {
@@ -165,11 +198,17 @@ app.registerExtension({
   menuCommands: [
     { path: ["Extensions", "Qwen VRAM"], commands: ["QwenVRAM.PinOutput", "QwenVRAM.UnpinOutput"] },
   ],
+  async setup() {
+    api.addEventListener("qwen_vram.pin_refused", tellRefused);
+    for (const name of [CHANGED, "reconnected"]) api.addEventListener(name, refresh);
+    await refresh();
+  },
+  afterConfigureGraph: refresh,
   nodeCreated(node) {
     let badge = null;
     node.badges.push(() => {
-      const text = badgeText(node, words());
-      if (badge?.text !== text) badge = new window.LGraphBadge({ text, ...COLOURS });
+      const wanted = pinBadge(node, words(), kept);
+      if (badge?.text !== wanted.text) badge = new window.LGraphBadge(wanted);
       return badge;
     });
   },

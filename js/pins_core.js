@@ -1,9 +1,19 @@
 // What pinning needs to know and to say. Pure: no DOM, no app.
-import { findNode } from "./status_core.js";
+import { findNode, nodesIn } from "./status_core.js";
 
 const MARKS = "qwen_vram"; // in a node's properties, which are saved with the workflow
 const LOST = "qwen_vram_lost"; // not an event of ComfyUI's: nothing more will come
 const MOST_OUTPUTS = 8; // of the server's node QwenVRAMPin
+const FNV_OFFSET = 0x811c9dc5;
+const FNV_PRIME = 0x01000193;
+
+// Chips of their own colour: readable on light and on dark themes.
+export const PIN_COLOURS = {
+  pinned: { bgColor: "#4c1d95", fgColor: "#ede9fe" },
+  missing: { bgColor: "#7f1d1d", fgColor: "#fee2e2" },
+  keepsNothing: { bgColor: "#3f3f46", fgColor: "#f4f4f5" },
+};
+
 const ENCODE_NODES = new Set([
   "CLIPTextEncode", "TextEncodeQwenImageEdit", "TextEncodeQwenImageEditPlus", "VAEEncode",
 ]);
@@ -13,6 +23,15 @@ const WORDS = {
     pin: "Pin output", unpin: "Unpin output", keepNothing: "Keep nothing of this node",
     keepAgain: "Keep what this node gives again",
     badge: (size) => `pinned ${size}`, keepsNothing: "keeps nothing",
+    badgeMissing: "pin is missing", badgeChanged: "values changed since",
+    line: "pinned: the values shown here are not used",
+    unpinned: "unpinned: it runs again when it is needed",
+    missing: (title) => `The pinned value of "${title}" is not on this machine: it was deleted, or ` +
+      "the workflow comes from another one. Right-click the node, choose Unpin output (Qwen VRAM), " +
+      "and run again.",
+    rejected: (title, why) => `The pin of "${title}" is refused. ${why}`,
+    privateRun: "This run is not in the prompt cache. ComfyUI still writes the prompt into the " +
+      "pictures that it saves, and into its history.",
     pinned: (title, size) => `${title} is pinned (${size}). Its value is kept with its exact ` +
       "content; nothing before it runs until you unpin it.",
     refused: (title, why) => `${title} is not pinned. ${why}`,
@@ -32,6 +51,13 @@ const WORDS = {
     pin: "固定输出", unpin: "取消固定输出", keepNothing: "不保存此节点的任何结果",
     keepAgain: "恢复保存此节点的结果",
     badge: (size) => `已固定 ${size}`, keepsNothing: "不保存",
+    badgeMissing: "固定的值不存在", badgeChanged: "参数已改动",
+    line: "已固定：此处显示的参数不起作用",
+    unpinned: "已取消固定：需要时会重新运行",
+    missing: (title) => `“${title}”的固定值不在这台机器上：已被删除，或工作流来自另一台机器。` +
+      "请右键点击该节点，选择“取消固定输出 (Qwen VRAM)”，然后重新运行。",
+    rejected: (title, why) => `“${title}”的固定值被拒绝：${why}`,
+    privateRun: "本次运行不进入提示词缓存。ComfyUI 仍会把提示词写进保存的图片和历史记录。",
     pinned: (title, size) => `${title} 已固定（${size}）。它的值会原样保存；取消固定之前，它前面的节点都不会运行。`,
     refused: (title, why) => `${title} 未固定。${why}`,
     noSelection: "请先选择节点。",
@@ -72,12 +98,44 @@ export function setMark(node, name, value) {
   else delete node.properties[MARKS];
 }
 
-/** Whether a badge says something, and what. */
-export function badgeText(node, words) {
+/**
+ * What the badge of a node says, and in which colours; an empty text for nothing. `kept` are the
+ * contents of the pins that there are, null where that is not known.
+ */
+export function pinBadge(node, words, kept) {
   const pin = markOf(node, "pin");
   const nothing = markOf(node, "keep_nothing") ? words.keepsNothing : "";
+  const missing = Boolean(pin && kept && !kept.has(pin.content));
   const pinned = pin ? words.badge(pin.bytes ? sizeText(pin.bytes) : "").trim() : "";
-  return [pinned, nothing].filter(Boolean).join(" · ");
+  const changed = pin?.values !== undefined && pin.values !== valuesOf(node);
+  const told = [missing ? words.badgeMissing : pinned, changed && words.badgeChanged, nothing];
+  const kind = missing ? "missing" : pin ? "pinned" : "keepsNothing";
+  return { text: told.filter(Boolean).join(" · "), ...PIN_COLOURS[kind] };
+}
+
+/**
+ * A short digest (FNV-1a, 32 bits) of the values that a node shows. Left out is what the editor
+ * changes by itself at every run, as a seed.
+ */
+export function valuesOf(node) {
+  const drawn = (widget) => widget.linkedWidgets?.some(({ name }) => name === "control_after_generate");
+  const counted = (node.widgets ?? []).filter((widget) =>
+    widget.serialize !== false && !drawn(widget) && widget.name !== "control_after_generate");
+  let digest = FNV_OFFSET;
+  for (const letter of JSON.stringify(counted.map(({ name, value }) => [name, value]))) {
+    digest = Math.imul(digest ^ letter.codePointAt(0), FNV_PRIME) >>> 0;
+  }
+  return digest.toString(16);
+}
+
+/** The titles of the nodes of a workflow that use a pin, by its content. */
+export function pinUsers(rootGraph) {
+  const users = new Map();
+  for (const node of new Set(nodesIn(rootGraph).map(([, node]) => node))) {
+    const content = markOf(node, "pin")?.content;
+    if (content) users.set(content, [...(users.get(content) ?? []), node.title]);
+  }
+  return users;
 }
 
 /** Whether a node can be offered for pinning at all. */
@@ -107,10 +165,19 @@ export function problemOf(node, ids) {
   return ids.length > 1 ? "severalTimes" : null;
 }
 
+/**
+ * An id for a node that is in a request and in no graph: no number, which a node that is not
+ * queued (a note), or one that is added meanwhile, could have. It would be shown as the culprit.
+ */
+export function helperId(output, name) {
+  let id = `qwen_vram_${name}`;
+  while (id in output) id += "_";
+  return id;
+}
+
 /** The API prompt with one node more, which pins all outputs of another. */
 export function pinPrompt(output, nodeId, outputs) {
-  const numbers = Object.keys(output).map((id) => Number.parseInt(id, 10)).filter(Number.isFinite);
-  const id = String(Math.max(0, ...numbers) + 1);
+  const id = helperId(output, "pin");
   const inputs = {};
   for (let slot = 0; slot < outputs; slot += 1) inputs[`value_${slot}`] = [nodeId, slot];
   const node = { class_type: "QwenVRAMPin", inputs, _meta: { title: "Pin output" } };

@@ -1,7 +1,7 @@
 // A command that has ComfyUI encode a list of prompts from a file of the user's machine.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { annotated, clipOf, prefillPrompt, prefillWords } from "./prefill_core.js";
+import { annotated, clipOf, doneText, isList, prefillPrompt, prefillWords } from "./prefill_core.js";
 import { rejection } from "./pins_core.js";
 import { findNode } from "./status_core.js";
 
@@ -11,7 +11,8 @@ const waiting = new Set(); // prompt ids
 const early = new Map(); // prompt id -> what came before the answer that names the prompt
 let asking = 0; // requests without an answer yet
 
-const words = () => prefillWords(app.extensionManager.setting.get("Comfy.Locale"));
+const locale = () => app.extensionManager.setting.get("Comfy.Locale");
+const words = () => prefillWords(locale());
 
 function toast(severity, detail) {
   const life = severity === "error" ? undefined : 15000;
@@ -58,6 +59,7 @@ async function prefill() {
   if (problem) return toast("warn", words()[problem]);
   const file = await pickFile();
   if (!file) return;
+  if (!isList(file.name)) return toast("error", words().notAList(file.name));
   let name;
   try {
     name = await upload(file);
@@ -97,7 +99,7 @@ app.registerExtension({
   setup() {
     api.addEventListener("executed", ({ detail }) => {
       const facts = detail.output?.qwen_vram?.[0];
-      if (facts?.not_stored !== undefined) finished(detail.prompt_id, "success", facts.text);
+      if (facts?.not_stored !== undefined) finished(detail.prompt_id, "success", doneText(facts, locale()));
     });
     api.addEventListener("execution_error", ({ detail }) => {
       finished(detail.prompt_id, "error", detail.exception_message);

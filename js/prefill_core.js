@@ -1,5 +1,6 @@
 // Builds the request that encodes a list of prompts. Pure: no DOM, no app.
-import { wordsOf } from "./badges_core.js";
+import { secondsText, wordsOf } from "./badges_core.js";
+import { helperId } from "./pins_core.js";
 
 const WORDS = {
   en: {
@@ -14,6 +15,9 @@ const WORDS = {
     upload: (name, why) => `${name} could not be sent to ComfyUI: ${why}.`,
     refused: (why) => `ComfyUI refused the list. ${why}`,
     stopped: "The run was stopped. What was encoded until then is kept.",
+    notAList: (name) => `${name} is no list of prompts: use a file that ends in .txt, .csv or .tsv.`,
+    done: ({ prompts, known, encoded, seconds, not_stored: lost }) =>
+      `${prompts} prompts: ${known} known, ${encoded} encoded in ${seconds}, ${lost} not stored`,
   },
   zh: {
     title: "提示词缓存",
@@ -23,10 +27,22 @@ const WORDS = {
     upload: (name, why) => `无法把 ${name} 发送给 ComfyUI：${why}。`,
     refused: (why) => `ComfyUI 拒绝了该列表。${why}`,
     stopped: "运行已被中止。此前编码的内容会保留。",
+    notAList: (name) => `${name} 不是提示词列表：请使用以 .txt、.csv 或 .tsv 结尾的文件。`,
+    done: ({ prompts, known, encoded, seconds, not_stored: lost }) =>
+      `共 ${prompts} 条提示词：${known} 条已知，${encoded} 条编码用时 ${seconds}，${lost} 条未保存`,
   },
 };
 // Their result depends on nothing but text and clip, as the prefill's does.
 const TEXT_ENCODES = new Set(["CLIPTextEncode", "QwenVRAMCachedTextEncode"]);
+
+/** Whether the server would read a file of this name. */
+export const isList = (name) => /\.(txt|csv|tsv)$/i.test(name);
+
+/** What became of a list, from what its node says. */
+export function doneText(facts, locale) {
+  const told = prefillWords(locale).done({ ...facts, seconds: secondsText(facts.seconds) });
+  return facts.reason ? `${told} (${facts.reason})` : told;
+}
 
 export const prefillWords = (locale) => wordsOf(WORDS, locale);
 
@@ -61,8 +77,7 @@ export function upstreamOf(output, link) {
 
 /** {id, output}: the prompt that encodes the uploaded file behind a clip link. */
 export function prefillPrompt(output, link, file) {
-  const numbers = Object.keys(output).map((id) => Number.parseInt(id, 10) || 0);
-  const id = String(Math.max(0, ...numbers) + 1);
+  const id = helperId(output, "prefill");
   const inputs = { clip: link, prompts: "", file, cache: "memory and disk" };
   const node = { class_type: "QwenVRAMPrefill", inputs, _meta: { title: "Prefill" } };
   return { id, output: { ...upstreamOf(output, link), [id]: node } };

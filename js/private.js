@@ -8,15 +8,13 @@ const COMMAND = "QwenVRAM.QueuePrivate";
 async function queuePrivate() {
   if (app.processingQueue) {
     // This run would be sent later, by the one that is being queued: without the mark.
-    const { busy } = pinWords(app.extensionManager.setting.get("Comfy.Locale"));
-    app.extensionManager.toast.add({ severity: "warn", summary: "Qwen VRAM", detail: busy, life: 8000 });
-    return;
+    return toast("warn", words().busy);
   }
   const graph = rootGraph();
   const tracker = app.extensionManager.workflow?.activeWorkflow?.changeTracker;
   graph.extra.qwen_vram = { ...graph.extra.qwen_vram, keep_nothing: true };
   try {
-    await app.queuePrompt(0, 1);
+    if (await app.queuePrompt(0, 1)) toast("info", words().privateRun);
   } finally {
     forget(graph); // another one by now, if another tab was opened meanwhile
     // The frontend notes the graph when a request is queued, for undo and for the tab.
@@ -24,6 +22,12 @@ async function queuePrivate() {
     noted.filter(Boolean).forEach(forget);
     app.extensionManager.workflow?.activeWorkflow?.changeTracker?.captureCanvasState?.();
   }
+}
+
+const words = () => pinWords(app.extensionManager.setting.get("Comfy.Locale"));
+
+function toast(severity, detail) {
+  app.extensionManager.toast.add({ severity, summary: "Qwen VRAM", detail, life: 8000 });
 }
 
 const rootGraph = () => app.rootGraph ?? app.graph;

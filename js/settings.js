@@ -11,7 +11,7 @@ app.registerExtension({
   commands: [
     {
       id: REMOVE,
-      label: "Remove everything from the prompt cache (Qwen VRAM)",
+      label: "Remove everything, pins too (Qwen VRAM)",
       icon: "pi pi-trash",
       function: () => removeEverything(),
     },

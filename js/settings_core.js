@@ -52,9 +52,10 @@ export const SETTINGS = [
     type: "text",
     defaultValue: "",
     tooltip:
-      "redis://server:6379/0, so that several machines encode a prompt once; needs pip install " +
-      "redis. A password in it stands readable in ComfyUI's settings file: the environment " +
-      "variable QWEN_VRAM_REDIS_URL avoids that.",
+      "The address of a Redis server, such as redis://server:6379/0. All machines with the same " +
+      "address share what one of them has encoded. Empty: not shared. Needs pip install redis. A " +
+      "password in the address can be read in ComfyUI's settings file: put the address into the " +
+      "environment variable QWEN_VRAM_REDIS_URL instead.",
   },
   {
     id: "QwenVRAM.Conditioning.RedisDays",
@@ -62,7 +63,8 @@ export const SETTINGS = [
     type: "number",
     attrs: { ...number(3650, 2), min: 0.01 },
     defaultValue: 30,
-    tooltip: "After the last use.",
+    tooltip:
+      "How long a prompt stays in Redis after its last use. Counts only with a Redis address above.",
   },
   {
     id: "QwenVRAM.Conditioning.RedisGB",
@@ -70,7 +72,9 @@ export const SETTINGS = [
     type: "number",
     attrs: number(1e6, 2),
     defaultValue: 1,
-    tooltip: "About; what was not used for longest goes first.",
+    tooltip:
+      "About how much this pack may keep in Redis. What was not used for longest is deleted first. " +
+      "Counts only with a Redis address above.",
   },
 ].map((setting, index) => ({
   ...setting,

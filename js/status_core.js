@@ -1,5 +1,6 @@
 // What the status line of a node says when the node did not run. Pure: no DOM, no app.
 
+const DEEPEST = 32; // sub-graphs inside of each other
 const NOT_RUN = {
   en: "not run again: ComfyUI still had the result",
   zh: "未重新运行：ComfyUI 仍保有结果",
@@ -8,6 +9,18 @@ const NOT_RUN = {
 /** The sentence in the frontend's language, English where there is no translation. */
 export function notRun(locale) {
   return NOT_RUN[locale] ?? NOT_RUN[String(locale).split("-")[0]] ?? NOT_RUN.en;
+}
+
+/**
+ * Every node of a graph and of its sub-graphs, as [execution id, node]; one that stands in a
+ * sub-graph that is used twice comes twice.
+ */
+export function nodesIn(graph, path = "", depth = 0) {
+  if (depth > DEEPEST) return [];
+  return [...(graph?.nodes ?? [])].flatMap((node) => {
+    const id = `${path}${node.id}`;
+    return [[id, node], ...nodesIn(node.subgraph, `${id}:`, depth + 1)];
+  });
 }
 
 /** A node by its execution id; in subgraphs that is a path of ids, as "12:3". */

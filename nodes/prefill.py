@@ -161,7 +161,8 @@ class Prefill(io.ComfyNode):
         STORE.flush()
         _count_evicted(tally, cache)
         facts = {k: getattr(tally, k) for k in ("prompts", "known", "encoded", "not_stored")}
-        return shown(len(found), text=tally.line(), seconds=tally.seconds, **facts)
+        facts |= {"seconds": tally.seconds, "reason": tally.reason}
+        return shown(len(found), text=tally.line(), **facts)
 
     @classmethod
     def encode(cls, sought: Sought, clip: comfy.sd.CLIP, cache: str, tally: Tally) -> None:

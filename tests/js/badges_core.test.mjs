@@ -14,8 +14,8 @@ test("a hit tells the tier and what it saved", () => {
 });
 
 test("a miss tells why, and its title the rest", () => {
-  assert.equal(textOf({ result: "miss", why: "LoRA before clip changed" }), "miss · LoRA changed");
-  assert.equal(textOf({ result: "miss", why: "image2 changed" }), "miss · image changed");
+  assert.equal(textOf({ result: "miss", why: "LoRA before clip changed" }), "miss · LoRA before clip changed");
+  assert.equal(textOf({ result: "miss", why: "image2 changed" }), "miss · image2 changed");
   assert.equal(textOf({ result: "miss", why: "new text" }, "zh-TW"), "未命中 · 新的文本");
   assert.equal(textOf({ result: "miss", why: "text encoder file changed" }, "zh"), "未命中 · 文本编码器文件 已改变");
   const why = "cannot be cached: SomeNode reads the whole workflow";
@@ -39,20 +39,46 @@ test("what is not known in Chinese stays as it is", () => {
 test("every reason of the server is told in Chinese", () => {
   const told = {
     "number of images changed": "图片数量 已改变", "reference size changed": "参考尺寸 已改变",
-    "new image 2": "新的图片 2", "image 2 changed": "图片 已改变", "image2 is gone": "图片 已移除",
-    "LoRA before clip is gone": "LoRA 已移除", "linked text changed": "连接的 text 已改变",
+    "new image 2": "新的图片 2", "image 2 changed": "图片 2 已改变", "image2 is gone": "图片 2 已移除",
+    "new image": "新的图片", "new image2": "新的图片 2", "image changed": "图片 已改变",
+    "nothing is kept, by the settings": "按设置不保存",
+    "LoRA before clip is gone": "clip 之前的 LoRA 已移除", "linked text changed": "连接的 text 已改变",
     "this node keeps nothing": "此节点不保存", "this run keeps nothing": "本次运行不保存",
     "first time": "首次", "new text, new image 1": "新的文本，新的图片 1",
     "new text, cannot be cached: x": "新的文本，无法缓存：x",
   };
   for (const [why, chinese] of Object.entries(told)) assert.equal(whyText(why, "zh"), chinese);
   assert.equal(whyText("new image 1, cannot be cached: x, y", "en"), "new image 1, cannot be cached: x, y");
-  assert.equal(whyText("graph before vae is gone", "en"), "nodes before vae is gone");
+  assert.equal(whyText("nodes before vae is gone", "zh"), "vae 之前的节点 已移除");
   assert.equal(textOf({ result: "hit", tier: "memory, disk" }, "zh"), "命中 · 内存, 磁盘");
 });
 
 test("seconds grow into minutes and hours", () => {
-  assert.deepEqual([0.04, 9.96, 100, 130, 9000].map(secondsText), ["0.0 s", "10 s", "100 s", "2 min", "2.5 h"]);
+  assert.deepEqual([0, 0.04, 9.96, 100, 130, 9000].map(secondsText), ["0 s", "< 0.1 s", "10 s", "100 s", "2 min", "2.5 h"]);
+});
+
+test("what is too little to be told is not told as saved", () => {
+  assert.equal(textOf({ result: "hit", tier: "disk", seconds_saved: 0.04 }), "hit · disk");
+  const small = { result: "hit", tier: "disk", seconds_saved: 0.02 };
+  assert.equal(summaryOf([small, small], "en").text, "2 hits");
+});
+
+test("what the user does not want to be kept is no miss", () => {
+  const badge = (why, locale = "en") => badgeOf({ result: "not kept", why, seconds: 2 }, locale);
+  const run = badge("this run keeps nothing");
+  assert.deepEqual(run, { kind: "off", text: "not kept", title: "this run keeps nothing · took 2.0 s" });
+  assert.equal(badge("nothing is kept, by the settings").text, "off");
+  assert.equal(badge("cache is off", "zh").text, "已关闭");
+  assert.equal(badge("this node keeps nothing"), null); // pins.js says it
+  const facts = { result: "not kept", why: "cache is off" };
+  assert.deepEqual([summaryOf([facts, facts], "en").kind, summaryOf([facts, facts], "en").text], ["off", "off"]);
+});
+
+test("a pinned node has no badge of what ran in its place", () => {
+  const pinned = { ...node(6, "CLIPTextEncode"), properties: { qwen_vram: { pin: { content: "a" } } } };
+  const facts = new Map([["6", { result: "hit", tier: "disk" }]]);
+  assert.equal(badgesIn(graphOf(pinned), facts, isEncode, "en").size, 0);
+  assert.equal(badgesIn(graphOf(node(6, "CLIPTextEncode")), facts, isEncode, "en").size, 1);
 });
 
 test("a sub-graph sums up its encode nodes", () => {

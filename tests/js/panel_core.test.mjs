@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { readFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import { test } from "node:test";
 import { ALLOCATOR_SETTINGS } from "../../js/allocator_core.js";
 import { CLEAR_SETTING } from "../../js/clear_core.js";
@@ -51,13 +51,16 @@ test("the defaults are the server's", () => {
   assert.ok(server.includes(`redis_bytes: int = ${byId.RedisGB}_000_000_000`));
 });
 
-test("every command has its label in both languages", () => {
-  for (const file of ["js/settings.js", "js/prefill.js", "js/warmup.js"]) {
-    const source = read(file);
-    const [, id] = source.match(/"(QwenVRAM\.\w+)";/);
-    const key = id.replace(".", "_");
-    assert.ok(source.includes(`label: "${locale("en", "commands")[key].label}"`), id);
-    assert.match(locale("zh", "commands")[key].label, /[\u4e00-\u9fff]/);
+test("every command has its label in both languages, in the menu too", () => {
+  const files = readdirSync(new URL("../../js", import.meta.url)).filter((name) => name.endsWith(".js"));
+  const labels = files.flatMap((name) => [...read(`js/${name}`).matchAll(/ label: "(.* \(Qwen VRAM\))",/g)].map(([, label]) => label));
+  const [english, chinese] = ["en", "zh"].map((language) => locale(language, "commands"));
+  assert.deepEqual(Object.values(english).map(({ label }) => label).sort(), labels.sort());
+  assert.deepEqual(Object.keys(chinese), Object.keys(english));
+  // The menu translates the English label, and the palette the id.
+  for (const [key, { label }] of Object.entries(chinese)) {
+    assert.match(label, /[\u4e00-\u9fff]/);
+    assert.equal(locale("zh", "main").menuLabels[english[key].label.replaceAll(".", "_")], label);
   }
 });
 
@@ -105,6 +108,9 @@ test("what was removed is told, and what could not be", () => {
   const text = removedText({ ...removed, pins: { entries: 1, bytes: 9 }, failed: ["a.safetensors (locked)"] }, "en");
   assert.match(text, /1 pinned output\. Could not be removed: a\.safetensors \(locked\)\.$/);
   assert.equal(removedText({ deleted: 1 }, "en"), "Removed: 1 pinned output.");
+  const all = { ...removed, disk: none, lists: 2, totals: true };
+  assert.equal(removedText(all, "en"), "Removed: 2 lists of prompts · the totals.");
+  assert.equal(removedText({ ...all, lists: 0 }, "zh"), "已删除: 累计数字.");
   const away = { ...removed, redis: { entries: null, bytes: null, state: "away" } };
   assert.match(removedText(away, "en"), /^Removed: .*\. Redis does not answer: .* still there\./);
   const connected = { ...removed, redis: { entries: 1, bytes: 3000, state: "connected" } };
@@ -114,7 +120,10 @@ test("what was removed is told, and what could not be", () => {
 test("pins are named by their types", () => {
   const content = "ab".repeat(32);
   const pins = [{ content, bytes: 2000, types: ["IMAGE", "MASK"], last_used: 0 }, { content, bytes: 1, types: [], last_used: 0 }];
-  assert.deepEqual(pinRows(pins, "en").map((row) => row.name), ["IMAGE, MASK", "abababababab"]);
+  const users = new Map([[content, ["Load Image", "Other"]]]);
+  assert.deepEqual(pinRows(pins, users, "en").map((row) => row.name), ["IMAGE, MASK", "abababababab"]);
+  assert.deepEqual(pinRows(pins.slice(1), users, "en").map((row) => row.here), ["Load Image, Other"]);
+  assert.deepEqual(pinRows(pins.slice(1), new Map(), "en").map((row) => row.here), ["no"]);
 });
 
 test("both languages have the same words", () => {

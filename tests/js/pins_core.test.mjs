@@ -1,8 +1,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import {
-  badgeText, eventsOf, executionIds, hasOutputs, isKept, markOf, outcomeOf, pinPrompt, pinWords, problemOf,
-  rejection, setMark, sizeText, withoutRunMark,
+  eventsOf, executionIds, hasOutputs, isKept, markOf, outcomeOf, PIN_COLOURS, pinBadge, pinPrompt, pinUsers, pinWords,
+  problemOf, rejection, setMark, sizeText, valuesOf, withoutRunMark,
 } from "../../js/pins_core.js";
 
 const en = pinWords("en");
@@ -41,10 +41,44 @@ test("marks leave other properties alone, and nothing behind", () => {
 
 test("the badge says what is marked", () => {
   const node = (qwen_vram) => ({ properties: { qwen_vram } });
-  assert.equal(badgeText({}, en), "");
-  assert.equal(badgeText(node({ pin: { bytes: 1.3e6 } }), en), "pinned 1.3 MB");
-  assert.equal(badgeText(node({ keep_nothing: true }), en), "keeps nothing");
-  assert.equal(badgeText(node({ keep_nothing: true, pin: {} }), en), "pinned · keeps nothing");
+  const badgeText = (...of) => pinBadge(...of).text;
+  assert.equal(badgeText({}, en, null), "");
+  assert.equal(badgeText(node({ pin: { bytes: 1.3e6 } }), en, null), "pinned 1.3 MB");
+  assert.equal(badgeText(node({ keep_nothing: true }), en, null), "keeps nothing");
+  assert.equal(badgeText(node({ keep_nothing: true, pin: {} }), en, null), "pinned · keeps nothing");
+  assert.deepEqual(pinBadge(node({ keep_nothing: true }), en, null).bgColor, PIN_COLOURS.keepsNothing.bgColor);
+});
+
+test("a pin that ComfyUI has no longer is told, once that is known", () => {
+  const node = { properties: { qwen_vram: { pin: { content: "a", bytes: 1.3e6 } } } };
+  const missing = pinBadge(node, en, new Set(["b"]));
+  assert.deepEqual([missing.text, missing.bgColor], ["pin is missing", PIN_COLOURS.missing.bgColor]);
+  assert.equal(pinBadge(node, en, new Set(["a"])).text, "pinned 1.3 MB");
+  assert.equal(pinBadge(node, en, null).text, "pinned 1.3 MB");
+});
+
+test("values that were changed after pinning are told; a seed that is drawn anew is none", () => {
+  const seed = { name: "seed", value: 1, linkedWidgets: [{ name: "control_after_generate" }] };
+  const shown = { name: "$$line", value: "hit", serialize: false };
+  const node = { widgets: [{ name: "text", value: "a" }, seed, shown] };
+  setMark(node, "pin", { content: "a", values: valuesOf(node) });
+  seed.value = 2;
+  shown.value = "miss";
+  assert.equal(pinBadge(node, en, null).text, "pinned");
+  node.widgets[0].value = "b";
+  assert.equal(pinBadge(node, en, null).text, "pinned · values changed since");
+  node.widgets[0].value = "a";
+  assert.equal(pinBadge(node, en, null).text, "pinned");
+  delete node.properties.qwen_vram.pin.values; // as older workflows have it
+  node.widgets[0].value = "b";
+  assert.equal(pinBadge(node, en, null).text, "pinned");
+});
+
+test("the nodes of a workflow that use a pin are named, each once", () => {
+  const pinned = (id, title) => ({ id, title, properties: { qwen_vram: { pin: { content: "a" } } } });
+  const inner = { nodes: [pinned(3, "Inside")] };
+  const root = { nodes: [pinned(1, "One"), { id: 2, subgraph: inner }, { id: 4, subgraph: inner }, { id: 5 }] };
+  assert.deepEqual([...pinUsers(root)], [["a", ["One", "Inside"]]]);
 });
 
 test("menus are for nodes that can have it", () => {
@@ -85,9 +119,11 @@ test("what cannot be pinned has a reason", () => {
 test("the request has one node more, fed by every output", () => {
   const output = { 5: {}, "12:3": {} };
   const prompt = pinPrompt(output, "12:3", 2);
-  assert.equal(prompt.id, "13");
-  assert.deepEqual(prompt.output["13"].inputs, { value_0: ["12:3", 0], value_1: ["12:3", 1] });
-  assert.equal(prompt.output["13"].class_type, "QwenVRAMPin");
+  const added = prompt.output[prompt.id];
+  assert.deepEqual(added.inputs, { value_0: ["12:3", 0], value_1: ["12:3", 1] });
+  assert.equal(added.class_type, "QwenVRAMPin");
+  assert.ok(Number.isNaN(Number.parseInt(prompt.id, 10))); // no node of a graph can have it
+  assert.notEqual(pinPrompt(prompt.output, "5", 1).id, prompt.id);
   assert.deepEqual(Object.keys(output), ["5", "12:3"]);
 });
 

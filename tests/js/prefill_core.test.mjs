@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { annotated, clipOf, prefillPrompt, prefillWords } from "../../js/prefill_core.js";
+import { annotated, clipOf, doneText, isList, prefillPrompt, prefillWords } from "../../js/prefill_core.js";
 
 const node = (class_type, inputs) => ({ class_type, inputs });
 const OUTPUT = {
@@ -33,10 +33,21 @@ test("without an encoder there is a sentence", () => {
 
 test("the prompt has what the clip needs and nothing beside it", () => {
   const { id, output } = prefillPrompt(OUTPUT, ["2", 1], "qwen_vram/list.csv [temp]");
-  assert.equal(id, "13");
-  assert.deepEqual(Object.keys(output).sort(), ["1", "13", "2", "7", "8"]);
+  assert.ok(Number.isNaN(Number.parseInt(id, 10))); // no node of a graph can have it
+  assert.deepEqual(Object.keys(output).sort(), ["1", "2", "7", "8", id]);
   assert.deepEqual(output[id].inputs.clip, ["2", 1]);
   assert.equal(output[id].inputs.file, "qwen_vram/list.csv [temp]");
+});
+
+test("a file that the server would refuse is refused before it is sent", () => {
+  assert.deepEqual(["a.txt", "b.CSV", "c.tsv"].map(isList), [true, true, true]);
+  assert.deepEqual(["a.xlsx", "txt", "a.txt.gz", ""].map(isList), [false, false, false, false]);
+});
+
+test("the result of a list is told in both languages", () => {
+  const facts = { prompts: 3, known: 1, encoded: 1, seconds: 2, not_stored: 1, reason: "why" };
+  assert.equal(doneText(facts, "en"), "3 prompts: 1 known, 1 encoded in 2.0 s, 1 not stored (why)");
+  assert.equal(doneText({ ...facts, reason: "" }, "zh"), "共 3 条提示词：1 条已知，1 条编码用时 2.0 s，1 条未保存");
 });
 
 test("an uploaded file is named as ComfyUI's nodes do", () => {
