@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import re
 import threading
 import time
 import weakref
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 from . import conditioning_codec as codec
 from .background import Deadline, Worker
 from .disk_tier import DiskTier, parts_of
+from .miss_reason import miss_reason
 from .statistics import Removed, Size, Usage
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ QUEUE_WAIT_SECONDS = 0.25
 TOUCH_SECONDS = 60.0  # a use in memory is noted on disk and in Redis at most this often
 CLEAR_WAIT_SECONDS = 10.0
 CLOSE_WAIT_SECONDS = 10.0
-_PICTURE = re.compile(r"image ?\d*|pixels")  # parts of a key that are a picture
 _OPEN: weakref.WeakSet[ConditioningStore] = weakref.WeakSet()
 
 
@@ -134,13 +133,7 @@ class ConditioningStore:
         with self._lock:
             if key in self._damaged:
                 return "its stored file was damaged"
-        known = self._known_parts()
-        same_text = [p for p in known if p.get("text") == parts["text"]]
-        if not same_text:
-            return "new text"
-        seen = {p[name] for p in known for name in p if _PICTURE.fullmatch(name)}
-        different = min((_differences(parts, p, seen) for p in same_text), key=len)
-        return different[0] if different else "evicted"
+        return miss_reason(parts, self._known_parts())
 
     def flush(self, timeout: float = 30.0) -> bool:
         """Wait until what was put is written, as far as it can be; False after `timeout` seconds"""
@@ -384,22 +377,6 @@ class ConditioningStore:
             self._warned.add(what)
         if not known:
             log.warning(message)
-
-
-def _differences(parts: dict[str, str], stored: dict[str, str], seen: set[str]) -> list[str]:
-    """What is new about `parts`, in their order, then what they have no longer.
-
-    A picture that is not among those `seen` is a new one: nothing was changed about it.
-    """
-    different = [name for name in parts if stored.get(name) != parts[name]]
-    new = {n for n in different if _PICTURE.fullmatch(n) and parts[n] not in seen}
-    changed = [f"new {_called(n)}" if n in new else f"{_called(n)} changed" for n in different]
-    return changed + [f"{_called(name)} is gone" for name in stored if name not in parts]
-
-
-def _called(name: str) -> str:
-    """What users call a part of a key."""
-    return "image" if name == "pixels" else name
 
 
 @atexit.register

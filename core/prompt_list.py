@@ -131,7 +131,7 @@ def _read(text: str, separator: str, name: str) -> list[_Row]:
     rows: list[_Row] = []
     try:
         for row in reader:
-            comment = bool(row) and row[0].lstrip().startswith(_COMMENT)
+            comment = row[:1] and row[0].lstrip().startswith(_COMMENT) and not _is_heading(row)
             if any(cell.strip() for cell in row) and not comment:
                 rows.append((reader.line_num, row))
     except csv.Error as error:

@@ -13,10 +13,15 @@ def _node(class_type: str, title: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs, "_meta": {"title": title}}
 
 
+TITLES = {"DiffusionModel": "Load Diffusion Model", "TextEncoder": "Load Text Encoder"}
+
+
 def _load(kind: str, name: str, path: str) -> dict[str, Any]:
     file = {name: PurePosixPath(path).name}
     options = {"weight_dtype": "default", "device": "default", "keep_loaded": False}
-    return _node(f"QwenVRAMLoad{kind}", f"Load {kind} (Qwen VRAM)", **file, **options)
+    return _node(
+        f"QwenVRAMLoad{kind}", f"{TITLES.get(kind, f'Load {kind}')} (Qwen VRAM)", **file, **options
+    )
 
 
 def edit_graph(picture: str, instruction: str, seed: int = 0) -> Prompt:

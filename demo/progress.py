@@ -73,13 +73,14 @@ def _cache_text(result: Result, node_id: str) -> str:
 
 
 def table(prompt: Prompt, result: Result) -> str:
-    """Node, seconds and what the node says, in the order of execution."""
-    order = result.executed + [node_id for node_id in prompt if node_id not in result.executed]
+    """Node, seconds and what the node says, in the order of execution; then what did not run."""
+    ran = [node_id for node_id in result.executed if node_id in result.seconds]
     rows = [("node", "seconds", "what the node says")]
-    for node_id in order:
-        seconds = result.seconds.get(node_id)
-        shown = "not run" if seconds is None else f"{seconds:.2f}"
-        rows.append((title_of(prompt, node_id), shown, _cache_text(result, node_id)))
+    for node_id in ran:
+        seconds = f"{result.seconds[node_id]:.2f}"
+        rows.append((title_of(prompt, node_id), seconds, _cache_text(result, node_id)))
     width = max(len(row[0]) for row in rows)
     lines = [f"  {name:<{width}}  {seconds:>7}  {cache}".rstrip() for name, seconds, cache in rows]
+    rest = list(dict.fromkeys(title_of(prompt, i) for i in prompt if i not in ran))
+    lines += [f"  not run: {', '.join(rest)}"] if rest else []
     return "\n".join([lines[0], "  " + "-" * (width + 16), *lines[1:]])

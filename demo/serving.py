@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import urllib.request
 import webbrowser
 from pathlib import Path
 
 from .animals import Scene, draw
 from .checkpoints import make_checkpoints
 from .environment import say
-from .server import Server
+from .server import HOST, Server, free_port
 from .showcase import BASE, DemoError, has_accelerator, new_server
 
 WORKFLOWS = Path(__file__).with_name("workflows")
@@ -34,12 +36,31 @@ def address(server: Server) -> str:
     return f"{server.url}/?template={OPENED}&source={TEMPLATES}"
 
 
+def running(base: Path, port: int = PORT) -> str | None:
+    """The address of a ComfyUI that was started on this folder before, if it answers."""
+    url = f"http://{HOST}:{port}"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{url}/qwen_vram/conditioning", timeout=5) as response:
+            folder = Path(json.loads(response.read())["folder"])
+    except (OSError, ValueError, KeyError, TypeError):  # nobody there, or something else
+        return None
+    return url if base.resolve() in folder.resolve().parents else None
+
+
 def serve(comfyui: Path) -> None:
     """Opens ComfyUI with the pack and the embedded model in the browser until Ctrl-C."""
+    if (other := running(BASE)) is not None:
+        say(f"another is running at {other}; this one gets a port and a log of its own")
+    port = free_port(PORT)
+    first = port == PORT
+    name = "run" if first else f"run_{port}"
+    # ComfyUI empties its temporary folder when it starts.
+    extra = [] if first else ["--temp-directory", str(BASE / name)]
     make_checkpoints(comfyui, BASE / "models")
     offer_workflows(BASE)
     say("starting ComfyUI")
-    with new_server(comfyui, not has_accelerator(), PORT) as server:
+    with new_server(comfyui, not has_accelerator(), name, extra, port) as server:
         say(f"ComfyUI is at {address(server)}, which opens {OPENED}: press Run there")
         say(f"{OTHER}, which changes a picture, is in the Workflows panel on the left (key W)")
         say(f"Ctrl-C ends it (log: {server.log_file})")

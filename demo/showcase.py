@@ -25,6 +25,7 @@ from .substitutions import Prompt, substitute
 from .vocabulary import names_animal
 
 BASE = ROOT / ".demo"
+USER = BASE / "demo"  # its own: the prompt cache of `make run` is in the usual place
 WORKFLOW = ROOT / "workflows" / "qwen_image_2512.json"
 ENCODER_LOADER = "QwenVRAMLoadTextEncoder"
 CACHED_ENCODE = "QwenVRAMCachedTextEncode"
@@ -57,11 +58,25 @@ def has_accelerator() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def new_server(comfyui: Path, cpu: bool, preferred_port: int = 0) -> Server:
-    """A ComfyUI on the demo's folder, not yet started."""
+def new_server(
+    comfyui: Path, cpu: bool, name: str, extra: Sequence[str] = (), preferred_port: int = 0
+) -> Server:
+    """A ComfyUI on the demo's folder, not yet started; its log has that name."""
     # ComfyUI's default attention takes seconds for the first prompt on a CPU.
-    extra = ["--use-pytorch-cross-attention"] if cpu else []
-    return Server(comfyui, BASE, ROOT, cpu=cpu, extra_args=extra, preferred_port=preferred_port)
+    attention = ["--use-pytorch-cross-attention"] if cpu else []
+    return Server(
+        *(comfyui, BASE, ROOT),
+        cpu=cpu,
+        extra_args=[*attention, *extra],
+        preferred_port=preferred_port,
+        log_name=f"{name}.log",
+    )
+
+
+def _demo_server(comfyui: Path, cpu: bool) -> Server:
+    """One that leaves alone what `make run` has stored, and its temporary files."""
+    folders = ["--user-directory", str(USER), "--temp-directory", str(USER)]
+    return new_server(comfyui, cpu, "demo", folders)
 
 
 # ---------------------------------------------------------------------------------------- prompts
@@ -178,15 +193,15 @@ def run(comfyui: Path, text: str | None = None, keep_cache: bool = False) -> Non
     for old in (BASE / "output").glob("demo*.png"):
         old.unlink()
     if not keep_cache:
-        shutil.rmtree(BASE / "user" / "__qwen_vram", ignore_errors=True)
+        shutil.rmtree(USER / "__qwen_vram", ignore_errors=True)
     cpu = not has_accelerator()
     texts = PROMPTS if text is None else (text,)
     say(f"starting ComfyUI from {comfyui} {'on the CPU' if cpu else 'on the GPU'}")
-    with new_server(comfyui, cpu) as server:
+    with _demo_server(comfyui, cpu) as server:
         prompt, runs = _drawn(server, texts)
         edited = _edited(server, runs[-1])
     say("stopped it; starting a new ComfyUI process for the first prompt again")
-    with new_server(comfyui, cpu) as server:
+    with _demo_server(comfyui, cpu) as server:
         again = _run_once(server, prompt, "again", texts[0])
     _verdict(prompt, runs[0], again, fresh=not keep_cache)
     sheet = BASE / "output" / "demo.png"

@@ -18,6 +18,7 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
 
+from ..core.miss_reason import NEW
 from . import encoding
 from .encoding import CACHE_MODES, Lookup, Made
 from .keys import Key, picture_key
@@ -38,7 +39,6 @@ from .pictures import (
 from .status import announce_hit, announce_miss, announce_partial, result_of, shown
 
 WAITING = encoding.Waiting()
-NEW = "new text"  # what the store says of a first part that it does not know
 
 
 class Found(NamedTuple):

@@ -13,12 +13,18 @@ import PIL.Image
 import pytest
 from pack.demo.server import Server
 from pack.tests.browser.editor import SETTLE_MS, Editor
-from pack.tests.browser.test_workflow import ids_of
+from pack.tests.browser.test_cache_panel import screenshot
+from pack.tests.browser.test_workflow import STATUS, ids_of
 from pack.tests.graphs import text_to_image
 from playwright.sync_api import expect
 
 Workflow = dict[str, Any]
 PINNED = "id => Boolean(app.graph.getNodeById(id).properties.qwen_vram?.pin)"
+DELETE_PIN = """async id => {
+    const { content } = app.graph.getNodeById(id).properties.qwen_vram.pin;
+    const path = `/qwen_vram/pins/${content}`;
+    return (await app.api.fetchApi(path, { method: "DELETE" })).json();
+}"""
 BADGES = """id => app.graph.getNodeById(id).badges
     .map(badge => (typeof badge === 'function' ? badge() : badge.value ?? badge).text)"""
 MARKED_STATES = """() => {
@@ -33,6 +39,11 @@ PLACE = """id => {
     const [x, y] = canvas.ds.convertOffsetToCanvas([node.pos[0] + 60, node.pos[1] - 14]);
     return [box.left + x, box.top + y];
 }"""
+
+
+def size_of(pin: dict[str, Any]) -> str:
+    """As the badge writes the size of these small pins."""
+    return f"{pin['bytes'] / 1e3:.1f} kB"
 
 
 @pytest.fixture
@@ -102,6 +113,9 @@ def test_pinned_through_a_reload_and_a_change_until_unpinned(
 
     editor.set_widgets({str(positive): {"text": "a blue fox at night"}})
     assert picture(editor, ids, server) == first
+    changed = f"pinned {size_of(mark)} · values changed since"
+    assert changed in editor.page.evaluate(BADGES, positive)
+    assert editor.widgets(positive)[STATUS] == "pinned: the values shown here are not used"
     menu(editor, positive, "Unpin output (Qwen VRAM)")
     assert (
         "qwen_vram"
@@ -109,6 +123,23 @@ def test_pinned_through_a_reload_and_a_change_until_unpinned(
     )
     assert picture(editor, ids, server) != first
     assert editor.problems == []
+
+
+def test_a_lost_pin_is_told_in_words_and_on_its_node(editor: Editor, ready, server: Server) -> None:
+    positive = ready["positive"]
+    menu(editor, positive, "Pin output (Qwen VRAM)")
+    toast(editor, "is pinned (")
+    assert editor.page.evaluate(DELETE_PIN, positive) == {"deleted": 1}
+    editor.page.get_by_test_id("queue-button").first.click()
+    toast(editor, 'The pinned value of "Positive prompt')
+    screenshot(editor.page, "pin_missing")
+    assert "pin is missing" in editor.page.evaluate(BADGES, positive)
+    menu(editor, positive, "Unpin output (Qwen VRAM)")
+    assert "pin is missing" not in editor.page.evaluate(BADGES, positive)
+    assert editor.run().status == "execution_success"
+    of_refusal = ("/api/prompt", "Prompt execution failed")  # which the console repeats
+    assert [text for text in editor.problems if not any(t in text for t in of_refusal)] == []
+    editor.problems.clear()
 
 
 def test_undo_takes_a_pin_back(editor: Editor, ready) -> None:
@@ -177,6 +208,9 @@ def test_a_private_run_and_a_private_node(editor: Editor, ready, server: Server)
     entry = last_run(server)
     for node_id in (positive, negative):
         assert entry["outputs"][str(node_id)]["qwen_vram"][0]["why"] == "this run keeps nothing"
+    expect(editor.page.get_by_text("This run is not in the prompt cache.")).to_be_visible()
+    badges = (editor.page.evaluate(BADGES, node_id) for node_id in (positive, negative))
+    assert all("not kept" in texts for texts in badges)
     assert "qwen_vram" not in entry["prompt"][3]["extra_pnginfo"]["workflow"]["extra"]
     assert "qwen_vram" not in editor.saved()["extra"]
     assert not editor.page.evaluate(MARKED_STATES)
@@ -188,10 +222,9 @@ def test_a_private_run_and_a_private_node(editor: Editor, ready, server: Server)
     assert "keeps nothing" in editor.page.evaluate(BADGES, positive)
     editor.set_widgets({str(positive): {"text": "never to be kept either"}})
     assert editor.run().status == "execution_success"
-    assert (
-        last_run(server)["outputs"][str(positive)]["qwen_vram"][0]["why"]
-        == "this node keeps nothing"
-    )
+    (told,) = last_run(server)["outputs"][str(positive)]["qwen_vram"]
+    assert (told["why"], told["result"]) == ("this node keeps nothing", "not kept")
+    assert [b for b in editor.page.evaluate(BADGES, positive)[1:] if b] == ["keeps nothing"]
     menu(editor, positive, "Keep what this node gives again (Qwen VRAM)")
     assert "keeps nothing" not in editor.page.evaluate(BADGES, positive)
     assert editor.problems == []

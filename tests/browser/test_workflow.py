@@ -102,7 +102,7 @@ def test_run_button_makes_a_picture_and_the_nodes_say_how(
     assert first.status == "execution_success", first.detail
     (save,) = ids_of(workflow, "SaveImage")
     assert editor.picture(save) == [NUMBERS["width"], NUMBERS["height"]]
-    assert editor.widgets(positive)[STATUS].startswith("miss: new text · encoded in ")
+    assert editor.widgets(positive)[STATUS].startswith("miss: new text, encoded in ")
     for kind in ("DiffusionModel", "TextEncoder", "VAE"):
         (loader,) = ids_of(workflow, f"QwenVRAMLoad{kind}")
         assert re.match(r"\d+\.\d MB · \S+ · cpu · ", editor.widgets(loader)[STATUS])

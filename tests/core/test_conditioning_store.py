@@ -341,6 +341,20 @@ def test_the_reason_of_a_miss_names_the_part_that_changed(store) -> None:
     assert again.why_missed(key(2), fewer) == "model file is gone"
 
 
+def test_a_picture_that_was_never_seen_is_new_and_not_changed(store) -> None:
+    parts = {"text": "t", "image1": "a", "image2": "b", "pixels": "c"}
+    store.put(key(1), codec.Entry([[torch.ones(1), {}]], 0.0, parts, "cpu"))
+
+    def why(**changed: str) -> str:
+        return store.why_missed(key(2), {**parts, **changed})
+
+    assert why(image2="z") == "new image2"
+    assert why(image2="a") == "image2 changed"
+    assert why(pixels="z") == "new image"
+    fewer = {name: value for name, value in parts.items() if name != "pixels"}
+    assert store.why_missed(key(2), fewer) == "image is gone"
+
+
 def test_headers_are_read_only_to_explain_a_miss(store, monkeypatch) -> None:
     put(store, 1, 2)
     again = reopened(store)

@@ -49,6 +49,12 @@ def test_without_a_heading_the_first_column_counts(tmp_path: Path) -> None:
     assert saved(tmp_path / "b.csv", "a fox\n\na bird\n") == ["a fox", "a bird"]
 
 
+def test_rows_of_a_table_that_begin_with_a_hash_are_left_out(tmp_path: Path) -> None:
+    text = "# made on Monday, for the kiosk\nprompt;n\na fox;1\n #a cat;2\na #1 bird;3\n"
+    assert saved(tmp_path / "a.csv", text) == ["a fox", "a #1 bird"]
+    assert saved(tmp_path / "a.csv", "#,prompt\n1,a fox\n") == ["a fox"]  # a heading of numbers
+
+
 def test_excels_first_line_names_the_separator(tmp_path: Path) -> None:
     assert saved(tmp_path / "a.csv", "sep=;\r\nprompt;n\r\na, b;1\r\n") == ["a, b"]
     with pytest.raises(PromptListError, match="a.csv, line 3: 2 columns"):

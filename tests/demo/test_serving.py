@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import threading
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from pack.demo import embedded, serving
+from pack.demo.edit_graph import edit_graph
+from pack.demo.progress import table
+from pack.demo.server import Result, free_port
 from pack.tests.conftest import ROOT
 from pack.tests.static import test_workflows as bundled
 
@@ -57,3 +62,39 @@ def test_offering_puts_them_into_the_panel_and_the_templates(tmp_path: Path) -> 
     editing = json.loads((serving.WORKFLOWS / f"{serving.OTHER}.json").read_text(encoding="utf-8"))
     (loader,) = (node for node in editing["nodes"] if node["type"] == "LoadImage")
     assert (tmp_path / "input" / loader["widgets_values"][0]).is_file()
+
+
+def test_another_one_on_the_same_folder_is_found(tmp_path: Path) -> None:
+    told = {"folder": str(tmp_path / "user" / "__qwen_vram" / "conditioning")}
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(told).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        port = other.server_port
+        assert serving.running(tmp_path, port) == f"http://127.0.0.1:{port}"
+        assert serving.running(tmp_path / "elsewhere", port) is None
+        told.clear()  # another program
+        assert serving.running(tmp_path, port) is None
+        other.shutdown()
+    assert serving.running(tmp_path, free_port()) is None
+
+
+def test_the_table_names_nodes_as_the_editor_does_and_folds_what_did_not_run() -> None:
+    path = ROOT / "locales" / "en" / "nodeDefs.json"
+    names = json.loads(path.read_text(encoding="utf-8"))
+    graph = edit_graph("a.png", "text")
+    for node in graph.values():
+        if node["class_type"] in names:
+            assert node["_meta"]["title"] == names[node["class_type"]]["display_name"]
+    ran = Result("p", executed=["picture", "save"], seconds={"picture": 0.5, "save": 0.1})
+    lines = table(graph, ran).splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["Load", "Save", "not"]
+    assert lines[-1].startswith("  not run: Load Diffusion Model (Qwen VRAM), Load Text Encoder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -105,12 +106,12 @@ def test_a_hit_equals_stock_encoding_bit_for_bit_from_memory_and_from_disk(fresh
 def test_after_a_restart_the_encoder_is_not_touched_and_the_picture_is_the_same(fresh) -> None:
     first = fresh.run(text_to_image())
     assert "clip" in first.executed
-    assert first.status("positive")["text"].startswith("miss: new text · encoded in ")
+    assert first.status("positive")["text"].startswith("miss: new text, encoded in ")
     assert first.status("positive")["kept"] == "stored"
     fresh.restart()
     second = fresh.run(text_to_image())
     assert "clip" not in second.executed and "save" in second.executed
-    assert second.status("negative")["text"].endswith(" s · encoder not needed")
+    assert re.fullmatch(r"hit, disk, \d\.\d\d s", second.status("negative")["text"])
     assert torch.equal(first.outputs["decode"][0][0], second.outputs["decode"][0][0])
 
 
@@ -125,7 +126,7 @@ def test_it_works_under_every_cache_of_the_host(fresh, cache) -> None:
 
 def test_cache_modes(fresh) -> None:
     off = {**prompt(), "e": encode("a red fox", cache="off")}
-    assert fresh.run(off).status("e")["text"].startswith("miss: cache is off · encoded in ")
+    assert fresh.run(off).status("e")["text"].startswith("not kept: cache is off, encoded in ")
     assert not fresh.store_directory.exists()
     memory = {**prompt(), "e": encode("a red fox", cache="memory")}
     assert fresh.run(memory).status("e")["kept"] == "stored in memory"

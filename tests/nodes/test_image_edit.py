@@ -130,7 +130,7 @@ def test_after_a_restart_no_model_is_touched_and_the_bits_are_the_same(fresh, fi
     second = again(fresh, graph(*files))
     assert not {"clip", "vae"} & set(second.executed)
     line = second.status("e")["text"]
-    assert line.startswith("conditioning: hit (disk) · reference latents: hit (disk) · saved ")
+    assert line.startswith("conditioning: hit, disk · reference latents: hit, disk")
     assert same(value(second), value(first)) and size(second) == size(first) == [64, 64]
 
 
@@ -172,9 +172,9 @@ def test_one_other_pixel_is_a_miss_of_both_parts_that_names_the_picture(fresh, f
         image.save(path)
     run = fresh.run(graph(*files))  # in the same process, nothing reset
     status = run.status("e")
-    assert status["conditioning"]["why"] == "image 2 changed"
+    assert status["conditioning"]["why"] == "new image 2"
     assert [r.get("why", "hit") for r in status["references"]] == ["hit", "new image 2", "hit"]
-    assert "reference latents: 2 of 3 hit (memory), miss (new image 2), enc" in status["text"]
+    assert "reference latents: 2 of 3 hit, memory; miss (new image 2), enc" in status["text"]
     assert not same(value(run)[0][0], value(before)[0][0])
     assert not same(references(run)[1], references(before)[1])
 
@@ -205,7 +205,7 @@ def test_the_same_picture_in_another_file_is_a_hit(fresh, files) -> None:
 def test_without_a_vae_there_are_no_references(fresh, files) -> None:
     fresh.run(graph(*files))
     run = again(fresh, graph(*files, vae=False))
-    assert run.status("e")["text"].startswith("conditioning: hit (disk) · no reference latents · ")
+    assert run.status("e")["text"].startswith("conditioning: hit, disk · no reference latents")
     assert "reference_latents" not in value(run)[0][1] and size(run) == [64, 64]
 
 
@@ -321,7 +321,7 @@ def test_a_list_of_instructions_asks_for_the_encoder_alone_when_one_is_new(fresh
 
 def test_cache_modes(fresh, files) -> None:
     off = fresh.run(graph(files[0], cache="off")).status("e")
-    assert off["why"] == "cache is off" and off["kept"] == "" and off["result"] == "miss"
+    assert off["why"] == "cache is off" and off["kept"] == "" and off["result"] == "not kept"
     memory = graph(files[0], cache="memory")
     assert fresh.run(memory).status("e")["kept"] == "stored in memory"
     fresh.executor.reset()

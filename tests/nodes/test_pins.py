@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from multidict import CIMultiDict
 from pack.tests.graphs import CLIP, VAE, loader, node, text_to_image
 from pack.tests.host import Run, RunError
 
@@ -248,6 +249,28 @@ def test_a_missing_file_is_told_before_anything_runs(fresh, pins) -> None:
     assert not [name for name, _ in fresh.events if name == "executing"]
 
 
+def test_the_editor_is_told_of_a_missing_pin_that_a_run_needs(fresh, pins) -> None:
+    graph = text_to_image()
+    content = pin(fresh, graph, "latent")["content"]
+    pins.delete(content)
+    marked = {"qwen_vram": {"pin": {"content": content}}}
+    prompt = {**graph, "latent": {**graph["latent"], "_meta": marked}}
+
+    def told(**more: Any) -> list[dict[str, Any]]:
+        fresh.events.clear()
+        fresh.server.trigger_on_prompt({"prompt": prompt, **more})
+        return [data for name, data in fresh.events if name == "qwen_vram.pin_refused"]
+
+    (refused,) = told(client_id="editor")
+    assert refused["node"] == "latent" and refused["missing"] is True
+    assert "is not on this machine" in refused["text"]
+    assert len(told(client_id="editor", partial_execution_targets=["decode"])) == 1
+    assert told(client_id="editor", partial_execution_targets=["positive"]) == []
+    assert told() == []  # a script: it gets the refusal as the answer
+    pin(fresh, graph, "latent")
+    assert told(client_id="editor") == []
+
+
 def test_a_damaged_file_stops_the_run_with_a_sentence(fresh, pins) -> None:
     graph = text_to_image()
     facts = pin(fresh, graph, "latent")
@@ -313,10 +336,12 @@ def test_a_node_in_a_subgraph_is_pinned_under_its_path(fresh, pins) -> None:
 
 
 # ------------------------------------------------------------------------------------------ routes
-def ask(host: Any, method: str, path: str, **match: str) -> tuple[int, Any]:
+def ask(
+    host: Any, method: str, path: str, query: dict[str, str] | None = None, **match: str
+) -> tuple[int, Any]:
     """Call a handler as the server does."""
     (route,) = [r for r in host.server.routes if (r.method, r.path) == (method, path)]
-    request = types.SimpleNamespace(match_info=match)
+    request = types.SimpleNamespace(match_info=match, headers=CIMultiDict(), query=query or {})
     response = host.loop.run_until_complete(route.handler(request))
     return response.status, json.loads(response.body)
 
@@ -334,5 +359,25 @@ def test_the_routes_list_and_delete(fresh, pins) -> None:
     assert ask(fresh, "DELETE", two, content=facts[0]["content"]) == (200, {"deleted": 1})
     assert ask(fresh, "DELETE", two, content=facts[0]["content"]) == (200, {"deleted": 0})
     assert ask(fresh, "DELETE", two, content="../x")[0] == 400
-    assert ask(fresh, "DELETE", one) == (200, {"deleted": 2})
+    assert ask(fresh, "DELETE", one, {"everything": "true"}) == (200, {"deleted": 2})
     assert pins.listed() == []
+
+
+@pytest.mark.parametrize(
+    ("query", "sentence"),
+    [
+        ({}, "This would delete every pin. Use DELETE /qwen_vram/pins/<content> for one pin"),
+        ({"everything": "false"}, "This would delete every pin."),
+        ({"unused_days": "30"}, "unused_days is not known."),
+        ({"everything": "true", "content": "a"}, "content is not known."),
+    ],
+)
+def test_pins_are_only_deleted_when_that_is_said(fresh, pins, query, sentence: str) -> None:
+    content = pin(fresh, text_to_image(), "latent")["content"]
+    status, answer = ask(fresh, "DELETE", "/qwen_vram/pins", query)
+    assert status == 400 and answer["error"].startswith(sentence)
+    status, answer = ask(
+        fresh, "DELETE", "/qwen_vram/pins/{content}", {"dry": "1"}, content=content
+    )
+    assert status == 400 and "dry is not known" in answer["error"]
+    assert [kept.content for kept in pins.listed()] == [content]

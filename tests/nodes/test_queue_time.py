@@ -31,12 +31,15 @@ def told(host: Any) -> dict[str, dict[str, Any]]:
 def test_a_run_that_keeps_nothing_neither_stores_nor_looks_up(fresh) -> None:
     private = {"extra": {"qwen_vram": {"keep_nothing": True}}}
     graph = private_graph()
+    counted = fresh.part("nodes.store").SAVINGS.now
     expected = queue(fresh, graph, {}, **private)
     assert files(fresh) == []
     assert {n: d["why"] for n, d in told(fresh).items()} == {
         "positive": "this run keeps nothing",
         "negative": "this run keeps nothing",
     }
+    assert {data["result"] for data in told(fresh).values()} == {"not kept"}
+    assert fresh.part("nodes.store").SAVINGS.now == counted
     fresh.restart()
     kept = queue(fresh, graph, {})
     assert len(files(fresh)) == 2

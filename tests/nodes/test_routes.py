@@ -108,6 +108,9 @@ def test_everything_leaves_no_trace_of_a_prompt(empty: Server) -> None:
     (lists / "sent.txt").write_text("a list")
     status, removed = delete(empty, "everything=true")
     assert status == 200 and removed["failed"] == [] and removed["pins"]["entries"] == 1
+    assert removed["lists"] == 1 and removed["totals"] is True
+    again = delete(empty, "everything=true")[1]
+    assert (again["pins"]["entries"], again["lists"], again["totals"]) == (0, 0, False)
     left = [file.name for file in folder.rglob("*") if file.is_file()]
     assert left == ["notes.txt"] and not list(lists.iterdir())
     assert empty.get_json(PATH)["total"]["misses"] == 0
@@ -136,6 +139,7 @@ def test_a_removal_tells_whether_redis_answered(empty: Server) -> None:
         ("unused_days=nan", "unused_days must be a number"),
         ("unused_days=1e99", "unused_days must be a number"),
         ("unused_days=", "unused_days must be a number"),
+        ("everything=false", "everything=false alone does not say what to remove"),
         ("everything=perhaps", "everything must be true or false."),
         ("everything=true&unused_days=3", "everything=true takes no unused_days"),
         ("unuseddays=3", "unuseddays is not known"),
@@ -161,7 +165,8 @@ def test_settings_count_at_once(empty: Server) -> None:
         assert {"A", "B"} <= set(told["encode_nodes"])
         (status,) = run(empty, str(uuid.uuid4()))
         assert status["why"] == "nothing is kept, by the settings"
-        assert empty.get_json(PATH)["disk"]["entries"] == 0
+        told = empty.get_json(PATH)
+        assert told["disk"]["entries"] == told["total"]["misses"] == 0
     finally:
         empty.post_json("/api/settings", usual)
 

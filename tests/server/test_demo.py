@@ -52,7 +52,7 @@ def test_make_demo_draws_what_it_is_asked_and_reuses_the_prompt(comfyui: Path) -
         "events in the second process: the text encoder's loader was not executed",
         "The two pictures are identical, pixel by pixel.",
         "miss: new text",
-        "hit (disk)",
+        "hit, disk",
     ):
         assert line in done.stdout, done.stdout
     judge = classifier.load()
