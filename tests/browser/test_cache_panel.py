@@ -16,7 +16,7 @@ from pack.demo.server import Server
 from pack.tests.browser.editor import SETTLE_MS, Editor
 from pack.tests.conftest import ROOT
 from pack.tests.graphs import CLIP, encode, loader, node, preview
-from playwright.sync_api import Browser, Locator, Page
+from playwright.sync_api import Browser, Locator, Page, expect
 
 STOCK, OURS = 2, 3
 PANEL = ".qwen-vram-panel"
@@ -213,7 +213,7 @@ def test_the_panel_shows_what_is_stored_and_clears_it(page_editor: Editor, own: 
     panel.get_by_role("button", name="Clear prompt cache").click()
     page.get_by_role("button", name="Delete").last.click()
     panel.get_by_text("Removed: In memory: 2").wait_for()
-    assert disk.get_by_role("cell").all_inner_texts()[1] == "0"
+    expect(disk.get_by_role("cell").nth(1)).to_have_text("0")  # fetched after it
     assert own.get_json("/qwen_vram/conditioning")["total"]["misses"] == 2
 
     panel.get_by_role("button", name="Remove everything, pins too").click()

@@ -13,18 +13,13 @@ import PIL.Image
 import pytest
 from pack.demo.server import Server
 from pack.tests.browser.editor import SETTLE_MS, Editor
-from pack.tests.browser.test_cache_panel import screenshot
+from pack.tests.browser.test_cache_panel import close_dialogs, open_panel, screenshot
 from pack.tests.browser.test_workflow import STATUS, ids_of
 from pack.tests.graphs import text_to_image
 from playwright.sync_api import expect
 
 Workflow = dict[str, Any]
 PINNED = "id => Boolean(app.graph.getNodeById(id).properties.qwen_vram?.pin)"
-DELETE_PIN = """async id => {
-    const { content } = app.graph.getNodeById(id).properties.qwen_vram.pin;
-    const path = `/qwen_vram/pins/${content}`;
-    return (await app.api.fetchApi(path, { method: "DELETE" })).json();
-}"""
 BADGES = """id => app.graph.getNodeById(id).badges
     .map(badge => (typeof badge === 'function' ? badge() : badge.value ?? badge).text)"""
 MARKED_STATES = """() => {
@@ -129,11 +124,19 @@ def test_a_lost_pin_is_told_in_words_and_on_its_node(editor: Editor, ready, serv
     positive = ready["positive"]
     menu(editor, positive, "Pin output (Qwen VRAM)")
     toast(editor, "is pinned (")
-    assert editor.page.evaluate(DELETE_PIN, positive) == {"deleted": 1}
-    editor.page.get_by_test_id("queue-button").first.click()
-    toast(editor, 'The pinned value of "Positive prompt')
-    screenshot(editor.page, "pin_missing")
+    panel = open_panel(editor)
+    title = "Positive prompt · Cached Text Encode"
+    row = panel.get_by_role("row").filter(has_text=title)
+    panel.get_by_text("Last used").scroll_into_view_if_needed()
+    screenshot(editor.page, "panel_pins")
+    row.get_by_role("button", name="Delete").click()
+    editor.page.get_by_role("button", name="Delete").last.click()
+    panel.get_by_text("Removed: 1 pinned output.").wait_for()
+    close_dialogs(editor.page)
     assert "pin is missing" in editor.page.evaluate(BADGES, positive)
+    editor.page.get_by_test_id("queue-button").first.click()
+    toast(editor, f'The pinned value of "{title}" is not on this machine')
+    screenshot(editor.page, "pin_missing")
     menu(editor, positive, "Unpin output (Qwen VRAM)")
     assert "pin is missing" not in editor.page.evaluate(BADGES, positive)
     assert editor.run().status == "execution_success"
