@@ -75,6 +75,7 @@ def new_server(
 
 def _demo_server(comfyui: Path, cpu: bool) -> Server:
     """One that leaves alone what `make run` has stored, and its temporary files."""
+    USER.mkdir(parents=True, exist_ok=True)
     folders = ["--user-directory", str(USER), "--temp-directory", str(USER)]
     return new_server(comfyui, cpu, "demo", folders)
 
