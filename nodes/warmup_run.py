@@ -24,6 +24,7 @@ log = logging.getLogger("qwen_vram")
 
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 ENDED = (DONE, FAILED, CANCELLED)
+LOST = "Another client listened in its place; what came of it is not known."
 _ENDS = {
     "execution_success": DONE,
     "execution_error": FAILED,
@@ -52,8 +53,9 @@ class WarmUp:
     def __init__(self, prompt: dict[str, Any], form: Form) -> None:
         self.id, self.client_id = str(uuid.uuid4()), uuid.uuid4().hex
         self.prompt, self.form = prompt, form
+        self.left_out = [title(prompt, node_id) for node_id in form.left_out]
         self.state, self.cancelling = WAITING, False
-        self.error, self.problems = "", []
+        self.error, self.code, self.problems = "", "", []  # code: of a fixed sentence
         self.result: dict[str, Any] | None = None
         self._cached: set[str] = set()
         self._spent: dict[str, float] = {}  # node -> seconds in it, in the order of running
@@ -96,7 +98,7 @@ class WarmUp:
         heard = PromptServer.instance.sockets.get(self.client_id) is self
         if self._queued and not heard and self.state not in ENDED:
             self._outcome = FAILED
-            self.error = "Another client listened in its place; what came of it is not known."
+            self.error, self.code = LOST, "lost"
             self._on_status()
 
     async def send_json(self, message: dict[str, Any]) -> None:
@@ -212,6 +214,8 @@ class WarmUp:
             "step": self._step if running else None,
             "seconds": seconds,
             "error": self.error or None,
+            "code": self.code or None,
+            "left_out": self.left_out,
             "problems": self.problems,
             "result": self.result,
         }
