@@ -151,8 +151,8 @@ class _Graph:
         facts, node = self.facts[node_id], self.prompt[node_id]
         if not facts.output_node or facts.api_node or node["class_type"] in BYPASSED:
             return False
-        given = {_type(self.facts, link) for _, link in _links(node)}
-        makes = (_MADE & set(facts.outputs)) - given
+        # What it can be given, too, it may only hand on.
+        makes = (_MADE & set(facts.outputs)) - {given.type for given in facts.inputs.values()}
         return bool(makes and _is_warmed(facts)) or _is_sampler(facts)
 
     def left_out(self) -> tuple[str, ...]:
@@ -189,7 +189,12 @@ class _Graph:
         return None if link[0] in self.out or link[0] in self.blocked else link
 
     def _passed(self, link: Link) -> Link | None:
-        """What a node hands on at an output: the first of its inputs that carries that type."""
+        """What a node hands on at an output: the first of its inputs that carries that type.
+
+        Not past a sampler: what it gives need not have the form of what it was given.
+        """
+        if link[0] in self.working:
+            return None
         node = self.prompt[link[0]]
         wanted = _type(self.facts, link)
         anything = node["class_type"] in BYPASSED or wanted == "*"

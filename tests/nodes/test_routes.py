@@ -179,6 +179,12 @@ def test_a_list_is_filled_in_over_http_alone(empty: Server) -> None:
     assert [status["result"] for status in run(empty, "a", "b")] == ["hit", "hit"]
 
 
+def warm_up_body() -> dict[str, Any]:
+    """What a warm-up would begin with."""
+    graph = {"clip": loader("TextEncoder", CLIP), "e": encode(str(uuid.uuid4()))}
+    return {"prompt": {**graph, **preview("e")}}
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
     [
@@ -189,12 +195,17 @@ def test_a_list_is_filled_in_over_http_alone(empty: Server) -> None:
         ("DELETE", "/qwen_vram/pins/abc"),
         ("POST", "/qwen_vram/clear"),
         ("POST", "/api/qwen_vram/clear"),
+        ("GET", "/qwen_vram/report"),
+        ("GET", "/qwen_vram/warmup"),
+        ("POST", "/qwen_vram/warmup"),
+        ("DELETE", "/qwen_vram/warmup"),
     ],
 )
 def test_a_page_of_another_origin_gets_nothing(empty: Server, path: str, method: str) -> None:
     run(empty, str(uuid.uuid4()))
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    asked = {"method": method, "data": b'{"level": "cache"}' if method == "POST" else None}
+    body = warm_up_body() if path.endswith("warmup") else {"level": "cache"}
+    asked = {"method": method, "data": json.dumps(body).encode() if method == "POST" else None}
     for origin in ("http://evil.example", "null"):
         request = urllib.request.Request(empty.url + path, headers={"Origin": origin}, **asked)
         with pytest.raises(urllib.error.HTTPError) as error:
