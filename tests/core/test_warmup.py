@@ -298,7 +298,7 @@ def graphs(draw: st.DrawFn) -> Graph:
     return graph
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)  # a busy machine is no failure
 @given(graphs())
 def test_any_graph_gives_a_form_that_holds_together_or_a_sentence(graph: Graph) -> None:
     try:
