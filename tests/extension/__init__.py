@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import random
 import sys
@@ -262,6 +263,19 @@ class Gated(TextList):
         return (threading.current_thread().name,)
 
 
+class GatedAsync(Gated):
+    """The same, while other nodes run."""
+
+    started = threading.Event()
+    go = threading.Event()
+
+    async def run(self, fail):
+        self.started.set()
+        while not self.go.is_set():
+            await asyncio.sleep(0.01)
+        return ("done",)
+
+
 class FragmentHeap(TextList):
     """Leaves a card's memory full of holes: every second of many tensors lives on."""
 
@@ -285,6 +299,7 @@ class FragmentHeap(TextList):
 
 CLASSES = (
     Gated,
+    GatedAsync,
     FragmentHeap,
     FolderImage,
     FileText,
