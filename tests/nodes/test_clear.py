@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from pack.core.clearing import KINDS, NEEDED, NOT_CHOSEN, UNKNOWN, Wish
-from pack.tests.graphs import CLIP, VAE, encode, loader, node, preview, text_to_image
+from pack.tests.graphs import CLIP, UNET, VAE, encode, loader, node, preview, text_to_image
 from pack.tests.host import RunError
 
 CHOICES = {"diffusion_models": True, "text_encoders": True, "vaes": True, "other_models": True}
@@ -112,6 +112,15 @@ def test_stock_loaders_are_recognised_by_their_files(fresh, models) -> None:
     assert [m["kind"] for m in free(fresh, "b.safetensors", keep_needed=True)["unloaded"]] == [
         "VAE"
     ]
+
+
+def test_all_who_tell_of_models_call_them_the_same(fresh, loaded) -> None:
+    told = {(m.name, m.kind) for _, m in loaded.known()}
+    report = fresh.part("nodes.memory_sources").gather()["models"]
+    assert told == {(UNET, "diffusion model"), (CLIP, "text encoder"), (VAE, "VAE")}
+    assert told == {(m.name, m.kind) for m in fresh.part("nodes.warmup_run").resident_models()}
+    assert told <= {(m["name"], m["kind"]) for m in report}
+    assert {m["file"] for m in report} >= {UNET, CLIP, VAE}
 
 
 # --------------------------------------------------------------------------------------- the node
