@@ -297,9 +297,24 @@ class FragmentHeap(TextList):
         return ("done",)
 
 
+class LeaveCache(TextList):
+    """Takes memory of a card and lets go of it: torch's allocator keeps it for later."""
+
+    OUTPUT_IS_LIST = (False,)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"megabytes": ("INT",)}}
+
+    def run(self, megabytes):
+        torch.empty(megabytes * 1_000_000, dtype=torch.uint8, device="cuda")
+        return ("done",)
+
+
 CLASSES = (
     Gated,
     GatedAsync,
+    LeaveCache,
     FragmentHeap,
     FolderImage,
     FileText,
