@@ -63,7 +63,7 @@ def files_of(patcher: ModelPatcher) -> tuple[str, ...]:
 def unload(chosen: list[LoadedModel]) -> None:
     """Take models off their devices, as ComfyUI does when it needs the room.
 
-    Only in the worker thread between two nodes, or while no prompt runs (see boundary). A model
+    Only in the worker thread, when no node runs (see boundary). A model
     that the rest of the prompt uses is loaded again then. Models that compute on the CPU beside a
     GPU are left alone, as by ComfyUI itself: there is nowhere to move them to.
     """
