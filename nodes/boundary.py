@@ -39,6 +39,7 @@ class Boundary(Caching.CacheProvider):
         self._gate = threading.RLock()
         self._running: set[str] = set()
         self._waiting: list[_Waiting] = []
+        self.after_nodes: list[Callable[[], None]] = []  # called by the worker; must not raise
 
     @property
     def busy(self) -> bool:
@@ -115,6 +116,8 @@ class _Nodes(ProgressHandler):
 
     def finish_handler(self, node_id: str, state: NodeProgressState, prompt_id: str) -> None:
         """After its outputs were kept."""
+        for act in self._boundary.after_nodes:
+            act()
         self._boundary.reached(BETWEEN)
 
 
