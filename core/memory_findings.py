@@ -20,7 +20,10 @@ UNLOAD = "Unload the models: blocks that are free as a whole go back to the driv
 
 
 class Finding(NamedTuple):
-    """`command` is the id of a command of the editor that does what `action` says, if there is."""
+    """`command` is the id of a command of the editor that does what `action` says, if there is.
+
+    `about` is the device or the models that it is about, for texts in other languages.
+    """
 
     id: str
     severity: str
@@ -28,6 +31,7 @@ class Finding(NamedTuple):
     action: str
     saves_bytes: int | None = None
     command: str | None = None
+    about: str = ""
 
 
 class Ram(NamedTuple):
@@ -71,6 +75,7 @@ def _duplicates(models: Sequence[Model]) -> Iterator[Finding]:
             "Merge the loaders that load it, or use those of Qwen VRAM, which share one copy.",
             saves,
             MERGE,
+            model.file or model.name,
         )
 
 
@@ -89,6 +94,7 @@ def _unneeded(models: Sequence[Model]) -> Iterator[Finding]:
         "the open workflow does not need.",
         size,
         CLEAR_NEEDED,
+        names,
     )
 
 
@@ -102,6 +108,7 @@ def _of_a_card(device: Device, async_by: str | None) -> Iterator[Finding]:
             f"Other processes hold {size_text(device.other)} of {device.device}.",
             "Close what you do not need: browsers with video, games, another ComfyUI.",
             device.other,
+            about=device.device,
         )
     yield from _fragments(device, async_by)
     allocator = device.allocator
@@ -116,6 +123,7 @@ def _of_a_card(device: Device, async_by: str | None) -> Iterator[Finding]:
             "Clear the cache if another program needs it.",
             cache,
             CLEAR_CACHE,
+            device.device,
         )
 
 
@@ -134,6 +142,7 @@ def _fragments(device: Device, async_by: str | None) -> Iterator[Finding]:
             async_by or UNLOAD,
             pieces.small_bytes,
             None if async_by else CLEAR_MODELS,
+            device.device,
         )
     elif (stuck := allocator.inactive_split) > least:
         largest = pieces.largest_bytes if pieces is not None else None
@@ -145,6 +154,7 @@ def _fragments(device: Device, async_by: str | None) -> Iterator[Finding]:
             UNLOAD,
             stuck,
             CLEAR_MODELS,
+            device.device,
         )
 
 
@@ -181,6 +191,7 @@ def _unexplained(device: Device, models: Sequence[Model]) -> Iterator[Finding]:
             f"Nobody accounts for {size_text(rest)} of {device.device}: libraries, a custom node "
             f"that takes memory past torch{', or another program' if device.own is None else ''}.",
             "If it grows from run to run, restart ComfyUI with fewer custom nodes to find it.",
+            about=device.device,
         )
     else:
         yield Finding(
@@ -189,4 +200,5 @@ def _unexplained(device: Device, models: Sequence[Model]) -> Iterator[Finding]:
             f"{size_text(-rest)} of {device.device} are counted twice: two sources claim the same "
             "bytes, so the parts are more than the whole.",
             "Read the parts of this device as upper bounds; ask again when nothing runs.",
+            about=device.device,
         )
