@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +23,9 @@ NOT_CHOSEN = "its kind was not chosen"
 NEEDED = "the workflow needs it"
 ON_CPU = "it computes on the CPU and takes no VRAM, or something still refers to it"
 UNKNOWN = "it is not known which file it was made from, so the workflow may need it"
+
+_HALF = re.compile(r"(.+)_(?:en|de)coder\.")  # nodes.py, VAELoader.load_taesd
+_DIFFUSERS_FILE = re.compile(r"(diffusion_pytorch_|pytorch_)?model\.")  # comfy/diffusers_load.py
 
 
 class Wish(NamedTuple):
@@ -75,9 +79,19 @@ def names_in(prompt: Mapping[str, Any]) -> frozenset[str]:
 
 
 def is_named(path: str, names: Collection[str]) -> bool:
-    """Whether one of the names (from `names_in`) is this file, by its path's last parts."""
+    """Whether one of the names (from `names_in`) is this file, by its path's last parts.
+
+    Two of ComfyUI's loaders name no file: Load VAE the two halves of a tiny autoencoder ("taesd")
+    by their common beginning, and DiffusersLoader a folder of models.
+    """
     parts = _plain(path).split("/")
-    return any("/".join(parts[-count:]) in names for count in range(1, len(parts) + 1))
+    *folders, file = parts
+    ways = [parts]
+    if half := _HALF.match(file):
+        ways.append([*folders, half[1]])
+    if _DIFFUSERS_FILE.match(file):
+        ways.append(folders[:-1])
+    return any("/".join(way[i:]) in names for way in ways for i in range(len(way)))
 
 
 def _plain(path: str) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from aiohttp import web
 from comfy_api.latest import io
 from comfy_execution.progress import get_progress_state
+from comfy_execution.utils import ExecutionContext, get_executing_context
 from server import PromptServer
 
 from ..core.clearing import (
@@ -23,7 +27,7 @@ from ..core.clearing import (
     wish_of,
 )
 from . import freeing
-from .boundary import AT_END, AT_ONCE, BETWEEN, BOUNDARY
+from .boundary import AT_END, AT_ONCE, BETWEEN, BOUNDARY, FLAG, is_quiet
 from .requests import json_body, refused
 from .status import shown
 
@@ -32,17 +36,13 @@ log = logging.getLogger("qwen_vram")
 PATH = "/qwen_vram/clear"
 EVENT = "qwen_vram.cleared"
 AT_NODE = "at this node"
-FREE, FENCE = "free_memory", "qwen_vram.fence"
-POLL_SECONDS = 0.05
+NOT_YET = "another node still runs: memory is freed as soon as it ends"
 
 
 class Clear(io.ComfyNode):
     """Free memory at this point of the graph, and hand on what came in."""
 
-    # What is freed changes no value: the prompt cache leaves it out of its keys.
-    NEUTRAL_INPUTS = frozenset(
-        {"level", "diffusion_models", "text_encoders", "vaes", "other_models", "keep_needed"}
-    )
+    HANDS_ON = "value"  # as its output: the prompt cache looks through it
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -123,14 +123,30 @@ class Clear(io.ComfyNode):
         other_models: bool,
         keep_needed: bool,
     ) -> io.NodeOutput:
-        """Free, in the worker thread, where no other node runs."""
+        """Free, in the worker thread, once for all items of a list."""
+        context = get_executing_context()
+        if _is_next_item(context):
+            return io.NodeOutput(value)
         if level == EVERYTHING:
-            PromptServer.instance.prompt_queue.set_flag(FREE, True)
+            PromptServer.instance.prompt_queue.set_flag(FLAG, True)
             return shown(value, text="everything goes when this prompt ends", level=level)
         chosen = zip(KINDS, (diffusion_models, text_encoders, vaes, other_models), strict=True)
         wish = Wish(level, frozenset(kind for kind, on in chosen if on), keep_needed)
-        done = freeing.free(wish, running_names())(AT_NODE)
-        return shown(value, **done)
+        work = freeing.free(wish, running_names())
+        if not is_quiet(context.node_id):
+            BOUNDARY.submit(work).add_done_callback(_log)
+            return shown(value, text=NOT_YET, level=level)
+        return shown(value, **work(AT_NODE))
+
+
+_acted: tuple[str, str] | None = None  # the prompt and the node that last freed
+
+
+def _is_next_item(context: ExecutionContext) -> bool:
+    """ComfyUI calls a node once per item of a list, and skips items that are blocked."""
+    global _acted
+    last, _acted = _acted, (context.prompt_id, context.node_id)
+    return bool(context.list_index) and _acted == last
 
 
 def running_names() -> frozenset[str]:
@@ -139,6 +155,9 @@ def running_names() -> frozenset[str]:
 
 
 # ---------------------------------------------------------------------------------------- the route
+Done = asyncio.Task[dict[str, Any]] | Future[dict[str, Any]]
+
+
 class _Clearing(NamedTuple):
     """One that is under way, and the clients that are told when it is done."""
 
@@ -182,16 +201,20 @@ def _end(key: tuple[Wish, frozenset[str]]) -> None:
     task, clients = _under_way.pop(key)
     if task.cancelled():  # ComfyUI ends
         return
+    _log(task)
+    for client in clients:
+        PromptServer.instance.send_sync(EVENT, _answer(task), client)
+
+
+def _log(task: Done) -> None:
     answer = _answer(task)
     if "error" in answer:
         log.error(answer["error"], exc_info=task.exception())
     else:
         log.info("Cleared (%s): %s", answer["level"], answer["text"])
-    for client in clients:
-        PromptServer.instance.send_sync(EVENT, answer, client)
 
 
-def _answer(task: asyncio.Task[dict[str, Any]]) -> dict[str, Any]:
+def _answer(task: Done) -> dict[str, Any]:
     if (error := task.exception()) is None:
         return task.result()
     return {"error": f"Memory was not freed: {type(error).__name__}: {error}"}
@@ -215,31 +238,17 @@ async def _free(wish: Wish, names: frozenset[str]) -> dict[str, Any]:
         more = frozenset() if moment == AT_ONCE else running_names()
         return freeing.free(wish, names | more)(moment)
 
-    return await asyncio.wrap_future(await asyncio.to_thread(BOUNDARY.submit, work))
+    return await BOUNDARY.done(work)
 
 
 async def _everything(wish: Wish) -> dict[str, Any]:
     """By the flag of ComfyUI's queue, which its worker looks at between two prompts."""
-    start = await asyncio.to_thread(freeing.Freeing.of, wish, frozenset())
-    moment = AT_END if BOUNDARY.busy else AT_ONCE
-    PromptServer.instance.prompt_queue.set_flag(FREE, True)
-    await _taken(FREE)
-    await _taken(FENCE)  # when the worker takes this one, it is done with the first
-    return await asyncio.to_thread(freeing.told, start, moment)
 
+    def before(moment: str) -> Callable[[], dict[str, Any]]:
+        """Figures, and how to tell what became of them."""
+        return functools.partial(freeing.told, freeing.Freeing.of(wish, frozenset()), moment)
 
-async def _taken(flag: str) -> None:
-    """Wait until the worker has taken a flag of the queue.
-
-    The fence means nothing to it. Setting it wakes the worker, which otherwise sleeps for minutes
-    when another flag was set just before it fell asleep.
-    """
-    queue = PromptServer.instance.prompt_queue
-    while True:
-        queue.set_flag(FENCE, True)
-        await asyncio.sleep(POLL_SECONDS)
-        if flag not in queue.get_flags(reset=False):
-            return
+    return await BOUNDARY.everything_forgotten(before)
 
 
 def register() -> None:

@@ -32,14 +32,14 @@ def is_loaded(entry: LoadedModel) -> bool:
 
 
 def facts(patcher: ModelPatcher, device: str) -> Model:
-    """What is known of a model that is loaded on this device."""
+    """What is known of a model that is loaded on this device: for all who tell of models."""
     files = files_of(patcher)
     name = os.path.basename(files[0]) if files else type(patcher.model).__name__
     size = int(patcher.loaded_size())
-    return Model(name, kind_of(patcher), device, size, files)
+    return Model(name, _kind(patcher), device, size, files)
 
 
-def kind_of(patcher: ModelPatcher) -> str:
+def _kind(patcher: ModelPatcher) -> str:
     """One of the KINDS. ComfyUI marks text encoders, and asks VAEs alone to decode."""
     if patcher.is_clip:
         return TEXT
@@ -51,18 +51,19 @@ def kind_of(patcher: ModelPatcher) -> str:
 def files_of(patcher: ModelPatcher) -> tuple[str, ...]:
     """Paths of the files that it was made from; empty when nobody tells.
 
-    ComfyUI's loaders note how to load a model again, this pack's loaders which file they read.
+    ComfyUI's loaders note how to load a model again. For other models the prompt cache may know
+    which files stand behind it, LoRAs too.
     """
     again = patcher.cached_patcher_init
     texts = strings_in(again[1]) if again else ()
     told = [text for text in texts if os.path.isabs(text) and not os.path.isdir(text)]
-    return tuple(dict.fromkeys([*told, *LOADED.files_of(patcher.model)]))
+    return tuple(dict.fromkeys(told or LOADED.files_of(patcher.model)))
 
 
 def unload(chosen: list[LoadedModel]) -> None:
     """Take models off their devices, as ComfyUI does when it needs the room.
 
-    Only in the worker thread between two nodes, or while no prompt runs (see boundary). A model
+    Only in the worker thread, when no node runs (see boundary). A model
     that the rest of the prompt uses is loaded again then. Models that compute on the CPU beside a
     GPU are left alone, as by ComfyUI itself: there is nowhere to move them to.
     """

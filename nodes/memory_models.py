@@ -9,16 +9,15 @@ import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import comfy.model_base
 import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
 
 from ..core.memory_report import Model
+from . import loaded_models
 from .boundary import BOUNDARY
 from .devices import short
-from .loaded_models import loaded
 from .loaders import REGISTRY, weight_dtype_name
 
 FILE_MARKS = (
@@ -73,7 +72,7 @@ def note_used() -> None:
     Called by the worker when a node has ended. With dynamic VRAM alone ComfyUI keeps this account.
     """
     global _used
-    patchers = [patcher for _, patcher in loaded() if patcher.is_dynamic()]
+    patchers = [patcher for _, patcher in loaded_models.loaded() if patcher.is_dynamic()]
     _used = weakref.WeakSet(p.model for p in patchers if _in_use(p))
 
 
@@ -114,23 +113,22 @@ def _model(patcher: ModelPatcher, handles: int) -> Model:
         pages = vbar.loaded_size() if vbar is not None else 0
         ram += patcher.loaded_ram_size()  # copies for transfers, apart from the parameters
         pinned = patcher.pinned_memory_size()
-    paths = _files(patcher)
-    name = os.path.basename(paths[0]) if paths else None
+    known = loaded_models.facts(patcher, str(device))
     on_device = ram + weights.mapped if device.type == "cpu" else weights.on.get(str(device), 0)
     return Model(
-        name=os.path.splitext(name)[0] if name else type(patcher.model).__name__,
-        kind=_kind(patcher),
+        name=known.name,
+        kind=known.kind,
         dtype=weights.dtype,
-        device=str(device),
+        device=known.device,
         bytes=patcher.model_size(),
         resident_bytes=on_device + pages,
         pages_bytes=pages,
         ram_bytes=ram,
         mapped_bytes=weights.mapped,
         pinned_bytes=pinned,
-        file=name,
+        file=known.name if known.files else None,
         shared_with=max(0, handles - 1),
-        identity=tuple(map(os.path.realpath, paths)) or None,
+        identity=tuple(map(os.path.realpath, known.files)) or None,
         needed=_needed(patcher),
     )
 
@@ -176,23 +174,6 @@ def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
             yield from (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
         else:
             yield tensor
-
-
-def _files(patcher: ModelPatcher) -> list[str]:
-    """The files that the weights came from, by what ComfyUI would load them with again."""
-    init = patcher.cached_patcher_init
-    source = init[1][0] if init and init[1] else None
-    paths = source if isinstance(source, (list, tuple)) else [source]
-    return [path for path in paths if isinstance(path, str)]
-
-
-def _kind(patcher: ModelPatcher) -> str:
-    model = patcher.model
-    if isinstance(model, comfy.model_base.BaseModel):
-        return "transformer"
-    if patcher.is_clip:
-        return "text encoder"
-    return "VAE" if hasattr(model, "encode") and hasattr(model, "decode") else "other"
 
 
 def _needed(patcher: ModelPatcher) -> bool | None:

@@ -202,20 +202,19 @@ class _Shared:
 _shared = _Shared()
 
 
-def probed(only: str | None = None) -> dict[str, Any]:
+async def probed(only: str | None = None) -> dict[str, Any]:
     """The report with a probe, which is only tried while no prompt runs.
 
-    A prompt that comes meanwhile waits at its start, and the server goes on.
+    ComfyUI's worker tries it, so that a prompt that comes meanwhile waits, and the server goes on.
+    Raises RuntimeError where the worker does not answer.
     """
 
     def _unless_running(moment: str) -> dict[str, Any] | None:
         return gather(False, True, only) if moment == AT_ONCE else None
 
-    if not BOUNDARY.busy:
-        work = BOUNDARY.submit(_unless_running)
-        if work.done() and (told := work.result()):
-            return told
-    told = gather(False, False, only)  # a prompt was quicker
+    if not BOUNDARY.busy and (told := await BOUNDARY.done(_unless_running)):
+        return told
+    told = await asyncio.to_thread(gather, False, False, only)
     for device in told["devices"]:
         device["largest_allocation"] = memory_report.Probe(None, BUSY)._asdict()
     return told
@@ -255,7 +254,10 @@ async def post_probe(request: web.Request) -> web.Response:
         only = _one_of(body, "device", [str(device) for device in devices()], None)
     except ValueError as error:
         return web.json_response({"error": str(error)}, status=400)
-    return web.json_response(await asyncio.to_thread(probed, only), headers=NO_STORE)
+    try:
+        return web.json_response(await probed(only), headers=NO_STORE)
+    except RuntimeError as error:
+        return web.json_response({"error": f"Nothing was probed: {error}"}, status=503)
 
 
 def register() -> None:

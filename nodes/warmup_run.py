@@ -8,14 +8,12 @@ import time
 import uuid
 from typing import Any, NamedTuple
 
-import comfy.model_base
-import comfy.model_management
-import comfy.sd1_clip
 import folder_paths
 from comfy.cli_args import args
 from server import PromptServer
 
 from ..core.warmup import Form, title
+from . import loaded_models
 from .provider import STOCK_NODES
 from .settings import settings
 from .status import CACHE_EVENT
@@ -262,22 +260,9 @@ def host_cache() -> str:
 
 def resident_models() -> list[Resident]:
     """What ComfyUI has loaded, the largest first."""
-    found = []
-    for loaded in list(comfy.model_management.current_loaded_models):
-        patcher = loaded.model
-        if patcher is not None:
-            inner = patcher.model
-            size = int(patcher.loaded_size())
-            found.append(Resident(type(inner).__name__, _kind(inner), str(loaded.device), size))
-    return sorted(found, key=lambda model: -model.bytes)
-
-
-def _kind(model: Any) -> str:
-    if isinstance(model, comfy.model_base.BaseModel):
-        return "diffusion model"
-    if isinstance(model, comfy.sd1_clip.SD1ClipModel):
-        return "text encoder"
-    return "VAE" if hasattr(model, "decode") and hasattr(model, "encode") else "other"
+    found = [model for _, model in loaded_models.known()]
+    found.sort(key=lambda model: -model.bytes)
+    return [Resident(m.name, m.kind, m.device, m.bytes) for m in found]
 
 
 def refusals(prompt: dict[str, Any], error: Any, node_errors: dict[str, Any]) -> list[str]:

@@ -80,6 +80,22 @@ def test_a_file_is_not_recognised_by_half_a_name() -> None:
         assert not is_named(path, names_in(prompt))
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/models/vae_approx/taesd_encoder.safetensors", "taesd"),
+        ("/models/vae_approx/taesdxl_decoder.pth", "taesdxl"),
+        ("/models/vae_approx/own/taef1_decoder.safetensors", "own/taef1"),
+        ("/models/diffusers/sdxl/unet/diffusion_pytorch_model.fp16.safetensors", "sdxl"),
+        ("C:\\models\\diffusers\\my\\SDXL\\text_encoder_2\\model.safetensors", "my\\SDXL"),
+    ],
+)
+def test_loaders_that_name_no_file_are_understood(path: str, name: str) -> None:
+    assert is_named(path, names_in({"1": {"inputs": {"a": name}}}))
+    for other in ("tae", "encoder", "unet", "vae_approx", "text_encoder_2", "another"):
+        assert not is_named(path, names_in({"1": {"inputs": {"a": other}}}))
+
+
 @given(st.dictionaries(st.text(), st.none() | st.integers() | st.text() | st.just({"inputs": 3})))
 def test_no_prompt_is_too_strange_to_be_read(prompt: dict[str, Any]) -> None:
     assert "" not in names_in(prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import random
 import sys
@@ -262,6 +263,19 @@ class Gated(TextList):
         return (threading.current_thread().name,)
 
 
+class GatedAsync(Gated):
+    """The same, while other nodes run."""
+
+    started = threading.Event()
+    go = threading.Event()
+
+    async def run(self, fail):
+        self.started.set()
+        while not self.go.is_set():
+            await asyncio.sleep(0.01)
+        return ("done",)
+
+
 class FragmentHeap(TextList):
     """Leaves a card's memory full of holes: every second of many tensors lives on."""
 
@@ -283,8 +297,24 @@ class FragmentHeap(TextList):
         return ("done",)
 
 
+class LeaveCache(TextList):
+    """Takes memory of a card and lets go of it: torch's allocator keeps it for later."""
+
+    OUTPUT_IS_LIST = (False,)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"megabytes": ("INT",)}}
+
+    def run(self, megabytes):
+        torch.empty(megabytes * 1_000_000, dtype=torch.uint8, device="cuda")
+        return ("done",)
+
+
 CLASSES = (
     Gated,
+    GatedAsync,
+    LeaveCache,
     FragmentHeap,
     FolderImage,
     FileText,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from pack.core.clearing import KINDS, NEEDED, NOT_CHOSEN, UNKNOWN, Wish
-from pack.tests.graphs import CLIP, VAE, encode, loader, node, preview, text_to_image
+from pack.tests.graphs import CLIP, UNET, VAE, encode, loader, node, preview, text_to_image
 from pack.tests.host import RunError
 
 CHOICES = {"diffusion_models": True, "text_encoders": True, "vaes": True, "other_models": True}
@@ -113,6 +114,15 @@ def test_stock_loaders_are_recognised_by_their_files(fresh, models) -> None:
     ]
 
 
+def test_all_who_tell_of_models_call_them_the_same(fresh, loaded) -> None:
+    told = {(m.name, m.kind) for _, m in loaded.known()}
+    report = fresh.part("nodes.memory_sources").gather()["models"]
+    assert told == {(UNET, "diffusion model"), (CLIP, "text encoder"), (VAE, "VAE")}
+    assert told == {(m.name, m.kind) for m in fresh.part("nodes.warmup_run").resident_models()}
+    assert told <= {(m["name"], m["kind"]) for m in report}
+    assert {m["file"] for m in report} >= {UNET, CLIP, VAE}
+
+
 # --------------------------------------------------------------------------------------- the node
 def test_the_node_hands_on_the_very_same_object_and_frees_at_its_place(fresh, models) -> None:
     graph = text_to_image()
@@ -162,6 +172,41 @@ def test_prompts_behind_it_are_kept_whatever_it_frees(fresh) -> None:
     assert fresh.run(graph(level="cache", vaes=False)).status("a")["result"] == "hit"
 
 
+def test_prompts_are_found_again_when_it_is_put_on_a_wire_or_taken_away(fresh) -> None:
+    graph = {"clip": loader("TextEncoder", CLIP), "a": encode("a fox"), **preview("a")}
+    more = {**graph, "clear": clear(["clip", 0]), "twice": clear(["clear", 0])}
+    more["a"] = encode("a fox", "twice")
+    assert fresh.run(graph).status("a")["kept"] == "stored"
+    fresh.restart()
+    assert fresh.run(more).status("a")["result"] == "hit"
+    fresh.forget_everything()
+    assert fresh.run(more).status("a")["kept"] == "stored"
+    fresh.restart()
+    assert fresh.run(graph).status("a")["result"] == "hit"
+
+
+def test_a_list_is_handed_on_whole_and_memory_freed_once(fresh, loaded) -> None:
+    graph = {"list": node("TestTextList"), "clear": clear(["list", 0])}
+    graph["out"] = node("PreviewAny", source=["clear", 0])
+    for _ in range(2):  # a run of its own counts anew
+        fresh.restart()
+        run = fresh.run(graph)
+        assert run.outputs["clear"] == [["one", "two"]]
+        (status,) = run.ui["clear"]["qwen_vram"]
+        assert status["done"]
+
+
+def test_blocked_items_of_a_list_do_not_keep_it_from_freeing(fresh) -> None:
+    from comfy_execution.utils import ExecutionContext
+
+    is_next = fresh.part("nodes.clear")._is_next_item
+    prompt, another = (ExecutionContext(name, "7", None) for name in ("one", "another"))
+    items = [prompt._replace(list_index=index) for index in range(3)]
+    assert [is_next(item) for item in items] == [False, True, True]
+    assert [is_next(another._replace(list_index=i)) for i in (1, 2)] == [False, True]  # 0 blocked
+    assert not is_next(another._replace(list_index=0))  # it runs again
+
+
 def test_needed_means_needed_by_the_running_graph(fresh, loaded) -> None:
     graph = {"vae": loader("VAE", VAE), "clear": clear(["vae", 0], keep_needed=True)}
     status = fresh.run({**graph, "out": node("PreviewAny", source=["clear", 0])}).status("clear")
@@ -178,23 +223,32 @@ def test_everything_is_left_to_the_end_of_the_prompt(fresh, loaded) -> None:
 
 # ----------------------------------------------------------------------------------- when it acts
 @pytest.fixture
-def gate(fresh) -> Iterator[Any]:
+def gates(fresh) -> Iterator[tuple[Any, Any]]:
+    """The nodes that wait, the second one asynchronous."""
+    found = [fresh.nodes.NODE_CLASS_MAPPINGS[name] for name in ("TestGated", "TestGatedAsync")]
+    for gated in found:
+        gated.started.clear()
+        gated.go.clear()
+    fresh.server.prompt_queue.get_flags()
+    yield found
+    for gated in found:
+        gated.go.set()
+
+
+@pytest.fixture
+def gate(gates) -> Any:
     """The node that waits."""
-    gated = fresh.nodes.NODE_CLASS_MAPPINGS["TestGated"]
-    gated.started.clear()
-    gated.go.clear()
-    yield gated
-    gated.go.set()
+    return gates[0]
 
 
-def start(host: Any, fail: bool = False) -> tuple[threading.Thread, list[BaseException]]:
+def start(host: Any, fail: bool = False, **more: Any) -> tuple[threading.Thread, list[Exception]]:
     """A worker that runs a graph up to the node that waits."""
-    failures: list[BaseException] = []
+    failures: list[Exception] = []
 
     def work() -> None:
         try:
             graph = {"gated": node("TestGated", fail=fail)}
-            host.run({**graph, "out": node("PreviewAny", source=["gated", 0])})
+            host.run({**graph, "out": node("PreviewAny", source=["gated", 0]), **more})
         except RunError as error:
             failures.append(error)
 
@@ -202,6 +256,25 @@ def start(host: Any, fail: bool = False) -> tuple[threading.Thread, list[BaseExc
     worker.start()
     assert host.nodes.NODE_CLASS_MAPPINGS["TestGated"].started.wait(30)
     return worker, failures
+
+
+def between_prompts(host: Any) -> None:
+    """What ComfyUI's worker does then (main.py, prompt_worker)."""
+    import comfy.model_management as management
+
+    flags = host.server.prompt_queue.get_flags()
+    free_memory = flags.get("free_memory", False)
+    if flags.get("unload_models", free_memory):
+        management.unload_all_models()
+    if free_memory:
+        host.executor.reset()
+
+
+def in_worker(act: Any, *arguments: Any) -> None:
+    """Do it in another thread, to its end."""
+    thread = threading.Thread(target=act, args=arguments, name="worker")
+    thread.start()
+    thread.join()
 
 
 def whereabouts(moment: str) -> tuple[str, str]:
@@ -225,40 +298,105 @@ def test_while_a_prompt_runs_the_worker_does_it_when_no_node_runs(
     assert answer.result(30) == (moment, "worker")
     worker.join()
     assert bool(failures) is fail and not boundary.busy
-    assert boundary.submit(whereabouts).result(0) == ("at once", threading.current_thread().name)
 
 
-def test_a_prompt_waits_for_work_that_began_before_it(fresh, gate) -> None:
+def test_it_waits_for_an_asynchronous_node_while_others_start_and_end(fresh, gates) -> None:
+    gated, slow = gates
     boundary = fresh.part("nodes.boundary").BOUNDARY
-    release, working, started = threading.Event(), threading.Event(), []
-
-    def slow(moment: str) -> bool:
-        working.set()
-        assert release.wait(30)
-        return gate.started.is_set()
-
-    thread = threading.Thread(target=lambda: started.append(boundary.submit(slow).result()))
-    thread.start()
-    assert working.wait(30)
-    gate.go.set()
-    prompt = threading.Thread(target=lambda: start(fresh)[0].join())
-    prompt.start()
+    more = {"slow": node("TestGatedAsync", fail=False), "clear": clear(["gated", 0])}
+    more |= {f"of_{name}": node("PreviewAny", source=[name, 0]) for name in ("slow", "clear")}
+    runs: list[Any] = []
+    graph = {"gated": node("TestGated", fail=False), **more}
+    worker = threading.Thread(target=lambda: runs.append(fresh.run(graph)), name="worker")
+    worker.start()
+    assert slow.started.wait(30) and gated.started.wait(30)
+    answer = boundary.submit(whereabouts)
+    gated.go.set()
     time.sleep(0.3)
-    release.set()
-    thread.join()
-    prompt.join()
-    assert started == [False]
+    assert not answer.done()
+    slow.go.set()
+    assert answer.result(30) == ("between two nodes", "worker")
+    worker.join()
+    assert "another node still runs" in runs[0].status("clear")["text"]
+
+
+def test_between_prompts_the_worker_does_it_too(fresh, gate) -> None:
+    boundary = fresh.part("nodes.boundary").BOUNDARY
+    answer = boundary.submit(whereabouts)
+    flags = fresh.server.prompt_queue.get_flags(reset=False)
+    assert not flags["free_memory"] and not answer.done()  # nor when somebody looks
+    in_worker(between_prompts, fresh)
+    assert answer.result(0) == ("at once", "worker")
+
+
+def test_work_and_a_wish_of_comfyui_s_own_do_not_displace_each_other(fresh, loaded, gate) -> None:
+    boundary, queue = fresh.part("nodes.boundary").BOUNDARY, fresh.server.prompt_queue
+    for first in (True, False):
+        caches = fresh.executor.caches
+        if first:
+            queue.set_flag("free_memory", True)
+        answer = boundary.submit(lambda moment: kinds(loaded))
+        if not first:
+            queue.set_flag("free_memory", True)
+            boundary._ask()
+        in_worker(between_prompts, fresh)
+        assert answer.result(0) == (["VAE", "diffusion model", "text encoder"] if first else [])
+        assert fresh.executor.caches is not caches and kinds(loaded) == []
+
+
+def test_everything_is_measured_right_before_and_behind_it(fresh, loaded, gate) -> None:
+    """Although the next prompt of a busy queue starts at once."""
+    boundary, seen = fresh.part("nodes.boundary").BOUNDARY, []
+
+    def before(moment: str) -> Any:
+        seen.append((moment, "VAE" in kinds(loaded)))
+        gate.started.clear()
+        return lambda: (gate.started.is_set(), kinds(loaded))
+
+    answers: list[Any] = []
+    worker, _ = start(fresh, vae=loader("VAE", VAE), **preview("vae"))  # which stays for it
+    wish = boundary.everything_forgotten(before)
+    asking = threading.Thread(target=lambda: answers.append(asyncio.run(wish)))
+    asking.start()
+    time.sleep(0.2)
+    assert seen == []
+    gate.go.set()
+    worker.join()
+
+    def worker_goes_on() -> None:
+        between_prompts(fresh)
+        fresh.run({"gated": node("TestGated", fail=False), **preview("gated")})
+
+    in_worker(worker_goes_on)
+    asking.join(30)
+    assert seen == [("at the end of the prompt", True)] and answers == [(False, [])]
+
+
+def test_a_worker_that_is_gone_is_told_instead_of_waited_for(fresh, gate, monkeypatch) -> None:
+    module = fresh.part("nodes.boundary")
+    for name in ("SILENT_SECONDS", "DEAD_SECONDS"):
+        monkeypatch.setattr(module, name, 0.2)
+    done: list[str] = []
+    for work in (module.BOUNDARY.done, module.BOUNDARY.everything_forgotten):
+        with pytest.raises(RuntimeError, match="start ComfyUI again"):
+            asyncio.run(work(done.append))
+    in_worker(between_prompts, fresh)
+    assert done == []  # nor when nobody reckons with it any more
 
 
 def test_work_that_fails_fails_no_prompt(fresh, gate) -> None:
     def broken(moment: str) -> None:
         raise IndexError("of a model that is gone")
 
+    boundary = fresh.part("nodes.boundary").BOUNDARY
     worker, failures = start(fresh)
-    answer = fresh.part("nodes.boundary").BOUNDARY.submit(broken)
+    answer = boundary.submit(broken)
     gate.go.set()
     worker.join()
     assert failures == [] and isinstance(answer.exception(5), IndexError)
+    answer = boundary.submit(broken)
+    between_prompts(fresh)
+    assert isinstance(answer.exception(0), IndexError)
 
 
 # ------------------------------------------------------------------------------------ the figures

@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,6 +86,20 @@ def test_everything_forgets_node_outputs(server: Server) -> None:
     run(server, graph)
     status, answer = post(server, {"level": "everything"})
     assert (status, answer["when"]) == (200, "at once")
+    assert {"unet", "sampler", "decode", "save"} <= run(server, graph)
+
+
+def test_levels_that_are_wanted_together_are_done_one_by_one_by_the_worker(server: Server) -> None:
+    """And beside ComfyUI's own button, which sets the same flags."""
+    graph = text_to_image(seed=14)
+    run(server, graph)
+    wishes = [{"level": level} for level in ("everything", "models", "cache")] * 3
+    with ThreadPoolExecutor(len(wishes) + 1) as pool:
+        own = {"unload_models": True, "free_memory": True}
+        host = pool.submit(server.post_json, "/free", own)
+        answers = list(pool.map(lambda wish: post(server, wish), wishes))
+        host.exception()  # its answer is empty, no JSON
+    assert [(status, answer["when"]) for status, answer in answers] == [(200, "at once")] * 9
     assert {"unet", "sampler", "decode", "save"} <= run(server, graph)
 
 
