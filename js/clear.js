@@ -65,10 +65,9 @@ app.registerExtension({
       function: () => clear(level),
     })),
   ],
-  // Over the canvas only, and no letter that AltGr, or Option on a Mac, types into a text.
-  keybindings: [
-    { commandId: CHOSEN, combo: { ctrl: true, alt: true, key: "m" }, targetElementId: "graph-canvas-container" },
-  ],
+  // No letter that AltGr, or Option on a Mac, types into a text: it would be taken from there. A
+  // target does not help, since the canvas holds the text fields of its nodes.
+  keybindings: [{ commandId: CHOSEN, combo: { ctrl: true, alt: true, key: "m" } }],
   menuCommands: [
     { path: ["Extensions", "Qwen VRAM"], commands: [CHOSEN, ...Object.keys(LABELS).map(idOf)] },
   ],

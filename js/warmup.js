@@ -171,7 +171,7 @@ app.registerExtension({
   commands: [{ id: COMMAND, label: "Warm up (silent) (Qwen VRAM)", icon: "pi pi-bolt", function: press }],
   menuCommands: [{ path: ["Extensions", "Qwen VRAM"], commands: [COMMAND] }],
   keybindings: [
-    { commandId: COMMAND, combo: { alt: true, key: "w" }, targetElementId: "graph-canvas-container" },
+    { commandId: COMMAND, combo: { alt: true, key: "w" } }, // no letter of a text: see clear.js
   ],
   setup: resume,
   afterConfigureGraph: () => void setTimeout(opened, AFTER_OPENING_MS),

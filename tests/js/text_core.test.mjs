@@ -22,14 +22,6 @@ test("sizes, toasts and requests are made in one place", () => {
   assert.deepEqual(having(/AbortController|AbortSignal/), ["requests.js"]);
 });
 
-test("no key binding fires while a text is typed", () => {
-  const bindings = sources.flatMap(([, source]) => [...source.matchAll(/\{ commandId: .*combo: .*/g)].map(([line]) => line));
-  assert.ok(bindings.length >= 2);
-  for (const line of bindings) {
-    assert.match(line, /key: "[a-z]" \}, targetElementId: "graph-canvas-container"/); // no letter of AltGr
-  }
-});
-
 test("a refusal speaks the user's language where its sentence is known", () => {
   const busy = { error: "A warm-up is already waiting.", code: "busy" };
   assert.equal(refusalIn(busy, "en"), busy.error);
