@@ -45,10 +45,13 @@ PICTURE = """(id) => {
 DISMISS = "() => app.extensionManager.toast.removeAll()"
 NO_TOASTS = "() => !document.querySelector('.p-toast-message')"
 TIDY = """async () => {
-    const { sidebarTab, command } = app.extensionManager;
+    const { sidebarTab, command, workflow } = app.extensionManager;
     if (sidebarTab.activeSidebarTabId) sidebarTab.toggleSidebarTab(sidebarTab.activeSidebarTabId);
     await command.execute('Comfy.NewBlankWorkflow');
+    for (const tab of [...workflow.openWorkflows])
+        if (tab !== workflow.activeWorkflow) await workflow.closeWorkflow(tab);
     app.canvas.deselectAll();
+    return workflow.openWorkflows.length;
 }"""
 # All that is not the default: of ours, and what else a test may change.
 SETTINGS = """() => Object.fromEntries(
@@ -61,7 +64,7 @@ HASTEN = """([usual, instead]) => {
     window.unhasten = () => { window.setTimeout = real; };
 }"""
 # Vue draws the error overlay and the status lines some frames after the call that caused them.
-SETTLE_MS = 500
+SETTLE_MS = 300
 
 # What every start on an empty profile logs: files that only exist once a user has made them.
 # A help page is first looked for under the language.
@@ -109,11 +112,11 @@ class Editor:
         self.page.evaluate(LISTEN)
 
     def tidy(self) -> None:
-        """An empty graph; no tab of the sidebar, dialog, toast, selection, handler or complaint."""
+        """One empty graph; no tab of the sidebar, dialog, toast, selection, handler or complaint."""
         self.page.unroute_all()
         for _ in range(self.page.get_by_role("dialog").count()):
             self.page.keyboard.press("Escape")
-        self.page.evaluate(TIDY)
+        assert self.page.evaluate(TIDY) == 1
         self.page.mouse.move(720, 880)
         self.dismiss()
         self.problems.clear()

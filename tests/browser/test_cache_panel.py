@@ -197,10 +197,14 @@ def test_the_panel_shows_what_is_stored_and_clears_it(editor: Editor, server: Se
     expect(disk.get_by_role("cell").nth(1)).to_have_text("0")  # fetched after it
     assert server.get_json("/qwen_vram/conditioning")["total"]["misses"] == 2
 
+    kept = server.base / "user" / "__qwen_vram" / "warm_up.json"
+    kept.write_text("{}", encoding="utf-8")
     panel.get_by_role("button", name="Remove everything, pins too").click()
     page.get_by_text("the totals, all pinned outputs").wait_for()
+    page.get_by_text("and the workflow that is kept for the warm-up at start?").wait_for()
     page.get_by_role("button", name="Delete").last.click()
-    panel.get_by_text("Removed: the totals.").wait_for()
+    panel.get_by_text("Removed: the workflow for the warm-up at start · the totals.").wait_for()
+    assert not kept.exists()
     assert server.get_json("/qwen_vram/conditioning")["total"]["misses"] == 0
     close_dialogs(page)
     assert editor.problems == []
@@ -255,6 +259,7 @@ def test_a_setting_changed_in_the_dialog_counts_from_the_next_run(
     open_panel(editor)
     choose(page, keep, "all nodes")
     close_dialogs(page)
+    page.evaluate(SETTING, ["QwenVRAM.Conditioning.MemoryMB", 256])
     open_graph(editor, "to be kept")
     editor.run()
     assert server.get_json("/qwen_vram/conditioning")["disk"]["entries"] == 2
