@@ -1,6 +1,6 @@
 // The settings of the memory allocator, as core/allocator.py reads them. Pure: no DOM, no app.
 // Texts in other languages: locales/<language>/settings.json.
-import { wordsOf } from "./badges_core.js";
+import { wordsOf } from "./text_core.js";
 
 const GROUP = ["Qwen VRAM", "Memory allocator (CUDA)"];
 const FIRST = 50;

@@ -2,6 +2,8 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { badgesIn, COLOURS, Runs } from "./badges_core.js";
+import { fetchJson } from "./requests.js";
+import { toast } from "./toast.js";
 
 const ROUTE = "/qwen_vram/conditioning";
 const NO_ID = "00000000-0000-0000-0000-000000000000";
@@ -31,10 +33,6 @@ function openWorkflow() {
   return id === NO_ID ? (app.extensionManager.workflow?.activeWorkflow?.path ?? id) : id;
 }
 
-async function fetchJson(path) {
-  return (await api.fetchApi(path)).json();
-}
-
 /** The entry of a prompt that runs now, or ended meanwhile. */
 async function queued(promptId) {
   const { queue_running: running } = await fetchJson("/queue");
@@ -51,8 +49,7 @@ async function workflowOf(promptId) {
 }
 
 function makeBadge({ kind, text, title }) {
-  const onClick = () =>
-    app.extensionManager.toast.add({ severity: "info", summary: text, detail: title, life: 10000 });
+  const onClick = () => toast("info", title, { summary: text });
   const badge = new window.LGraphBadge({ text, onClick, ...COLOURS[kind] });
   badge.title = title; // the tooltip where nodes are HTML; on the canvas a click tells it
   return badge;

@@ -1,6 +1,7 @@
 // What a badge says about one run of an encode node, and whose run it is. Pure: no DOM, no app.
 import { markOf } from "./pins_core.js";
 import { findNode } from "./status_core.js";
+import { secondsText, wordsOf } from "./text_core.js";
 
 const WORDS = {
   en: {
@@ -54,20 +55,6 @@ const NOT_CACHEABLE = "cannot be cached: "; // what follows is a sentence, with 
 const OF_THE_NODE = "this node keeps nothing"; // its badge says so already: js/pins.js
 // Chosen by the user for longer than one run.
 const OFF = new Set(["nothing is kept, by the settings", "cache is off"]);
-
-/** The words of the frontend's language, English where there is no translation. */
-export function wordsOf(words, locale) {
-  return words[locale] ?? words[String(locale).split("-")[0]] ?? words.en;
-}
-
-/** Seconds for people. */
-export function secondsText(seconds) {
-  if (seconds < 0.05) return seconds > 0 ? "< 0.1 s" : "0 s";
-  if (seconds < 9.95) return `${seconds.toFixed(1)} s`;
-  if (seconds < 119.5) return `${Math.round(seconds)} s`;
-  const minutes = Math.round(seconds / 60);
-  return minutes < 120 ? `${minutes} min` : `${(seconds / 3600).toFixed(1)} h`;
-}
 
 /** The reason of a miss, short and in the frontend's language where it is known. */
 export function whyText(why, locale) {

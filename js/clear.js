@@ -2,9 +2,11 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import {
-  bodyOf, CLEAR_SETTING, clearWords, EVENT, failureOf, knownLevel, LIMIT_MS, needsWorkflow, PATH, toastOf,
+  bodyOf, CLEAR_SETTING, clearWords, EVENT, failureOf, knownLevel, LIMIT_SECONDS, needsWorkflow, PATH, toastOf,
   unreadable,
 } from "./clear_core.js";
+import { request } from "./requests.js";
+import { toast } from "./toast.js";
 
 const LABELS = {
   cache: "Clear caches (Qwen VRAM)",
@@ -21,40 +23,28 @@ const locale = () => setting("Comfy.Locale");
 const chosenLevel = () => knownLevel(setting(CLEAR_SETTING.id));
 const underWay = new Set(); // levels that the server was asked for
 
-function toast({ severity, detail }) {
-  const life = { success: 15000, info: 8000, error: 20000 }[severity];
-  app.extensionManager.toast.add({ severity, summary: clearWords(locale()).title, detail, life });
-}
+const tell = ({ severity, detail }) => toast(severity, detail, { summary: clearWords(locale()).title });
 
 async function clear(level) {
   if (underWay.has(level)) return; // its answer will be shown
   underWay.add(level);
   try {
     const prompt = needsWorkflow(level) ? (await app.graphToPrompt()).output : undefined;
-    toast(await ask(bodyOf(level, api.clientId, prompt)));
+    tell(await ask(bodyOf(level, api.clientId, prompt)));
   } catch (error) {
-    toast(unreadable(error, locale()));
+    tell(unreadable(error, locale()));
   } finally {
     underWay.delete(level);
   }
 }
 
 /** The toast that tells what became of a request. */
-async function ask(body) {
-  const limit = new AbortController();
-  const timer = setTimeout(() => limit.abort(), LIMIT_MS);
+async function ask(content) {
   try {
-    const response = await api.fetchApi(PATH, {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(body),
-      signal: limit.signal, // also while the body is read
-    });
-    return toastOf(response.status, await response.text(), locale());
+    const { status, text } = await request(PATH, { method: "POST", seconds: LIMIT_SECONDS, content });
+    return toastOf(status, text, locale());
   } catch (error) {
     return failureOf(error, locale());
-  } finally {
-    clearTimeout(timer);
   }
 }
 
@@ -75,8 +65,9 @@ app.registerExtension({
       function: () => clear(level),
     })),
   ],
-  // On a Mac, and on a German keyboard, the two modifiers make another letter of M.
-  keybindings: ["m", "µ"].map((key) => ({ combo: { ctrl: true, alt: true, key }, commandId: CHOSEN })),
+  // No letter that AltGr, or Option on a Mac, types into a text: it would be taken from there. A
+  // target does not help, since the canvas holds the text fields of its nodes.
+  keybindings: [{ commandId: CHOSEN, combo: { ctrl: true, alt: true, key: "m" } }],
   menuCommands: [
     { path: ["Extensions", "Qwen VRAM"], commands: [CHOSEN, ...Object.keys(LABELS).map(idOf)] },
   ],
@@ -87,6 +78,6 @@ app.registerExtension({
   },
   setup() {
     // What was to be done later is done.
-    api.addEventListener(EVENT, ({ detail }) => toast(toastOf(200, JSON.stringify(detail), locale())));
+    api.addEventListener(EVENT, ({ detail }) => tell(toastOf(200, JSON.stringify(detail), locale())));
   },
 });

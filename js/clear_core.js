@@ -1,11 +1,11 @@
 // Requests to free memory, and what is said of the answers. Pure: no DOM, no app.
-import { wordsOf } from "./badges_core.js";
-import { sizeText } from "./panel_core.js";
+import { jsonOf, refusalIn } from "./refusal_core.js";
+import { sizeText, wordsOf } from "./text_core.js";
 
 export const PATH = "/qwen_vram/clear";
 export const EVENT = "qwen_vram.cleared";
 export const WAIT_SECONDS = 3; // then the server says when it will be done
-export const LIMIT_MS = 30_000; // then nobody waits for the server any more
+export const LIMIT_SECONDS = 30; // then nobody waits for the server any more
 const NOISE_BYTES = 1e6; // what comes and goes by itself
 export const USUAL = "models";
 const SETTING = "QwenVRAM.Clear.Level";
@@ -153,14 +153,9 @@ const objects = (value) => (Array.isArray(value) ? value.filter(isObject) : []);
 /** The toast for a reply of the server, by its status and the text of its body. */
 export function toastOf(status, text, locale) {
   const words = clearWords(locale);
-  let answer;
-  try {
-    answer = JSON.parse(text);
-  } catch {
-    answer = null;
-  }
-  if (isObject(answer) && typeof answer.error === "string")
-    return { severity: "error", detail: words.refused(answer.error.slice(0, 500)) };
+  const answer = jsonOf(text);
+  const refusal = refusalIn(answer, locale);
+  if (refusal !== null) return { severity: "error", detail: words.refused(refusal) };
   if (status < 200 || status > 299 || !isObject(answer) || typeof answer.done !== "boolean")
     return { severity: "error", detail: words.strange(status) };
   if (!answer.done) {

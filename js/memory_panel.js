@@ -1,10 +1,11 @@
 // Memory, a tab of the sidebar: who holds what, refreshed while it is seen.
-import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import {
-  blocksText, commandLabel, LIMIT_SECONDS, memoryWords, MOST_BYTES, NO_REPORT, parseReport, poller, probedText, viewOf,
+  blocksText, commandLabel, failureText, LIMIT_SECONDS, memoryWords, MOST_BYTES, parseReport, poller, probedText, viewOf,
 } from "./memory_panel_core.js";
 import { STYLE } from "./memory_panel_style.js";
+import { refusalIn } from "./refusal_core.js";
+import { request } from "./requests.js";
 
 const TAB = "qwen-vram-memory";
 const ROUTE = "/qwen_vram/report";
@@ -33,47 +34,15 @@ function styleOnce() {
 }
 
 // ---------------------------------------------------------------------------------------- asking
-/** A reply's text; reading stops where it is too large to be a report. */
-async function readText(response) {
-  const reader = (response.body ?? new Blob().stream()).getReader(); // some answers have no body
-  const decoder = new TextDecoder();
-  let read = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return read + decoder.decode();
-    read += decoder.decode(value, { stream: true });
-    if (read.length <= MOST_BYTES) continue;
-    await reader.cancel();
-    throw new Error("tooLarge");
-  }
-}
-
 /** A report, or an Error whose message is for people. Ends after `seconds`, whatever comes. */
 async function askReport(query, seconds, posted = {}) {
   const words = memoryWords(locale());
-  const limit = new AbortController();
-  const timer = clock.setTimeout(() => limit.abort(), seconds * 1000);
   try {
-    const response = await api.fetchApi(ROUTE + query, { signal: limit.signal, cache: "no-store", ...posted });
-    const body = await readText(response);
-    if (!response.ok) throw new Error(errorIn(body) ?? `${response.status} ${response.statusText}`);
-    return parseReport(body);
+    const { ok, status, statusText, text, body } = await request(ROUTE + query, { seconds, most: MOST_BYTES, ...posted });
+    if (!ok) throw new Error(refusalIn(body, locale()) ?? `${status} ${statusText}`);
+    return parseReport(text);
   } catch (error) {
-    if (limit.signal.aborted) throw new Error(words.slow(seconds));
-    if (error instanceof TypeError) throw new Error(words.unreachable); // as fetch tells it
-    throw new Error(NO_REPORT.includes(error.message) ? words[error.message] : error.message);
-  } finally {
-    clock.clearTimeout(timer);
-  }
-}
-
-/** The sentence of our own routes in a refusal, if it is one. */
-function errorIn(body) {
-  try {
-    const { error } = JSON.parse(body);
-    return typeof error === "string" ? error.slice(0, 400) : null;
-  } catch {
-    return null; // another's page; the status says enough
+    throw new Error(failureText(error, seconds, words));
   }
 }
 
@@ -245,7 +214,7 @@ function buttons(panel, clears) {
   const { words, probing } = panel;
   const probe = keyed("probe", {
     textContent: probing ? words.probing : words.probe, title: words.probeTitle,
-    onclick: () => askOnce(panel, () => askReport("", PROBE_SECONDS, { method: "POST", body: "{}" }), probedText), // it allocates
+    onclick: () => askOnce(panel, () => askReport("", PROBE_SECONDS, { method: "POST", content: {} }), probedText), // it allocates
   });
   const blocks = keyed("blocks", {
     textContent: words.blocks, title: words.blocksTitle,

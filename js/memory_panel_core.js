@@ -1,6 +1,6 @@
 // The memory panel: a report as ComfyUI's server sends it -> what is drawn; and when to ask for
 // the next. The reply is not believed: it may be broken, huge or hostile. Pure: no DOM, no app.
-import { wordsOf } from "./badges_core.js";
+import { sizeText, wordsOf } from "./text_core.js";
 
 const WORDS = {
   en: {
@@ -120,11 +120,16 @@ const MOST_LETTERS = 400;
 const TURNING = /[\u0000-\u0008\u200e\u200f\u202a-\u202e\u2066-\u2069]/g; // letters would run backwards
 const OUR_COMMAND = /^QwenVRAM\.[\w.]+$/; // a reply must not press other buttons of the editor
 
-export const NO_REPORT = ["notJson", "tooLarge"]; // keys of the words
+/** Why there is no report, for people, from an error of js/requests.js or of parseReport(). */
+export function failureText(error, seconds, words) {
+  if (error.name === "TimeoutError") return words.slow(seconds);
+  if (error.name === "TypeError") return words.unreachable; // as fetch tells it
+  if (error.name === "RangeError") return words.tooLarge;
+  return error.message === "notJson" ? words.notJson : error.message;
+}
 
-/** A report from the text of a reply. Throws an Error with one of NO_REPORT. */
+/** A report from the text of a reply. Throws Error("notJson") where it is none. */
 export function parseReport(text) {
-  if (text.length > MOST_BYTES) throw new Error("tooLarge");
   let report = null;
   try {
     report = JSON.parse(text);
@@ -145,12 +150,10 @@ function text(value, fallback = "") {
   return shown.length > MOST_LETTERS ? `${shown.slice(0, MOST_LETTERS)} ...` : shown;
 }
 
-/** A size as the report's texts tell it (core/units.py), or that there is none. */
+/** A size, or that there is none. */
 export function bytesText(value, words) {
   if (count(value) === null) return words.unknown;
-  const size = Math.abs(value);
-  const told = size >= 1e9 ? `${(size / 1e9).toFixed(2)} GB` : `${(size / 1e6).toFixed(1)} MB`;
-  return value < 0 ? `−${told}` : told;
+  return value < 0 ? `−${sizeText(-value)}` : sizeText(value);
 }
 
 // --------------------------------------------------------------------------------- what is drawn

@@ -1,17 +1,14 @@
 // Merge duplicate loaders: several nodes that load the same file become one, as one undoable step.
 import { app } from "../../scripts/app.js";
-import { emptiedGroups, loadedApart, mergedText, mergeWords, planMerges } from "./merge_loaders_core.js";
+import { appNodes, emptiedGroups, loadedApart, mergedText, planMerges } from "./merge_loaders_core.js";
+import { toast } from "./toast.js";
 
 const COMMAND = "QwenVRAM.MergeLoaders";
 
 const locale = () => app.extensionManager.setting.get("Comfy.Locale");
 
-function toast(severity, detail) {
-  app.extensionManager.toast.add({ severity, summary: "Qwen VRAM", detail, life: 20000 });
-}
-
-/** A node as the plan wants it. */
-function described(graph, node) {
+/** A node as the plan wants it; `inApp` are the ids of those that app mode shows. */
+function described(graph, node, inApp) {
   const links = (node.inputs ?? []).map((input) => [input.name, graph.getLink(input.link)]);
   const linked = links.filter(([, link]) => link);
   const inputs = Object.fromEntries(linked.map(([name, link]) => [name, [link.origin_id, link.origin_slot]]));
@@ -24,6 +21,7 @@ function described(graph, node) {
     title: node.title,
     named: node.title !== node.constructor.title,
     fixed: Boolean(node.ignore_remove || node.block_delete),
+    inApp: inApp.has(String(node.id)),
     marks: node.properties?.qwen_vram,
     values: Object.fromEntries(kept.map((widget) => [widget.name, widget.value])),
     inputs,
@@ -56,7 +54,8 @@ function moveLink(graph, link, kept) {
 }
 
 /** Replace a node by an equal one; false if a node refused the link, then the node stays. */
-function replace(graph, node, kept) {
+function replace(graph, node, kept, done) {
+  done.changed = true;
   for (const output of node.outputs) {
     const links = (output.links ?? []).map((id) => graph.getLink(id)).filter(Boolean);
     for (const link of links) moveLink(graph, link, kept);
@@ -66,40 +65,58 @@ function replace(graph, node, kept) {
   return true;
 }
 
-/** Merge within one graph; what was done is added to `done`. */
-function mergeIn(graph, done) {
+/** Merge within one graph; what was done is added to `done`, also if an exception ends it. */
+function mergeIn(graph, inApp, done) {
   const groups = groupsOf(graph);
   const removed = [];
-  for (const merge of planMerges(graph.nodes.map((node) => described(graph, node)))) {
-    const kept = graph.getNodeById(merge.keep);
-    const gone = merge.remove.filter(({ id }) => {
-      const node = graph.getNodeById(id);
-      if (replace(graph, node, kept)) return true;
-      done.blocked.push(node.title);
-      return false;
-    });
-    if (gone.length) done.merges.push({ ...merge, remove: gone });
-    removed.push(...gone.map(({ id }) => id));
+  try {
+    for (const merge of planMerges(graph.nodes.map((node) => described(graph, node, inApp)))) {
+      const kept = graph.getNodeById(merge.keep);
+      const merged = { ...merge, remove: [] };
+      done.shown.push(...merge.shown);
+      for (const gone of merge.remove) {
+        const node = graph.getNodeById(gone.id);
+        if (!replace(graph, node, kept, done)) {
+          done.blocked.push(node.title);
+          continue;
+        }
+        if (!merged.remove.length) done.merges.push(merged);
+        merged.remove.push(gone);
+        removed.push(gone.id);
+      }
+    }
+  } finally {
+    done.emptied.push(...emptiedGroups(groups, removed));
   }
-  done.emptied.push(...emptiedGroups(groups, removed));
+}
+
+/** Equal loaders that the workflow still has; `done` tells if that cannot be known. */
+async function noteApart(done) {
+  try {
+    done.apart = loadedApart((await app.graphToPrompt()).output);
+  } catch (error) {
+    done.unread = error.message;
+  }
 }
 
 async function mergeLoaders() {
   const root = app.rootGraph ?? app.graph;
-  const done = { merges: [], emptied: [], blocked: [], apart: [] };
+  const inApp = appNodes(root.extra?.linearData);
+  const done = { merges: [], emptied: [], blocked: [], shown: [], apart: [], changed: false };
   // What was changed before, and not yet noted, is a step of its own.
   app.extensionManager.workflow?.activeWorkflow?.changeTracker?.captureCanvasState();
   app.canvas.emitBeforeChange();
   try {
-    for (const graph of [root, ...(root.subgraphs?.values() ?? [])]) mergeIn(graph, done);
+    for (const graph of [root, ...(root.subgraphs?.values() ?? [])]) mergeIn(graph, inApp, done);
   } catch (error) {
-    return toast("error", mergeWords(locale()).failed(error.message));
+    done.failed = error.message;
   } finally {
     app.canvas.emitAfterChange();
     app.canvas.setDirty(true, true);
   }
-  done.apart = loadedApart((await app.graphToPrompt()).output);
-  toast(done.merges.length ? "success" : "info", mergedText(done, locale()));
+  if (done.failed === undefined) await noteApart(done);
+  const severity = done.failed !== undefined ? "error" : done.merges.length ? "success" : "info";
+  toast(severity, mergedText(done, locale()));
 }
 
 app.registerExtension({

@@ -1,5 +1,5 @@
 // Which loaders of a workflow load the same thing, and may become one. Pure: no DOM, no app.
-import { wordsOf } from "./badges_core.js";
+import { wordsOf } from "./text_core.js";
 
 // Loader -> the widget that names its file. All of them give the same for the same values and the
 // same inputs, so that one can stand for several.
@@ -39,8 +39,11 @@ const WORDS = {
     blocked: (titles) => `Not merged, because a node refused the new link: ${titles}.`,
     apart: (file, count) =>
       `${file} has ${count} loaders still: in different sub-graphs, which links cannot cross, or with ` +
-      "a name that comes over different links. ComfyUI loads equal ones once, unless it was started with --cache-none.",
-    failed: (why) => `The loaders could not be merged: ${why}`,
+      "a name that comes over different links, or shown in app mode. ComfyUI loads equal ones once, unless it was started with --cache-none.",
+    shown: (titles) => `Not merged, because app mode shows their values: ${titles}.`,
+    unread: (why) => `Which loaders are still there twice is not known: the workflow cannot be read (${why}).`,
+    failed: (why) => `Merging was broken off by an error: ${why}`,
+    half: "Undo takes back in one step what was changed until then.",
     group: (title) => `group "${title}"`,
   },
   zh: {
@@ -51,9 +54,12 @@ const WORDS = {
     emptied: (groups) => `现在为空、但原样保留：${groups}。`,
     blocked: (titles) => `未合并，因为有节点拒绝了新的连接：${titles}。`,
     apart: (file, count) =>
-      `${file} 仍有 ${count} 个加载器：它们位于连接无法跨越的不同子图中，或文件名来自不同的连接。` +
+      `${file} 仍有 ${count} 个加载器：它们位于连接无法跨越的不同子图中，文件名来自不同的连接，或显示在应用模式中。` +
       "ComfyUI 对相同的加载器只加载一次，除非以 --cache-none 启动。",
-    failed: (why) => `无法合并加载器：${why}`,
+    shown: (titles) => `未合并，因为应用模式显示它们的值：${titles}。`,
+    unread: (why) => `无法知道还有哪些加载器重复：工作流无法读取（${why}）。`,
+    failed: (why) => `合并因错误中断：${why}`,
+    half: "撤销一次即可恢复此前的全部改动。",
     group: (title) => `分组“${title}”`,
   },
 };
@@ -64,10 +70,12 @@ export const mergeWords = (locale) => wordsOf(WORDS, locale);
 /**
  * What loads the same in one graph.
  *
- * nodes: [{id, type, mode, title, named, fixed, marks, values: {widget: value}, inputs: {name: [node id, slot]}}],
+ * nodes: [{id, type, mode, title, named, fixed, inApp, marks, values: {widget: value}, inputs: {name: [node id, slot]}}],
  * where `inputs` has the linked ones alone, `values` the others; `named` says that the user gave the
- * title, `fixed` that the node cannot be removed. Kept is the oldest that the user named, else the
- * oldest. Returns [{keep: id, title, file, remove: [{id, lostTitle}]}].
+ * title, `fixed` that the node cannot be removed, `inApp` that app mode shows it, so that it stays.
+ * Kept is the oldest of those that app mode shows, else of those that the user named, else of all.
+ * Returns [{keep: id, title, file, remove: [{id, lostTitle}], shown: [title]}], where `shown` are
+ * equal ones that stay, too.
  */
 export function planMerges(nodes) {
   const byId = new Map(nodes.map((node) => [String(node.id), node]));
@@ -127,15 +135,27 @@ function grouped(items, keyFor) {
 const entries = (record) => Object.entries(record).sort(([one], [other]) => (one < other ? -1 : 1));
 
 function mergeOf(members) {
-  const keep = members.find((node) => node.named) ?? members[0];
-  const removed = members.filter((node) => node !== keep);
+  const keep = members.find((node) => node.inApp) ?? members.find((node) => node.named) ?? members[0];
+  const others = members.filter((node) => node !== keep);
+  const removed = others.filter((node) => !node.inApp);
   const lost = ({ named, title }) => (named && title !== keep.title ? title : null);
   return {
     keep: keep.id,
     remove: removed.map((node) => ({ id: node.id, lostTitle: lost(node) })),
+    shown: others.filter((node) => node.inApp).map((node) => node.title),
     file: fileOf(keep),
     title: keep.title,
   };
+}
+
+/**
+ * The ids of the nodes whose widgets app mode shows, from the `linearData` of a workflow. Its inputs
+ * are [id, widget, ...], where id is "graph:node:widget", in older workflows a node's alone or a path
+ * of nodes through sub-graphs. Every part counts.
+ */
+export function appNodes(linearData) {
+  const inputs = Array.isArray(linearData?.inputs) ? linearData.inputs : [];
+  return new Set(inputs.filter(Array.isArray).flatMap(([id]) => String(id).split(":")));
 }
 
 /** The file's name for people; the whole title where it comes over a link. */
@@ -167,16 +187,23 @@ export function loadedApart(output) {
   }));
 }
 
-/** What was done, for a toast. done: {merges, emptied: [title], blocked: [title], apart: [{file, count}]} */
-export function mergedText({ merges, emptied, blocked, apart }, locale) {
+/**
+ * What was done, for a toast. done: {merges, emptied: [title], blocked: [title], shown: [title],
+ * apart: [{file, count}], changed, unread, failed}; the last two are reasons, if there are any.
+ */
+export function mergedText({ merges, emptied, blocked, shown = [], apart, changed, unread, failed }, locale) {
   const words = mergeWords(locale);
   const join = (texts) => texts.join(", ");
   const titles = merges.flatMap(({ remove }) => remove.map((node) => node.lostTitle)).filter(Boolean);
   const lines = merges.map((merge) => words.merged(merge.file, merge.remove.length + 1, merge.title));
-  if (!merges.length && !blocked.length) lines.push(words.nothing);
+  if (failed !== undefined) lines.unshift(words.failed(failed));
+  else if (!merges.length && !blocked.length && !shown.length) lines.push(words.nothing);
   if (titles.length) lines.push(words.titles(join(titles.map((title) => `"${title}"`))));
   if (emptied.length) lines.push(words.emptied(join(emptied.map((title) => words.group(title)))));
-  if (merges.length) lines.push(words.undo);
+  if (failed === undefined && merges.length) lines.push(words.undo);
+  if (failed !== undefined && changed) lines.push(words.half);
   if (blocked.length) lines.push(words.blocked(join(blocked)));
+  if (shown.length) lines.push(words.shown(join(shown)));
+  if (unread !== undefined) lines.push(words.unread(unread));
   return [...lines, ...apart.map(({ file, count }) => words.apart(file, count))].join("\n");
 }

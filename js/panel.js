@@ -3,10 +3,13 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { daysOf, panelWords, pinRows, placeRows, question, removedText, savedRows } from "./panel_core.js";
 import { pinUsers } from "./pins_core.js";
+import { fetchJson, request } from "./requests.js";
+import { toast } from "./toast.js";
 
 const ROUTE = "/qwen_vram/conditioning";
 const PINS_ROUTE = "/qwen_vram/pins";
 const DEFAULT_DAYS = 30;
+const REMOVAL_SECONDS = 120; // thousands of files, or Redis
 
 const STYLE = `
 .form-label:has(+ .form-input .qwen-vram-panel) { display: none; }
@@ -56,17 +59,10 @@ function styleOnce() {
   if (!document.getElementById(id)) document.head.append(make("style", { id, textContent: STYLE }));
 }
 
-async function request(path, options) {
-  const response = await api.fetchApi(path, options);
-  const body = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(body.error ?? `${response.status} ${response.statusText}`);
-  return body;
-}
-
 /** The list of pins, or null where there is no such route. */
 async function fetchPins() {
-  const response = await api.fetchApi(PINS_ROUTE);
-  return response.ok ? response.json() : null;
+  const { ok, body } = await request(PINS_ROUTE);
+  return ok ? body : null;
 }
 
 function table(head, rows) {
@@ -91,7 +87,7 @@ async function removeAfterAsking(panel, { kind, title, path, days }) {
   const type = "delete";
   if (!(await app.extensionManager.dialog.confirm({ title, message, type }))) return;
   try {
-    panel.say(removedText(await request(path, { method: "DELETE" }), locale()));
+    panel.say(removedText(await fetchJson(path, { method: "DELETE", seconds: REMOVAL_SECONDS }), locale()));
   } catch (error) {
     panel.say(error.message);
   }
@@ -101,8 +97,8 @@ async function removeAfterAsking(panel, { kind, title, path, days }) {
 
 /** A panel that is not shown, for the menu command: it knows the report, and tells by toasts. */
 async function unseenPanel() {
-  const report = await request(ROUTE).catch(() => null);
-  return { report, say: toast, refresh: async () => {} };
+  const report = await fetchJson(ROUTE).catch(() => null);
+  return { report, say: (text) => toast("info", text), refresh: async () => {} };
 }
 
 /** Remove every trace; also a command of its own. */
@@ -110,10 +106,6 @@ export async function removeEverything(shown = null) {
   const panel = shown ?? (await unseenPanel());
   const title = panelWords(locale()).everything;
   await removeAfterAsking(panel, { kind: "everything", title, path: `${ROUTE}?everything=true` });
-}
-
-function toast(detail) {
-  app.extensionManager.toast.add({ severity: "info", summary: "Qwen VRAM", detail, life: 10000 });
 }
 
 function buttons(panel, words) {
@@ -175,7 +167,7 @@ export function renderPanel() {
     say: (text) => (said.textContent = text),
     async refresh() {
       try {
-        const [report, pins] = await Promise.all([request(ROUTE), fetchPins()]);
+        const [report, pins] = await Promise.all([fetchJson(ROUTE), fetchPins()]);
         panel.report = report;
         shown.replaceChildren(...figures(panel, report, pins, words));
       } catch {

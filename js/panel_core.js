@@ -1,5 +1,5 @@
 // The words and figures of the prompt cache panel. Pure: no DOM, no app.
-import { secondsText, wordsOf } from "./badges_core.js";
+import { secondsText, sizeText, wordsOf } from "./text_core.js";
 
 const WORDS = {
   en: {
@@ -13,6 +13,7 @@ const WORDS = {
     everything: "Remove everything, pins too", refresh: "Refresh", unpin: "Delete", noPins: "none",
     usedHere: "Used in this workflow", notHere: "no", lastUsed: "Last used",
     totals: "the totals", lists: (count) => (count === 1 ? "1 list of prompts" : `${count} lists of prompts`),
+    warmUp: "the workflow for the warm-up at start",
     noPinsRoute: "Pinned outputs cannot be listed: this ComfyUI has no pins.",
     unreachable: "ComfyUI does not answer. Start it, then press Refresh.",
     badDays: "Days must be a number from 0 to 36500.",
@@ -24,8 +25,8 @@ const WORDS = {
     ask: {
       all: "Remove all stored prompts and pictures? They are encoded again when they are needed.",
       unused: "Remove what was not used for {days} days? It is encoded again when it is needed.",
-      everything: "Remove all stored prompts and pictures, the totals, all pinned outputs and all " +
-        "lists of prompts that were sent for a prefill? Workflows with pinned outputs will ask " +
+      everything: "Remove all stored prompts and pictures, the totals, all pinned outputs, all lists of " +
+        "prompts that were sent for a prefill and the workflow that is kept for the warm-up at start? Workflows with pinned outputs will ask " +
         "to unpin them. Pictures that ComfyUI saved keep their prompts.",
       pin: "Delete this pinned output? Workflows that use it will ask to unpin it.",
     },
@@ -42,6 +43,7 @@ const WORDS = {
     everything: "全部删除", refresh: "刷新", unpin: "删除", noPins: "无",
     usedHere: "用于当前工作流", notHere: "否", lastUsed: "上次使用",
     totals: "累计数字", lists: (count) => `${count} 份提示词列表`,
+    warmUp: "启动时预热用的工作流",
     noPinsRoute: "无法列出固定的输出：此 ComfyUI 没有该功能。",
     unreachable: "ComfyUI 没有应答。请启动它，然后按“刷新”。",
     badDays: "天数必须是 0 到 36500 之间的数。",
@@ -53,8 +55,8 @@ const WORDS = {
     ask: {
       all: "清除所有已保存的提示词和图片编码？需要时会重新编码。",
       unused: "清除 {days} 天内没有使用过的条目？需要时会重新编码。",
-      everything: "删除所有已保存的提示词和图片编码、累计数字、所有固定的输出，以及为预填充上传的所有" +
-        "提示词列表？含有固定输出的工作流会要求取消固定。ComfyUI 已保存的图片仍带有提示词。",
+      everything: "删除所有已保存的提示词和图片编码、累计数字、所有固定的输出、为预填充上传的所有提示词列表，以及为启动时预热保存的" +
+        "工作流？含有固定输出的工作流会要求取消固定。ComfyUI 已保存的图片仍带有提示词。",
       pin: "删除这个固定的输出？使用它的工作流会要求取消固定。",
     },
     pin: (count) => `${count} 个固定的输出`,
@@ -63,14 +65,6 @@ const WORDS = {
 
 /** The panel's words in the frontend's language. */
 export const panelWords = (locale) => wordsOf(WORDS, locale);
-
-/** A size for people, decimal, as shops and ComfyUI's log count. */
-export function sizeText(bytes) {
-  const units = [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"]];
-  const [unit, name] = units.find(([least]) => bytes >= least) ?? [1, "bytes"];
-  const value = bytes / unit;
-  return `${unit === 1 || value >= 100 ? Math.round(value) : value.toFixed(1)} ${name}`;
-}
 
 /** A count with the separators of the language. */
 export const countText = (count, locale) => count.toLocaleString(locale);
@@ -131,7 +125,7 @@ export function removedText(removed, locale) {
     });
   const pins = removed.pins?.entries ?? removed.deleted;
   const more = [pins && words.pin(pins), removed.lists && words.lists(removed.lists)];
-  const all = [...tiers, ...more, removed.totals && words.totals].filter(Boolean);
+  const all = [...tiers, ...more, removed.warm_up && words.warmUp, removed.totals && words.totals].filter(Boolean);
   const done = all.length ? `${words.removed}: ${all.join(" · ")}.` : words.nothing;
   const failed = removed.failed?.length ? ` ${words.failed}: ${removed.failed.join(", ")}.` : "";
   const left = removed.redis?.state === "away" ? ` ${words.redisLeft}` : "";

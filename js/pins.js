@@ -4,9 +4,12 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import {
   eventsOf, executionIds, hasOutputs, isKept, markOf, outcomeOf, pinBadge, pinPrompt, pinWords, problemOf,
-  rejection, setMark, sizeText, valuesOf,
+  rejection, setMark, valuesOf,
 } from "./pins_core.js";
+import { fetchJson } from "./requests.js";
 import { findNode, nodesIn, oursAmong } from "./status_core.js";
+import { sizeText } from "./text_core.js";
+import { toast } from "./toast.js";
 
 const PINS_ROUTE = "/qwen_vram/pins";
 const CHANGED = "qwen_vram.pins_changed"; // told by panel.js
@@ -18,11 +21,6 @@ let kept = null; // contents of the pins that ComfyUI has; null while that is no
 const rootGraph = () => app.rootGraph ?? app.graph;
 const words = () => pinWords(app.extensionManager.setting.get("Comfy.Locale"));
 const moreNodes = () => app.extensionManager.setting.get("QwenVRAM.Conditioning.MoreNodes");
-
-function toast(severity, detail) {
-  const life = severity === "success" ? 8000 : 20000;
-  app.extensionManager.toast.add({ severity, summary: "Qwen VRAM", detail, life });
-}
 
 /** The frontend draws badges again when it is told that they changed. */
 function redraw(node) {
@@ -63,12 +61,6 @@ function tellRefused({ detail: { node: nodeId, missing, text } }) {
   const title = findNode(rootGraph(), nodeId)?.title ?? nodeId;
   toast("error", missing ? words().missing(title) : words().rejected(title, text));
   return refresh();
-}
-
-async function fetchJson(path) {
-  const response = await api.fetchApi(path);
-  if (!response.ok) throw new Error(`${response.status} ${response.statusText}`.trim());
-  return response.json();
 }
 
 /** The queue first: a run that ends in between is in the history. */

@@ -1,5 +1,6 @@
 // What pinning needs to know and to say. Pure: no DOM, no app.
 import { findNode, nodesIn } from "./status_core.js";
+import { sizeText, wordsOf } from "./text_core.js";
 
 const MARKS = "qwen_vram"; // in a node's properties, which are saved with the workflow
 const LOST = "qwen_vram_lost"; // not an event of ComfyUI's: nothing more will come
@@ -74,15 +75,7 @@ const WORDS = {
 };
 
 /** The texts in the frontend's language, English where there is no translation. */
-export function pinWords(locale) {
-  return WORDS[locale] ?? WORDS[String(locale).split("-")[0]] ?? WORDS.en;
-}
-
-/** A size for people, decimal as the server's. */
-export function sizeText(bytes) {
-  if (bytes < 1e5) return `${(bytes / 1e3).toFixed(1)} kB`;
-  return bytes >= 1e9 ? `${(bytes / 1e9).toFixed(2)} GB` : `${(bytes / 1e6).toFixed(1)} MB`;
-}
+export const pinWords = (locale) => wordsOf(WORDS, locale);
 
 /** A mark of a node: "pin" or "keep_nothing". */
 export function markOf(node, name) {

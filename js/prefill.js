@@ -4,6 +4,7 @@ import { app } from "../../scripts/app.js";
 import { annotated, clipOf, doneText, isList, prefillPrompt, prefillWords } from "./prefill_core.js";
 import { rejection } from "./pins_core.js";
 import { findNode } from "./status_core.js";
+import { toast } from "./toast.js";
 
 const COMMAND = "QwenVRAM.Prefill";
 const FOLDER = "qwen_vram"; // in ComfyUI's temporary folder, which it empties when it starts
@@ -14,9 +15,9 @@ let asking = 0; // requests without an answer yet
 const locale = () => app.extensionManager.setting.get("Comfy.Locale");
 const words = () => prefillWords(locale());
 
-function toast(severity, detail) {
-  const life = severity === "error" ? undefined : 15000;
-  app.extensionManager.toast.add({ severity, summary: words().title, detail, life });
+/** What failed stays until it is closed: the list may have run for hours. */
+function tell(severity, detail) {
+  toast(severity, detail, { summary: words().title, ...(severity === "error" && { life: null }) });
 }
 
 function pickFile() {
@@ -49,22 +50,22 @@ async function upload(file) {
 
 /** Tell the result of a list that this page sent; other runs end here, too. */
 function finished(promptId, ...result) {
-  if (waiting.delete(promptId)) toast(...result);
+  if (waiting.delete(promptId)) tell(...result);
   else if (asking) early.set(promptId, result);
 }
 
 async function prefill() {
   const { output, workflow } = await app.graphToPrompt();
   const { link, problem } = clipOf(output, selectedIds(output));
-  if (problem) return toast("warn", words()[problem]);
+  if (problem) return tell("warn", words()[problem]);
   const file = await pickFile();
   if (!file) return;
-  if (!isList(file.name)) return toast("error", words().notAList(file.name));
+  if (!isList(file.name)) return tell("error", words().notAList(file.name));
   let name;
   try {
     name = await upload(file);
   } catch (error) {
-    return toast("error", words().upload(file.name, error.message));
+    return tell("error", words().upload(file.name, error.message));
   }
   await queue(prefillPrompt(output, link, name), workflow, file.name);
 }
@@ -74,11 +75,11 @@ async function queue({ id, output }, workflow, fileName) {
   try {
     const options = { partialExecutionTargets: [id] };
     const { prompt_id: promptId } = await api.queuePrompt(0, { output, workflow }, options);
-    toast("info", words().sent(fileName));
+    tell("info", words().sent(fileName));
     waiting.add(promptId);
     if (early.has(promptId)) finished(promptId, ...early.get(promptId));
   } catch (error) {
-    toast("error", words().refused(rejection(error.response, error.message)));
+    tell("error", words().refused(rejection(error.response, error.message)));
   } finally {
     asking -= 1;
     if (!asking) early.clear();

@@ -1,6 +1,6 @@
 // Builds the request that encodes a list of prompts. Pure: no DOM, no app.
-import { secondsText, wordsOf } from "./badges_core.js";
 import { helperId } from "./pins_core.js";
+import { secondsText, wordsOf } from "./text_core.js";
 
 const WORDS = {
   en: {

@@ -2,6 +2,7 @@
 // saved with the pictures.
 import { app } from "../../scripts/app.js";
 import { pinWords, withoutRunMark } from "./pins_core.js";
+import { toast } from "./toast.js";
 
 const COMMAND = "QwenVRAM.QueuePrivate";
 
@@ -25,10 +26,6 @@ async function queuePrivate() {
 }
 
 const words = () => pinWords(app.extensionManager.setting.get("Comfy.Locale"));
-
-function toast(severity, detail) {
-  app.extensionManager.toast.add({ severity, summary: "Qwen VRAM", detail, life: 8000 });
-}
 
 const rootGraph = () => app.rootGraph ?? app.graph;
 

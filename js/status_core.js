@@ -1,4 +1,5 @@
 // What the status line of a node says when the node did not run. Pure: no DOM, no app.
+import { wordsOf } from "./text_core.js";
 
 const DEEPEST = 32; // sub-graphs inside of each other
 const NOT_RUN = {
@@ -7,9 +8,7 @@ const NOT_RUN = {
 };
 
 /** The sentence in the frontend's language, English where there is no translation. */
-export function notRun(locale) {
-  return NOT_RUN[locale] ?? NOT_RUN[String(locale).split("-")[0]] ?? NOT_RUN.en;
-}
+export const notRun = (locale) => wordsOf(NOT_RUN, locale);
 
 /**
  * Every node of a graph and of its sub-graphs, as [execution id, node]; one that stands in a

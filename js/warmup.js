@@ -1,13 +1,17 @@
 // A button, a command and a key that run the open workflow once without leaving a trace.
-import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { refusalIn } from "./refusal_core.js";
+import { request } from "./requests.js";
+import { toast } from "./toast.js";
 import {
   acceptedText,
   buttonOf,
   endOf,
   isActive,
+  isSending,
   OPENED,
   reportOf,
+  SENDING,
   SETTING,
   warmUpRequest,
   warmUpWords,
@@ -18,13 +22,12 @@ const COMMAND = "QwenVRAM.WarmUp";
 const PULSE = "QwenVRAM.WarmUp.Pulse";
 const REMEMBERED = "QwenVRAM.WarmUp"; // in this tab's storage: the warm-up that it started
 const EVERY_MS = 400;
-const ANSWER_MS = 8000;
-const ACCEPT_MS = 60000; // nodes check their files when a prompt is sent
+const ANSWER_SECONDS = 8;
+const ACCEPT_SECONDS = 60; // nodes check their files when a prompt is sent
 const MOST_SILENCES = 5;
 const AFTER_OPENING_MS = 1000; // other extensions fill in widgets meanwhile
 const seen = new Set(); // workflows that were warmed up when they were opened
-let report = null;
-let sending = false;
+let report = null; // of the warm-up that this page has started; SENDING until it is accepted
 
 const locale = () => app.extensionManager.setting.get("Comfy.Locale");
 const words = () => warmUpWords(locale());
@@ -35,52 +38,51 @@ const pulse = () => app.extensionManager.setting.settings[PULSE];
 function show(now) {
   report = now;
   if (isActive(now)) sessionStorage.setItem(REMEMBERED, now.id);
-  else sessionStorage.removeItem(REMEMBERED);
+  else if (!isSending(now)) sessionStorage.removeItem(REMEMBERED);
   pulse().attrs.count++;
 }
 
-function toast(severity, detail, life = 12000) {
-  app.extensionManager.toast.add({ severity, summary: words().title, detail, life });
-}
-
-/** {status, body}; body is null where it is no JSON. Raises Error where nobody answers in time. */
-async function request(method, life, content) {
-  const options = { method, signal: AbortSignal.timeout(life) };
-  if (content) Object.assign(options, { body: JSON.stringify(content), headers: { "Content-Type": "application/json" } });
-  const response = await api.fetchApi(ROUTE, options);
-  const body = await response.json().catch(() => null);
-  return { status: response.status, body };
-}
+const tell = (severity, detail) => toast(severity, detail, { summary: words().title });
 
 /** A press: start, or cancel what this page started. */
 async function press() {
-  if (sending) return;
-  if (!isActive(report)) return start();
+  if (isSending(report)) return show({ ...SENDING, cancelling: true }); // start() sees to it
+  return isActive(report) ? cancel(report.id) : start();
+}
+
+/** Cancel the warm-up of this page: another one may have taken its place meanwhile. */
+async function cancel(id) {
+  const path = `${ROUTE}?id=${encodeURIComponent(id)}`;
   try {
-    await request("DELETE", ANSWER_MS);
-    if (isActive(report)) show({ ...report, cancelling: true });
+    const { ok, body } = await request(path, { method: "DELETE", seconds: ANSWER_SECONDS });
+    if (!ok || typeof body?.cancelled !== "boolean")
+      return tell("warn", words().notCancelled(refusalIn(body, locale()) ?? words().broken));
+    // False: it has ended by itself, which follow() tells.
+    if (body.cancelled && report?.id === id && isActive(report)) show({ ...report, cancelling: true });
   } catch {
-    toast("error", words().unreachable);
+    tell("error", words().notCancelled(words().unreachable));
   }
 }
 
 async function start() {
-  sending = true;
+  show(SENDING);
+  let accepted = null;
   try {
-    const { status, body } = await request("POST", ACCEPT_MS, warmUpRequest(await app.graphToPrompt()));
-    const accepted = status === 200 ? reportOf(body) : null;
-    if (accepted) {
-      const text = acceptedText(accepted, locale());
-      if (text) toast("info", text);
-      show(accepted);
-      follow(accepted.id);
-    } else if (typeof body?.error === "string") toast("warn", words().refused(body.error));
-    else toast("error", words().broken);
+    const content = warmUpRequest(await app.graphToPrompt());
+    const { status, body } = await request(ROUTE, { method: "POST", seconds: ACCEPT_SECONDS, content });
+    const refusal = refusalIn(body, locale());
+    accepted = status === 200 ? reportOf(body) : null;
+    if (!accepted) tell(...(refusal ? ["warn", words().refused(refusal)] : ["error", words().broken]));
   } catch (error) {
-    toast("error", error.name === "TimeoutError" ? words().unreachable : words().refused(error.message));
-  } finally {
-    sending = false;
+    tell("error", error.name === "TimeoutError" ? words().unreachable : words().refused(error.message));
   }
+  const unwanted = report.cancelling;
+  show(accepted);
+  if (!accepted) return;
+  follow(accepted.id);
+  if (unwanted) return cancel(accepted.id);
+  const text = acceptedText(accepted, locale());
+  if (text) tell("info", text);
 }
 
 const pause = () => new Promise((resolve) => setTimeout(resolve, EVERY_MS));
@@ -92,7 +94,7 @@ async function follow(id) {
     await pause();
     let body;
     try {
-      ({ body } = await request("GET", ANSWER_MS));
+      ({ body } = await request(ROUTE, { seconds: ANSWER_SECONDS }));
       silences = 0;
     } catch {
       silences += 1;
@@ -105,19 +107,20 @@ async function follow(id) {
     show(now);
   }
   const { severity, detail } = endOf(report, locale());
-  finish(severity, detail, severity === "success" ? 15000 : 12000);
+  finish(severity, detail);
 }
 
-function finish(severity, detail, life) {
+function finish(severity, detail) {
   show(null);
-  toast(severity, detail, life);
+  tell(severity, detail);
 }
 
 /** After a reload of the page: go on showing what it had started. */
 async function resume() {
   const id = sessionStorage.getItem(REMEMBERED);
   if (!id) return;
-  const { body } = await request("GET", ANSWER_MS).catch(() => ({}));
+  const { body } = await request(ROUTE, { seconds: ANSWER_SECONDS }).catch(() => ({}));
+  if (report) return; // a press was faster
   const now = reportOf(body);
   const own = now?.id === id && isActive(now);
   show(own ? now : null);
@@ -130,11 +133,13 @@ const openWorkflow = () => app.extensionManager.workflow?.activeWorkflow?.path ?
 async function opened() {
   const name = openWorkflow();
   const empty = !(app.rootGraph ?? app.graph).nodes.length;
-  if (empty || seen.has(name) || sending || isActive(report)) return;
+  if (empty || seen.has(name) || report) return;
   if (app.extensionManager.setting.get(SETTING.id) !== OPENED) return;
   seen.add(name);
-  const queue = await (await api.fetchApi("/prompt")).json().catch(() => null);
-  if (!queue?.exec_info?.queue_remaining) await start();
+  const { body } = await request("/prompt", { seconds: ANSWER_SECONDS }).catch(() => ({}));
+  const waiting = body?.exec_info?.queue_remaining;
+  if (!Number.isInteger(waiting)) tell("warn", words().notStarted);
+  else if (!waiting && !report) await start();
 }
 
 const button = {
@@ -166,8 +171,7 @@ app.registerExtension({
   commands: [{ id: COMMAND, label: "Warm up (silent) (Qwen VRAM)", icon: "pi pi-bolt", function: press }],
   menuCommands: [{ path: ["Extensions", "Qwen VRAM"], commands: [COMMAND] }],
   keybindings: [
-    { commandId: COMMAND, combo: { alt: true, key: "w" } },
-    { commandId: COMMAND, combo: { alt: true, key: "∑" } }, // what a Mac types for it
+    { commandId: COMMAND, combo: { alt: true, key: "w" } }, // no letter of a text: see clear.js
   ],
   setup: resume,
   afterConfigureGraph: () => void setTimeout(opened, AFTER_OPENING_MS),

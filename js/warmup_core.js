@@ -1,5 +1,6 @@
 // What the warm-up sends, shows and says. Pure: no DOM, no app.
-import { wordsOf } from "./badges_core.js";
+import { refusalIn } from "./refusal_core.js";
+import { sizeText, wordsOf } from "./text_core.js";
 
 const STATES = new Set(["waiting", "running", "done", "failed", "cancelled"]);
 const ACTIVE = new Set(["waiting", "running"]);
@@ -32,6 +33,12 @@ const WORDS = {
     running: (node) => `Warming up: ${node}.`,
     starting: "Warming up.",
     cancelling: "The warm-up stops at the next step.",
+    sending: "The workflow is being sent.",
+    unsending: "The warm-up stops as soon as ComfyUI has accepted it.",
+    notStarted: "ComfyUI does not answer. The workflow is not warmed up.",
+    notCancelled: (why) => `It could not be cancelled. ${why}`,
+    leftOut: (names) =>
+      `Not warmed up: ${names}. Such a node may save files or is paid, or needs one that does not run.`,
     cancelled: "Cancelled. What was loaded and encoded until then is kept.",
     failed: (why) => `It failed. ${why}`,
     refused: (why) => `It cannot run. ${why}`,
@@ -60,6 +67,11 @@ const WORDS = {
     running: (node) => `正在预热：${node}。`,
     starting: "正在预热。",
     cancelling: "预热会在下一步停止。",
+    sending: "正在发送工作流。",
+    unsending: "ComfyUI 接受后，预热会立即停止。",
+    notStarted: "ComfyUI 没有应答，工作流没有预热。",
+    notCancelled: (why) => `无法取消。${why}`,
+    leftOut: (names) => `未预热：${names}。这类节点可能会保存文件或需要付费，或者依赖不会运行的节点。`,
     cancelled: "已取消。此前加载和编码的内容会保留。",
     failed: (why) => `预热失败。${why}`,
     refused: (why) => `无法预热。${why}`,
@@ -90,6 +102,10 @@ export function warmUpRequest({ output, workflow }) {
 /** Whether the warm-up of a report waits or runs. */
 export const isActive = (report) => ACTIVE.has(report?.state);
 
+/** In place of a report while the request is on its way; a second press wants it cancelled. */
+export const SENDING = { state: "sending", problems: [] };
+export const isSending = (report) => report?.state === SENDING.state;
+
 /** A report of the server as it is; null if it is none, whatever it is. */
 export function reportOf(body) {
   const whole = body && typeof body === "object" && typeof body.id === "string" && STATES.has(body.state);
@@ -108,12 +124,14 @@ function isResult(result) {
 /** How the button looks: {icon, label, tooltip}; `report` null while nothing is warmed up. */
 export function buttonOf(report, locale) {
   const words = warmUpWords(locale);
-  if (!isActive(report)) return { icon: "pi pi-bolt", label: words.title, tooltip: words.idle };
-  const label = report.state === "waiting" ? "…" : `${Math.round(Number(report.percent) || 0)} %`;
+  const busy = isSending(report) || isActive(report);
+  if (!busy) return { icon: "pi pi-bolt", label: words.title, tooltip: words.idle };
+  const label = report.state === "running" ? `${Math.round(Number(report.percent) || 0)} %` : "…";
   return { icon: "pi pi-spin pi-spinner", label, tooltip: `${nowText(report, words)} ${words.press}` };
 }
 
 function nowText(report, words) {
+  if (isSending(report)) return report.cancelling ? words.unsending : words.sending;
   if (report.cancelling) return words.cancelling;
   if (report.state === "waiting") return report.ahead ? words.waiting(report.ahead) : words.starting;
   return report.node ? words.running(report.node) : words.starting;
@@ -130,8 +148,11 @@ export function endOf(report, locale) {
   const words = warmUpWords(locale);
   const problems = report.problems.map(String);
   if (report.state === "cancelled") return { severity: "info", detail: words.cancelled };
-  if (report.state === "failed") return { severity: "error", detail: words.failed(report.error ?? "") };
+  if (report.state === "failed")
+    return { severity: "error", detail: words.failed(refusalIn(report, locale) ?? "") };
   const detail = resultText(report.result, words);
+  const leftOut = Array.isArray(report.left_out) ? report.left_out.map(String) : [];
+  if (leftOut.length) problems.unshift(words.leftOut(leftOut.join(words.list)));
   if (!problems.length) return { severity: "success", detail };
   return { severity: "warn", detail: [detail, ...problems].join(" ") };
 }
@@ -156,10 +177,4 @@ function modelText(model, words) {
   const kind = words.kinds[model?.kind] ?? words.kinds.other;
   const named = model?.kind === "text encoder" || model?.kind === "VAE" ? "" : ` ${model?.name}`;
   return `${kind}${named} ${sizeText(Number(model?.bytes))} (${model?.device})`;
-}
-
-/** Decimal, as the rest of the pack counts. */
-export function sizeText(bytes) {
-  if (!Number.isFinite(bytes)) return "?";
-  return bytes >= 1e9 ? `${(bytes / 1e9).toFixed(2)} GB` : `${(bytes / 1e6).toFixed(1)} MB`;
 }

@@ -21,7 +21,7 @@ from .provider import STOCK_NODES
 from .requests import refused
 from .settings import Settings
 from .store import LISTS, SAVINGS, STORE, set_up
-from .warmup import forget
+from .warmup import SAVED, forget
 
 PATH = "/qwen_vram/conditioning"
 DAY_SECONDS = 86400
@@ -60,9 +60,11 @@ def remove(wish: Wish) -> dict[str, Any]:
     if wish.everything:
         pins, failed = DiskTier(PINS.directory, 0).clear(0.0, {})
         lists, lists_left = _remove_lists()
+        warm_up, warm_up_left = SAVED.is_file(), forget()
         totals, totals_left = _forget_totals()
         answer |= {"pins": _size(pins), "lists": lists, "totals": totals}
-        answer["failed"] += [*failed, *lists_left, *totals_left, *forget()]
+        answer["warm_up"] = warm_up and not SAVED.is_file()
+        answer["failed"] += [*failed, *lists_left, *totals_left, *warm_up_left]
     return answer
 
 

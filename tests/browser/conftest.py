@@ -57,9 +57,9 @@ def official_names(server: Server) -> Server:
     return server
 
 
-# Not for the session: while playwright runs, the thread has a running event loop, and the
-# in-process host of the other tests could not run its own.
-@pytest.fixture(scope="module")
+# For this folder, not for the session: while playwright runs, the thread has a running event loop,
+# and the in-process host of the other tests could not run its own.
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     """A headless Chromium."""
     chromium = find_chromium() or missing("Chromium or Chrome")
@@ -69,8 +69,21 @@ def browser() -> Iterator[Browser]:
         launched.close()
 
 
-@pytest.fixture(scope="module")
-def editor(browser: Browser, official_names: Server) -> Editor:
+@pytest.fixture(scope="package")
+def only_page(browser: Browser, official_names: Server) -> Editor:
     """The frontend in a page of the size that the workflows are laid out for."""
     page = browser.new_page(viewport={"width": 1440, "height": 900})
     return Editor(page, official_names.url)
+
+
+@pytest.fixture(scope="module")
+def editor(only_page: Editor, official_names: Server) -> Iterator[Editor]:
+    """The page as if it was new; a test module that does not leave it so is told."""
+    only_page.tidy()
+    before = only_page.settings()
+    yield only_page
+    only_page.tidy()
+    after = only_page.settings()
+    assert after == before, "settings that a test has changed and left"
+    queue = official_names.get_json("/queue")
+    assert queue == {"queue_running": [], "queue_pending": []}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +42,29 @@ PICTURE = """(id) => {
     const image = app.graph.getNodeById(id).imgs?.[0];
     return image?.naturalWidth ? [image.naturalWidth, image.naturalHeight] : null;
 }"""
+DISMISS = "() => app.extensionManager.toast.removeAll()"
+NO_TOASTS = "() => !document.querySelector('.p-toast-message')"
+TIDY = """async () => {
+    const { sidebarTab, command, workflow } = app.extensionManager;
+    if (sidebarTab.activeSidebarTabId) sidebarTab.toggleSidebarTab(sidebarTab.activeSidebarTabId);
+    await command.execute('Comfy.NewBlankWorkflow');
+    for (const tab of [...workflow.openWorkflows])
+        if (tab !== workflow.activeWorkflow) await workflow.closeWorkflow(tab);
+    app.canvas.deselectAll();
+    return workflow.openWorkflows.length;
+}"""
+# All that is not the default: of ours, and what else a test may change.
+SETTINGS = """() => Object.fromEntries(
+    ['Comfy.Locale', 'Comfy.ColorPalette', 'Comfy.VueNodes.Enabled',
+     ...Object.keys(app.extensionManager.setting.settings).filter(id => id.startsWith('QwenVRAM.'))]
+    .map(id => [id, app.extensionManager.setting.get(id)]))"""
+HASTEN = """([usual, instead]) => {
+    const real = window.setTimeout;
+    window.setTimeout = (act, delay, ...rest) => real(act, delay === usual ? instead : delay, ...rest);
+    window.unhasten = () => { window.setTimeout = real; };
+}"""
 # Vue draws the error overlay and the status lines some frames after the call that caused them.
-SETTLE_MS = 500
+SETTLE_MS = 300
 
 # What every start on an empty profile logs: files that only exist once a user has made them.
 # A help page is first looked for under the language.
@@ -87,6 +110,34 @@ class Editor:
         self.page.wait_for_function(READY, timeout=60_000)
         self.page.wait_for_timeout(SETTLE_MS)
         self.page.evaluate(LISTEN)
+
+    def tidy(self) -> None:
+        """One empty graph; no tab of the sidebar, dialog, toast, selection, handler or complaint."""
+        self.page.unroute_all()
+        for _ in range(self.page.get_by_role("dialog").count()):
+            self.page.keyboard.press("Escape")
+        assert self.page.evaluate(TIDY) == 1
+        self.page.mouse.move(720, 880)
+        self.dismiss()
+        self.problems.clear()
+
+    def dismiss(self) -> None:
+        """Close all toasts, and wait until none is seen."""
+        self.page.evaluate(DISMISS)
+        self.page.wait_for_function(NO_TOASTS)
+
+    def settings(self) -> dict[str, Any]:
+        """The values of our settings, and of others that tests change."""
+        return self.page.evaluate(SETTINGS)
+
+    @contextlib.contextmanager
+    def hastened(self, usual_ms: int, instead_ms: int) -> Iterator[None]:
+        """The page's timers of one duration take another one."""
+        self.page.evaluate(HASTEN, [usual_ms, instead_ms])
+        try:
+            yield
+        finally:
+            self.page.evaluate("() => window.unhasten()")
 
     def open(self, workflow: dict[str, Any]) -> None:
         """Opens a workflow as a dropped file would."""

@@ -6,21 +6,17 @@ import json
 import os
 import urllib.request
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-from pack.demo.checkpoints import make_checkpoints
 from pack.demo.server import Server
 from pack.tests.browser.editor import SETTLE_MS, Editor
-from pack.tests.conftest import ROOT
 from pack.tests.graphs import CLIP, encode, loader, node, preview
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 STOCK, OURS = 2, 3
 PANEL = ".qwen-vram-panel"
-# Badges as LiteGraph draws them: the first is the frontend's own.
+# Badges as LiteGraph draws them: the first is the frontend's server.
 BADGES = """() => Object.fromEntries(app.graph.nodes.map(n => [
     n.id, n.badges.slice(1).map(b => (typeof b === 'function' ? b() : b).text).filter(Boolean)]))"""
 PLACE_OF_BADGE = """id => {
@@ -50,21 +46,6 @@ def graph(text: str) -> dict[str, Any]:
         "4": preview("2")["out_2"],
         "5": preview("3")["out_3"],
     }
-
-
-@pytest.fixture(scope="module")
-def own(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose cache is empty, and that a test may start anew."""
-    base = tmp_path_factory.mktemp("panel")
-    make_checkpoints(comfyui, base / "models")
-    with Server(comfyui, base, ROOT, cpu=True) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def page_editor(browser: Browser, own: Server) -> Editor:
-    """The frontend of that server."""
-    return Editor(browser.new_page(viewport={"width": 1440, "height": 900}), own.url)
 
 
 def open_graph(editor: Editor, text: str) -> None:
@@ -122,38 +103,38 @@ def screenshot(page: Page, name: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------- badges
-def test_badges_tell_miss_then_comfyuis_cache_then_hit(page_editor: Editor, own: Server) -> None:
-    delete(own, "?everything=true")
-    open_graph(page_editor, "a red fox")
-    assert badges(page_editor) == {STOCK: [], OURS: []}
-    assert page_editor.run().status == "execution_success"
-    assert badges(page_editor) == {STOCK: ["miss · new text"], OURS: ["miss · new text"]}
-    screenshot(page_editor.page, "badges_miss")
-    page_editor.page.mouse.click(*page_editor.page.evaluate(PLACE_OF_BADGE, STOCK))
-    page_editor.page.get_by_text("new text · took ").wait_for()
+def test_badges_tell_miss_then_comfyuis_cache_then_hit(editor: Editor, server: Server) -> None:
+    delete(server, "?everything=true")
+    open_graph(editor, "a red fox")
+    assert badges(editor) == {STOCK: [], OURS: []}
+    assert editor.run().status == "execution_success"
+    assert badges(editor) == {STOCK: ["miss · new text"], OURS: ["miss · new text"]}
+    screenshot(editor.page, "badges_miss")
+    editor.page.mouse.click(*editor.page.evaluate(PLACE_OF_BADGE, STOCK))
+    editor.page.get_by_text("new text · took ").wait_for()
 
-    page_editor.run()
-    assert badges(page_editor) == {STOCK: ["ComfyUI's cache"], OURS: ["ComfyUI's cache"]}
-    screenshot(page_editor.page, "badges_comfy")
+    editor.run()
+    assert badges(editor) == {STOCK: ["ComfyUI's cache"], OURS: ["ComfyUI's cache"]}
+    screenshot(editor.page, "badges_comfy")
 
-    restart(page_editor, own)
-    open_graph(page_editor, "a red fox")
-    page_editor.run()
-    for texts in badges(page_editor).values():
+    restart(editor, server)
+    open_graph(editor, "a red fox")
+    editor.run()
+    for texts in badges(editor).values():
         assert len(texts) == 1 and texts[0].startswith("hit · disk")
-    screenshot(page_editor.page, "badges_hit")
+    screenshot(editor.page, "badges_hit")
 
-    open_graph(page_editor, "another workflow")
-    assert badges(page_editor) == {STOCK: [], OURS: []}
-    assert page_editor.problems == []
+    open_graph(editor, "another workflow")
+    assert badges(editor) == {STOCK: [], OURS: []}
+    assert editor.problems == []
 
 
-def test_html_nodes_show_badges_with_tooltips(page_editor: Editor) -> None:
-    page = page_editor.page
-    open_graph(page_editor, "a purple cat")
+def test_html_nodes_show_badges_with_tooltips(editor: Editor) -> None:
+    page = editor.page
+    open_graph(editor, "a purple cat")
     page.evaluate(SETTING, ["Comfy.VueNodes.Enabled", True])
     try:
-        page_editor.run()
+        editor.run()
         badge = page.get_by_text("miss · new text").first
         badge.wait_for()
         assert (badge.get_attribute("title") or "").startswith("new text · took ")
@@ -164,30 +145,30 @@ def test_html_nodes_show_badges_with_tooltips(page_editor: Editor) -> None:
 
 
 def test_a_tab_gets_its_badges_back_and_its_run_is_not_shown_in_another(
-    page_editor: Editor,
+    editor: Editor,
 ) -> None:
-    open_graph(page_editor, "a tab")
-    first = {**page_editor.saved(), "id": str(uuid.uuid4())}
+    open_graph(editor, "a tab")
+    first = {**editor.saved(), "id": str(uuid.uuid4())}
     second = {**first, "id": str(uuid.uuid4())}
-    page_editor.open(first)
-    page_editor.run()
-    shown = badges(page_editor)
+    editor.open(first)
+    editor.run()
+    shown = badges(editor)
     assert shown[STOCK] and shown[OURS]
-    page_editor.open(second)
-    assert badges(page_editor) == {STOCK: [], OURS: []}
-    page_editor.open(first)
-    assert badges(page_editor) == shown
+    editor.open(second)
+    assert badges(editor) == {STOCK: [], OURS: []}
+    editor.open(first)
+    assert badges(editor) == shown
 
 
 # ----------------------------------------------------------------------------------- the panel
-def test_the_panel_shows_what_is_stored_and_clears_it(page_editor: Editor, own: Server) -> None:
-    delete(own, "?everything=true")
-    open_graph(page_editor, "panel")
-    page_editor.run()
-    page = page_editor.page
-    panel = open_panel(page_editor)
+def test_the_panel_shows_what_is_stored_and_clears_it(editor: Editor, server: Server) -> None:
+    delete(server, "?everything=true")
+    open_graph(editor, "panel")
+    editor.run()
+    page = editor.page
+    panel = open_panel(editor)
     screenshot(page, "panel_dark")
-    told = own.get_json("/qwen_vram/conditioning")
+    told = server.get_json("/qwen_vram/conditioning")
     assert told["disk"]["entries"] == told["memory"]["entries"] == 2
     disk = panel.get_by_role("row").filter(has_text="On disk")
     assert disk.get_by_role("cell").all_inner_texts()[1] == "2"
@@ -209,29 +190,33 @@ def test_the_panel_shows_what_is_stored_and_clears_it(page_editor: Editor, own: 
     page.wait_for_timeout(SETTLE_MS)
     screenshot(page, "panel_confirm")
     page.get_by_role("button", name="Cancel").last.click()
-    assert own.get_json("/qwen_vram/conditioning")["disk"]["entries"] == 2
+    assert server.get_json("/qwen_vram/conditioning")["disk"]["entries"] == 2
     panel.get_by_role("button", name="Clear prompt cache").click()
     page.get_by_role("button", name="Delete").last.click()
     panel.get_by_text("Removed: In memory: 2").wait_for()
     expect(disk.get_by_role("cell").nth(1)).to_have_text("0")  # fetched after it
-    assert own.get_json("/qwen_vram/conditioning")["total"]["misses"] == 2
+    assert server.get_json("/qwen_vram/conditioning")["total"]["misses"] == 2
 
+    kept = server.base / "user" / "__qwen_vram" / "warm_up.json"
+    kept.write_text("{}", encoding="utf-8")
     panel.get_by_role("button", name="Remove everything, pins too").click()
     page.get_by_text("the totals, all pinned outputs").wait_for()
+    page.get_by_text("and the workflow that is kept for the warm-up at start?").wait_for()
     page.get_by_role("button", name="Delete").last.click()
-    panel.get_by_text("Removed: the totals.").wait_for()
-    assert own.get_json("/qwen_vram/conditioning")["total"]["misses"] == 0
+    panel.get_by_text("Removed: the workflow for the warm-up at start · the totals.").wait_for()
+    assert not kept.exists()
+    assert server.get_json("/qwen_vram/conditioning")["total"]["misses"] == 0
     close_dialogs(page)
-    assert page_editor.problems == []
+    assert editor.problems == []
 
 
-def test_the_panel_is_readable_on_a_light_theme(page_editor: Editor) -> None:
-    page = page_editor.page
+def test_the_panel_is_readable_on_a_light_theme(editor: Editor) -> None:
+    page = editor.page
     page.evaluate(SETTING, ["Comfy.ColorPalette", "light"])
     try:
         page.wait_for_timeout(SETTLE_MS)
         screenshot(page, "badges_light")
-        panel = open_panel(page_editor)
+        panel = open_panel(editor)
         colours = panel.evaluate(
             "e => [getComputedStyle(e).color, e.querySelectorAll('table').length]"
         )
@@ -252,12 +237,12 @@ def choose(page: Page, setting: str, option: str) -> None:
 
 
 def test_a_setting_changed_in_the_dialog_counts_from_the_next_run(
-    page_editor: Editor, own: Server
+    editor: Editor, server: Server
 ) -> None:
-    page, keep = page_editor.page, "QwenVRAM.Conditioning.Keep"
-    delete(own, "?everything=true")
-    open_graph(page_editor, "not to be kept")
-    open_panel(page_editor)
+    page, keep = editor.page, "QwenVRAM.Conditioning.Keep"
+    delete(server, "?everything=true")
+    open_graph(editor, "not to be kept")
+    open_panel(editor)
     choose(page, keep, "nothing")
     memory = page.locator('[data-setting-id="QwenVRAM.Conditioning.MemoryMB"] input')
     memory.click()
@@ -265,59 +250,28 @@ def test_a_setting_changed_in_the_dialog_counts_from_the_next_run(
     memory.press_sequentially("100")
     memory.press("Tab")
     page.wait_for_timeout(SETTLE_MS)
-    told = own.get_json("/qwen_vram/conditioning")
+    told = server.get_json("/qwen_vram/conditioning")
     assert told["keep"] == "nothing" and told["memory"]["bound_bytes"] == 100_000_000
     close_dialogs(page)
-    page_editor.run()
-    assert badges(page_editor) == {STOCK: ["off"], OURS: ["off"]}
-    assert own.get_json("/qwen_vram/conditioning")["disk"]["entries"] == 0
-    open_panel(page_editor)
+    editor.run()
+    assert badges(editor) == {STOCK: ["off"], OURS: ["off"]}
+    assert server.get_json("/qwen_vram/conditioning")["disk"]["entries"] == 0
+    open_panel(editor)
     choose(page, keep, "all nodes")
     close_dialogs(page)
-    open_graph(page_editor, "to be kept")
-    page_editor.run()
-    assert own.get_json("/qwen_vram/conditioning")["disk"]["entries"] == 2
-
-
-def test_the_panel_speaks_chinese(page_editor: Editor, own: Server) -> None:
-    own.post_json("/api/settings/Comfy.Locale", "zh")
-    page_editor.start()
-    try:
-        panel = open_panel(page_editor)
-        screenshot(page_editor.page, "panel_chinese")
-        assert "清除提示词缓存" in panel.inner_text() and "全部删除" in panel.inner_text()
-        dialog = page_editor.page.get_by_role("dialog").inner_text()
-        assert "磁盘上限（GB）" in dialog and "提示词缓存" in dialog
-        close_dialogs(page_editor.page)
-        labels = json.loads((ROOT / "locales/zh/commands.json").read_text(encoding="utf-8"))
-        commands = {key: entry["label"] for key, entry in labels.items()}
-        ours = {label for key, label in commands.items() if key.startswith("QwenVRAM_")}
-        assert menu_items(page_editor) == ours
-    finally:
-        own.post_json("/api/settings/Comfy.Locale", "en")
-        page_editor.start()
-
-
-def menu_items(editor: Editor) -> set[str]:
-    """What ComfyUI's menu offers under Extensions, Qwen VRAM; it translates neither."""
-    page = editor.page
-    page.locator(".comfy-menu-button-wrapper").first.click()
-    page.get_by_role("menuitem", name="Extensions", exact=True).first.hover()
-    page.get_by_role("menuitem", name="Qwen VRAM", exact=True).first.hover()
-    page.wait_for_timeout(SETTLE_MS)
-    screenshot(page, "menu_chinese")
-    items = page.get_by_role("menuitem", name="（Qwen VRAM）").all_inner_texts()
-    page.keyboard.press("Escape")
-    return {item.strip().splitlines()[0] for item in items}  # without the shortcut
+    page.evaluate(SETTING, ["QwenVRAM.Conditioning.MemoryMB", 256])
+    open_graph(editor, "to be kept")
+    editor.run()
+    assert server.get_json("/qwen_vram/conditioning")["disk"]["entries"] == 2
 
 
 # ------------------------------------------------------------------------------------- prefill
 def test_a_list_of_prompts_is_encoded_from_the_menu_command(
-    page_editor: Editor, own: Server, tmp_path: Path
+    editor: Editor, server: Server, tmp_path: Path
 ) -> None:
-    delete(own, "?everything=true")
-    page = page_editor.page
-    open_graph(page_editor, "listed")
+    delete(server, "?everything=true")
+    page = editor.page
+    open_graph(editor, "listed")
     path = tmp_path / "prompts.csv"
     path.write_text('prompt\nlisted\n"listed, ours"\nthird\n', encoding="utf-8")
     with page.expect_file_chooser() as chooser:
@@ -325,21 +279,21 @@ def test_a_list_of_prompts_is_encoded_from_the_menu_command(
     chooser.value.set_files(path)
     page.get_by_text("3 prompts: 0 known, 3 encoded in").wait_for(timeout=60_000)
     screenshot(page, "prefill_toast")
-    page_editor.run()
-    for texts in badges(page_editor).values():
+    editor.run()
+    for texts in badges(editor).values():
         assert texts[0].startswith("hit · memory")
-    sent = own.base / "temp" / "qwen_vram" / "prompts.csv"
+    sent = server.base / "temp" / "qwen_vram" / "prompts.csv"
     assert sent.exists()
-    delete(own, "?everything=true")
+    delete(server, "?everything=true")
     assert not sent.exists()
-    assert page_editor.problems == []
+    assert editor.problems == []
 
 
 def test_a_list_that_cannot_be_read_marks_no_node(
-    page_editor: Editor, own: Server, tmp_path: Path
+    editor: Editor, server: Server, tmp_path: Path
 ) -> None:
-    page = page_editor.page
-    open_graph(page_editor, "unread")
+    page = editor.page
+    open_graph(editor, "unread")
     page.evaluate(ADD_NOTE)
     for name, sentence in (
         ("list.xlsx", "list.xlsx is no list of prompts"),
@@ -352,18 +306,18 @@ def test_a_list_that_cannot_be_read_marks_no_node(
         page.get_by_text(sentence).first.wait_for(timeout=60_000)
         page.wait_for_timeout(SETTLE_MS)
     screenshot(page, "prefill_refused")
-    assert not (own.base / "temp" / "qwen_vram" / "list.xlsx").exists()
-    sent = own.base / "temp" / "qwen_vram" / "empty.txt"
+    assert not (server.base / "temp" / "qwen_vram" / "list.xlsx").exists()
+    sent = server.base / "temp" / "qwen_vram" / "empty.txt"
     assert os.name == "nt" or sent.stat().st_mode & 0o077 == 0
-    assert [n for n in page_editor.nodes().values() if n["errors"]] == []
-    assert "innocent" not in page_editor.complaint()
-    assert page_editor.problems == []
-    page_editor.start()
-    delete(own, "?everything=true")
+    assert [n for n in editor.nodes().values() if n["errors"]] == []
+    assert "innocent" not in editor.complaint()
+    assert editor.problems == []
+    editor.dismiss()  # they stay
+    delete(server, "?everything=true")
 
 
-def test_without_an_encode_node_the_command_says_what_to_do(page_editor: Editor) -> None:
-    page = page_editor.page
+def test_without_an_encode_node_the_command_says_what_to_do(editor: Editor) -> None:
+    page = editor.page
     page.evaluate(LOAD_API, {"1": loader("TextEncoder", CLIP)})
     page.evaluate(COMMAND, "QwenVRAM.Prefill")
     page.get_by_text("No text encoder was found").wait_for()

@@ -30,8 +30,7 @@ TOAST = ".p-toast-message"
 @pytest.fixture
 def page(editor: Editor) -> Page:
     """With no toast and no dialog open."""
-    editor.page.evaluate("() => app.extensionManager.toast.removeAll()")
-    expect(editor.page.locator(TOAST)).to_have_count(0)
+    editor.dismiss()
     return editor.page
 
 
@@ -90,6 +89,25 @@ def test_the_setting_says_what_button_and_key_free(page: Page, official_names: S
         page.evaluate(SETTING, [LEVEL, "models"])
 
 
+TYPED = """([key, ctrlKey]) => {
+    const text = document.querySelector('textarea.comfy-multiline-input');
+    text.focus();
+    const event = new KeyboardEvent('keydown', { key, ctrlKey, altKey: true, bubbles: true, cancelable: true });
+    return text.dispatchEvent(event);  // false: somebody took it
+}"""
+
+
+def test_letters_of_altgr_and_option_can_be_typed(editor: Editor, page: Page, workflow) -> None:
+    editor.open(workflow)
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url))
+    assert page.evaluate(TYPED, ["µ", True])  # AltGr+M on Windows, Ctrl+Option+M on a Mac
+    assert page.evaluate(TYPED, ["∑", False])  # Option+W
+    assert not page.evaluate(TYPED, ["m", True])  # Ctrl+Alt+M, which types nothing: the binding
+    toast(page, "RAM:")
+    assert len([url for url in sent if "/qwen_vram/" in url]) == 1
+
+
 def test_every_level_has_a_command(page: Page) -> None:
     for count, level in enumerate(("cache", "models", "everything"), start=1):
         command = f"QwenVRAM.Clear.{level.capitalize()}"
@@ -142,15 +160,14 @@ def test_while_a_node_runs_the_button_says_so_and_tells_the_result_later(
         page.unroute(ROUTE)
 
 
-def test_a_reply_that_never_comes_gets_a_message(page: Page) -> None:
+def test_a_reply_that_never_comes_gets_a_message(editor: Editor, page: Page) -> None:
     held: list[Route] = []
     page.route(ROUTE, lambda route: held.append(route))
-    page.clock.install()
     try:
-        pressed(page, lambda: button(page).click())
-        button(page).click()  # nothing: the first is under way
-        page.clock.fast_forward(31_000)
-        toast(page, "The server does not answer.")
+        with editor.hastened(30_000, 1000):
+            pressed(page, lambda: button(page).click())
+            button(page).click()  # nothing: the first is under way
+            toast(page, "The server does not answer.")
         assert len(held) == 1
     finally:
         page.unroute(ROUTE)

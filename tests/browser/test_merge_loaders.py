@@ -13,7 +13,6 @@ from pack.demo.server import Result, Server
 from pack.demo.substitutions import substitute
 from pack.tests import official
 from pack.tests.browser.editor import SETTLE_MS, Editor
-from playwright.sync_api import expect
 
 Workflow = dict[str, Any]
 MERGE = "() => app.extensionManager.command.execute('QwenVRAM.MergeLoaders')"
@@ -57,8 +56,7 @@ def without_view(saved: Workflow) -> Workflow:
 
 def merge(editor: Editor) -> str:
     """Run the command and return what its toast says."""
-    editor.page.evaluate(CLEAR_TOASTS)
-    expect(editor.page.locator(".p-toast-detail")).to_have_count(0)
+    editor.dismiss()
     editor.page.evaluate(MERGE)
     text = editor.page.locator(".p-toast-detail").first.inner_text()
     editor.page.evaluate(CLEAR_TOASTS)
@@ -99,6 +97,47 @@ def test_merged_tidily_and_undone_in_one_step(editor: Editor, workflow: Workflow
     assert without_view(editor.saved()) == without_view(after)
     assert merge(editor).startswith("Nothing to merge")
     assert without_view(editor.saved()) == without_view(after)
+    assert editor.problems == []
+
+
+BREAK = """() => {
+    const { prototype } = app.graph.constructor;
+    const remove = prototype.remove;
+    let left = 1;
+    prototype.remove = function (node) {
+        if (left-- <= 0) throw new Error('odd');
+        return remove.call(this, node);
+    };
+    window.mend = () => { prototype.remove = remove; };
+}"""
+
+
+def test_what_app_mode_shows_stays_and_an_error_tells_what_was_done(
+    editor: Editor, workflow: Workflow
+) -> None:
+    shown = twice(workflow)
+    shown["extra"]["linearData"] = {"inputs": [[ALONE, "clip_name"]], "outputs": []}
+    editor.open(shown)
+    assert "3 loaders are now one" in merge(editor)
+    assert editor.nodes().keys() & {LOADER, NAMED, ALONE} == {ALONE}
+
+    editor.open(twice(workflow))
+    before = editor.saved()
+    editor.page.evaluate(BREAK)
+    try:
+        text = merge(editor).splitlines()
+    finally:
+        editor.page.evaluate("() => window.mend()")
+    assert text[0] == "Merging was broken off by an error: odd"
+    assert "2 loaders are now one" in text[1] and text[-1].startswith("Undo takes back in one step")
+    undo(editor)
+    assert without_view(editor.saved()) == without_view(before)
+    editor.page.evaluate("() => { app.graphToPrompt = () => { throw new Error('broken'); }; }")
+    try:
+        text = merge(editor)
+    finally:
+        editor.page.evaluate("() => { delete app.graphToPrompt; }")
+    assert "3 loaders are now one" in text and "cannot be read (broken)" in text
     assert editor.problems == []
 
 

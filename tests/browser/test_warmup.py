@@ -18,7 +18,7 @@ from pack.tests.browser.test_workflow import ids_of
 from pack.tests.graphs import node, text_to_image
 from playwright.sync_api import Locator, Route, expect
 
-ROUTE = "**/qwen_vram/warmup"
+ROUTE = "**/qwen_vram/warmup*"  # DELETE names the warm-up
 AUTOMATIC = "QwenVRAM.WarmUp.Automatic"
 STATE = """() => {
     const { isModified, changeTracker } = app.extensionManager.workflow.activeWorkflow;
@@ -35,8 +35,7 @@ TIDY = "() => app.extensionManager.toast.removeAll?.()"
 @pytest.fixture
 def clean(editor: Editor, server: Server) -> Iterator[Editor]:
     """The page without toasts and settings of this test, before and after; the queue empty."""
-    editor.page.evaluate(TIDY)
-    expect(editor.page.locator(".p-toast-detail")).to_have_count(0)
+    editor.dismiss()
     yield editor
     editor.page.unroute(ROUTE)
     editor.page.evaluate(SETTING, [AUTOMATIC, "off"])
@@ -128,6 +127,7 @@ def test_progress_is_shown_and_a_second_press_or_run_cancels(clean: Editor, serv
     idle(editor)
     assert toast(editor).startswith("Cancelled.")
     editor.page.evaluate(TIDY)
+    open_long(editor)  # of the first one, results are kept
     button(editor).click()
     expect(button(editor)).to_have_text(re.compile(r"^\d+ %$"), timeout=60_000)
     history = server.get_json("/history").keys()
@@ -162,8 +162,7 @@ def test_a_hostile_or_broken_answer_gives_a_message(clean: Editor) -> None:
         (400, '{"error": "Node 7 is odd."}', "It cannot run. Node 7 is odd."),
         (500, "<html>", "cannot be read"),
     ):
-        editor.page.evaluate(TIDY)
-        expect(editor.page.locator(".p-toast-detail")).to_have_count(0)
+        editor.dismiss()
         answer.update(status=status, body=body)
         button(editor).click()
         assert said in toast(editor)
@@ -191,6 +190,39 @@ def test_a_server_that_falls_silent_or_talks_nonsense_later_gives_a_message(clea
     editor.problems.clear()  # the aborted requests
 
 
+def test_a_press_while_it_is_sent_cancels_and_a_refused_cancel_is_told(clean: Editor) -> None:
+    editor, sent, held = clean, [], []
+    report = {"id": "a b", "state": "running", "problems": [], "percent": 7}
+    refusals = [{"error": "Another one.", "code": "another"}, None]
+
+    def answer(route: Route) -> None:
+        if route.request.method == "GET":
+            route.fulfill(json=report)
+        elif route.request.method == "POST":
+            held.append(route)
+        else:
+            sent.append(route.request.url.partition("?")[2])
+            refusal = refusals.pop(0)
+            if refusal is None:
+                report["state"] = "cancelled"
+            route.fulfill(json=refusal or {"cancelled": True}, status=409 if refusal else 200)
+
+    editor.page.route(ROUTE, answer)
+    button(editor).click()
+    expect(button(editor)).to_have_text("…")
+    button(editor).click()
+    assert (len(held), sent) == (1, [])
+    held[0].fulfill(json=report)
+    told = editor.page.locator(".p-toast-detail")
+    expect(told).to_have_text("It could not be cancelled. Another one.")
+    assert sent == ["id=a%20b"]
+    expect(button(editor)).to_have_text("7 %")
+    button(editor).click()
+    idle(editor)
+    expect(told.last).to_contain_text("Cancelled.")
+    editor.problems.clear()  # the status 409, which the console repeats
+
+
 def test_by_itself_when_a_workflow_is_opened(clean: Editor) -> None:
     editor, name = clean, uuid.uuid4().hex
     editor.page.evaluate(LOAD_API, text_to_image(text=name))
@@ -203,3 +235,8 @@ def test_by_itself_when_a_workflow_is_opened(clean: Editor) -> None:
     editor.page.evaluate(AGAIN, saved)
     editor.page.wait_for_timeout(1300)
     expect(editor.page.locator(".p-toast-detail")).to_have_count(0)
+    editor.page.route("**/api/prompt", lambda route: route.abort())
+    editor.page.evaluate(opening, [saved, f"{name} 2"])
+    assert toast(editor) == "ComfyUI does not answer. The workflow is not warmed up."
+    editor.page.unroute("**/api/prompt")
+    editor.problems.clear()  # the aborted request

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -170,23 +168,3 @@ def test_help_panel_shows_the_page(editor: Editor, workflow: Workflow) -> None:
     (loader,) = ids_of(workflow, "QwenVRAMLoadTextEncoder")
     page = (ROOT / "js" / "docs" / "QwenVRAMLoadTextEncoder.md").read_text(encoding="utf-8")
     assert heading(page) in open_help(editor, loader)
-
-
-@pytest.fixture
-def chinese(editor: Editor, server: Server) -> Iterator[Editor]:
-    """The editor with Chinese chosen in its settings, as a user would, for one test."""
-    server.post_json("/api/settings/Comfy.Locale", "zh")
-    editor.start()
-    yield editor
-    server.post_json("/api/settings/Comfy.Locale", "en")
-    editor.start()
-
-
-def test_nodes_have_chinese_names(chinese: Editor, workflow: Workflow) -> None:
-    file = ROOT / "locales" / "zh" / "nodeDefs.json"
-    names = json.loads(file.read_text(encoding="utf-8"))
-    for node_type in our_types(workflow):
-        title = chinese.page.evaluate("type => LiteGraph.createNode(type).title", node_type)
-        assert title == names[node_type]["display_name"]
-        assert re.search(r"[\u4e00-\u9fff]", title)
-    assert chinese.problems == []

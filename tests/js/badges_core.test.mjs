@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { badgeOf, badgesIn, COLOURS, Runs, secondsText, summaryOf, whyText } from "../../js/badges_core.js";
+import { badgeOf, badgesIn, COLOURS, Runs, summaryOf, whyText } from "../../js/badges_core.js";
+import { secondsText } from "../../js/text_core.js";
 
 const node = (id, comfyClass, subgraph) => ({ id, comfyClass, subgraph });
 const graphOf = (...nodes) => ({ getNodeById: (id) => nodes.find((n) => String(n.id) === String(id)) });

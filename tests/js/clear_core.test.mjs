@@ -24,17 +24,17 @@ const DONE = {
 
 test("the answer is told in lines", () => {
   assert.deepEqual(detailOf(DONE, "en").split("\n"), [
-    "cuda:0: 14.2 GB freed, 5.9 GB in use",
-    "RAM: 2.0 MB more in use, 2.0 GB in use",
+    "cuda:0: 14.20 GB freed, 5.90 GB in use",
+    "RAM: 2.0 MB more in use, 2.00 GB in use",
     "Unloaded: a.safetensors",
     "Kept, because the workflow needs it: b.safetensors",
-    "Still taken: node outputs and other tensors 1.0 GB, unloaded models in RAM (not measurable), " +
-      "other programs (RAM) 3.0 GB, Something of a newer version 2.0 MB",
+    "Still taken: node outputs and other tensors 1.00 GB, unloaded models in RAM (not measurable), " +
+      "other programs (RAM) 3.00 GB, Something of a newer version 2.0 MB",
   ]);
-  assert.match(detailOf({ ...DONE, devices: [{ ...RAM, freed_bytes: -4096 }] }, "en"), /^RAM: nothing freed, 2.0 GB/);
+  assert.match(detailOf({ ...DONE, devices: [{ ...RAM, freed_bytes: -4096 }] }, "en"), /^RAM: nothing freed, 2.00 GB/);
   const unknown = { ...DONE, devices: [{ ...CARD, freed_bytes: null }], unloaded: [], kept: [], left: [] };
   assert.equal(detailOf(unknown, "en"), "cuda:0: not measurable\nNo model was loaded in VRAM.");
-  assert.match(detailOf(DONE, "zh-TW"), /释放了 14.2 GB，仍占用 5.9 GB/);
+  assert.match(detailOf(DONE, "zh-TW"), /释放了 14.20 GB，仍占用 5.90 GB/);
   assert.match(detailOf(DONE, "zh"), /保留（工作流需要）：b\.safetensors/);
 });
 

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import {
-  blocksText, bytesText, commandLabel, memoryWords, MOST_BYTES, parseReport, pauseAfter, poller, probedText, viewOf,
+  blocksText, bytesText, commandLabel, failureText, memoryWords, parseReport, pauseAfter, poller, probedText, viewOf,
 } from "../../js/memory_panel_core.js";
 
 const read = (path) => readFileSync(new URL(`../../${path}`, import.meta.url), "utf-8");
@@ -125,9 +125,14 @@ test("what is no report is refused", () => {
   for (const reply of ["", "<html>", "null", "[]", "7", '{"devices": 3}', "{"]) {
     assert.throws(() => parseReport(reply), { message: "notJson" });
   }
-  assert.throws(() => parseReport(" ".repeat(MOST_BYTES + 1)), { message: "tooLarge" });
   assert.deepEqual(parseReport(JSON.stringify(REPORT)), REPORT);
-  for (const key of ["notJson", "tooLarge"]) assert.ok(en[key]);
+});
+
+test("why there is no report is told for people", () => {
+  const told = (name, message = "") => failureText(Object.assign(new Error(message), { name }), 5, en);
+  assert.equal(told("TimeoutError"), "ComfyUI did not answer within 5 seconds.");
+  assert.deepEqual(["TypeError", "RangeError"].map((name) => told(name)), [en.unreachable, en.tooLarge]);
+  assert.deepEqual([told("Error", "notJson"), told("Error", "502 Bad")], [en.notJson, "502 Bad"]);
 });
 
 test("hostile reports give bounded plain texts", () => {
@@ -167,7 +172,7 @@ test("a probe tells what it found, or why it did not try", () => {
 
 test("sizes are those of the report's texts", () => {
   assert.deepEqual([3.104e9, 2.5e8, -1.5e9, 0, null, "7"].map((size) => bytesText(size, en)),
-    ["3.10 GB", "250.0 MB", "−1.50 GB", "0.0 MB", "not measurable", "not measurable"]);
+    ["3.10 GB", "250.0 MB", "−1.50 GB", "0 bytes", "not measurable", "not measurable"]);
 });
 
 // A clock that goes when it is told to.

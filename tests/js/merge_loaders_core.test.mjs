@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
-import { emptiedGroups, loadedApart, LOADERS, mergedText, mergeWords, planMerges } from "../../js/merge_loaders_core.js";
+import { appNodes, emptiedGroups, loadedApart, LOADERS, mergedText, mergeWords, planMerges } from "../../js/merge_loaders_core.js";
 
 const read = (path) => readFileSync(new URL(`../../${path}`, import.meta.url), "utf-8");
 const node = (id, type, values = {}, inputs = {}, more = {}) => ({
@@ -29,6 +29,29 @@ test("a title that the user gave is kept; a second one is told", () => {
   assert.match(text, /^qwen\.safetensors: 3 loaders are now one, "Mine"\.\nTitles that are gone: "His"\./);
   assert.match(text, /group "Models"/);
   assert.match(text, /Undo/);
+});
+
+test("what app mode shows is kept, and several of them stay", () => {
+  const data = { inputs: [["0a-1:12:vae_name", "vae_name"], [7, "seed"], ["3:4", "x", { height: 9 }], "odd"], outputs: [9] };
+  const shown = appNodes(data);
+  assert.deepEqual(["12", "7", "3", "4", "9", "1"].map((id) => shown.has(id)), [true, true, true, true, false, false]);
+  for (const none of [undefined, null, {}, { inputs: 7 }]) assert.equal(appNodes(none).size, 0);
+  const [merge] = planMerges([vae(1), vae(2, { named: true, title: "Mine" }), vae(3, { inApp: true })]);
+  assert.deepEqual([merge.keep, merge.remove], [3, [{ id: 1, lostTitle: null }, { id: 2, lostTitle: "Mine" }]]);
+  const [two] = planMerges([vae(1, { inApp: true }), vae(2, { inApp: true, title: "Shown" })]);
+  assert.deepEqual([two.keep, two.remove, two.shown], [1, [], ["Shown"]]);
+  const done = { merges: [], emptied: [], blocked: [], shown: two.shown, apart: [], changed: false };
+  assert.equal(mergedText(done, "en"), "Not merged, because app mode shows their values: Shown.");
+});
+
+test("an error in the middle tells what was done, and how to take it back", () => {
+  const [merge] = planMerges([vae(1), vae(2)]);
+  const done = { merges: [merge], emptied: [], blocked: [], shown: [], apart: [], changed: true };
+  const text = mergedText({ ...done, failed: "odd" }, "en");
+  assert.match(text, /^Merging was broken off by an error: odd\nqwen\.safetensors: 2 loaders are now one, .*\nUndo takes back in one step/);
+  const nothing = mergedText({ ...done, merges: [], changed: false, failed: "odd" }, "en");
+  assert.equal(nothing, "Merging was broken off by an error: odd"); // undo would take back something else
+  assert.match(mergedText({ ...done, unread: "odd" }, "en"), /are now one.*\nUndo takes all.*\nWhich loaders .* \(odd\)\.$/);
 });
 
 test("muted, bypassed, fixed, marked and unknown nodes stay apart", () => {

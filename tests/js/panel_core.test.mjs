@@ -4,7 +4,7 @@ import { test } from "node:test";
 import { ALLOCATOR_SETTINGS } from "../../js/allocator_core.js";
 import { CLEAR_SETTING } from "../../js/clear_core.js";
 import {
-  daysOf, panelWords, pinRows, placeRows, question, removedText, savedRows, sizeText,
+  daysOf, panelWords, pinRows, placeRows, question, removedText, savedRows,
 } from "../../js/panel_core.js";
 import { panelSetting, SETTINGS } from "../../js/settings_core.js";
 import { SETTING as WARM_UP } from "../../js/warmup_core.js";
@@ -69,7 +69,7 @@ test("every command has its label in both languages, in the menu too", () => {
 test("places are shown with how full they are, or with why not", () => {
   const [memory, disk, redis] = placeRows(REPORT, "en");
   assert.deepEqual(memory, { name: "In memory", entries: "3", size: "1.5 MB", bound: "3.0 MB", full: 0.5 });
-  assert.deepEqual([disk.entries, disk.size, disk.full], ["1,200", "2.0 GB", 1]);
+  assert.deepEqual([disk.entries, disk.size, disk.full], ["1,200", "2.00 GB", 1]);
   assert.deepEqual(redis, { name: "In Redis", note: "off: no URL is set" });
   const away = placeRows({ ...REPORT, disk: tier(null, null, 1), redis: { ...REPORT.redis, state: "away" } }, "en");
   assert.equal(away[1].note, "not measurable");
@@ -80,10 +80,6 @@ test("savings are told for this process and for all", () => {
   const [now, total] = savedRows(REPORT, "en");
   assert.deepEqual(now, { name: "Since ComfyUI started", hits: "2", misses: "1", saved: "3.2 s" });
   assert.deepEqual([total.hits, total.saved], ["1,234", "2.0 h"]);
-});
-
-test("sizes are decimal", () => {
-  assert.deepEqual([0, 999, 1500, 268435456].map(sizeText), ["0 bytes", "999 bytes", "1.5 kB", "268 MB"]);
 });
 
 test("days are checked before they are sent", () => {
@@ -99,7 +95,8 @@ test("questions name the days, and that others share it", () => {
   const away = { ...REPORT, redis: { ...REPORT.redis, state: "away" } };
   assert.match(question("all", null, away, "en"), /for all machines/); // it may answer meanwhile
   assert.doesNotMatch(question("all", null, null, "en"), /for all machines/);
-  assert.match(question("everything", null, REPORT, "zh"), /固定/);
+  assert.match(question("everything", null, REPORT, "zh"), /固定.*启动时预热/);
+  assert.match(question("everything", null, REPORT, "en"), /the workflow that is kept for the warm-up at start\?/);
 });
 
 test("what was removed is told, and what could not be", () => {
@@ -113,6 +110,9 @@ test("what was removed is told, and what could not be", () => {
   const all = { ...removed, disk: none, lists: 2, totals: true };
   assert.equal(removedText(all, "en"), "Removed: 2 lists of prompts · the totals.");
   assert.equal(removedText({ ...all, lists: 0 }, "zh"), "已删除: 累计数字.");
+  const warmUp = { ...removed, disk: none, warm_up: true };
+  assert.equal(removedText(warmUp, "en"), "Removed: the workflow for the warm-up at start.");
+  assert.equal(removedText({ ...warmUp, warm_up: false }, "en"), panelWords("en").nothing);
   const away = { ...removed, redis: { entries: null, bytes: null, state: "away" } };
   assert.match(removedText(away, "en"), /^Removed: .*\. Redis does not answer: .* still there\./);
   const connected = { ...removed, redis: { entries: 1, bytes: 3000, state: "connected" } };

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import {
   eventsOf, executionIds, hasOutputs, isKept, markOf, outcomeOf, PIN_COLOURS, pinBadge, pinPrompt, pinUsers, pinWords,
-  problemOf, rejection, setMark, sizeText, valuesOf, withoutRunMark,
+  problemOf, rejection, setMark, valuesOf, withoutRunMark,
 } from "../../js/pins_core.js";
 
 const en = pinWords("en");
@@ -17,10 +17,6 @@ test("every text is there in both languages", () => {
   assert.equal(pinWords("zh-TW"), zh);
   assert.equal(pinWords("fr"), en);
   assert.equal(pinWords(undefined), en);
-});
-
-test("sizes are decimal", () => {
-  assert.deepEqual([1234, 1.34e6, 2.5e9].map(sizeText), ["1.2 kB", "1.3 MB", "2.50 GB"]);
 });
 
 test("marks leave other properties alone, and nothing behind", () => {

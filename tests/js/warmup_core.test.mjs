@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import test from "node:test";
-import { acceptedText, buttonOf, endOf, isActive, reportOf, sizeText, warmUpRequest } from "../../js/warmup_core.js";
+import { acceptedText, buttonOf, endOf, isActive, isSending, reportOf, SENDING, warmUpRequest } from "../../js/warmup_core.js";
 
 const RESULT = {
   models: [{ name: "QwenImage", kind: "diffusion model", device: "cuda:0", bytes: 20.4e9 }],
@@ -41,6 +41,8 @@ test("the button tells what to press, how far it is, and at which node", () => {
   assert.match(buttonOf(report({ cancelling: true }), "en").tooltip, /stops at the next step/);
   assert.equal(buttonOf(report({ percent: "x" }), "zh").label, "0 %");
   assert.equal(buttonOf(done(), "zh").label, "预热");
+  assert.deepEqual(["label", "icon"].map((name) => buttonOf(SENDING, "en")[name]), ["…", "pi pi-spin pi-spinner"]);
+  assert.match(buttonOf({ ...SENDING, cancelling: true }, "en").tooltip, /as soon as ComfyUI has accepted it/);
 });
 
 test("a queue that is busy is told", () => {
@@ -77,6 +79,17 @@ test("problems, failures and cancellation have their own tone", () => {
   assert.equal(endOf(report({ state: "cancelled" }), "en").severity, "info");
 });
 
+test("nodes that were left out are named, and a failure that is known speaks the user's language", () => {
+  const { severity, detail } = endOf(done({}, { left_out: ['"A" (1)', '"B" (2)'], problems: ["odd"] }), "en");
+  assert.equal(severity, "warn");
+  assert.match(detail, /Not warmed up: "A" \(1\), "B" \(2\)\. Such a node may save files .* odd$/);
+  assert.match(endOf(done({}, { left_out: ["甲"] }), "zh").detail, /未预热：甲。/);
+  assert.equal(endOf(done({}, { left_out: "odd" }), "en").severity, "success");
+  const lost = report({ state: "failed", error: "Another listened.", code: "lost" });
+  assert.equal(endOf(lost, "en").detail, "It failed. Another listened.");
+  assert.match(endOf(lost, "zh").detail, /^预热失败。另一个客户端/);
+});
+
 test("both languages have every text", () => {
   for (const locale of ["en", "zh"]) {
     const texts = [done(), done({ cache: "classic", stored: 0 }), done({ cache: "none", models: [] })];
@@ -85,8 +98,8 @@ test("both languages have every text", () => {
   assert.match(buttonOf(null, "zh-TW").label, /预热/);
 });
 
-test("what waits or runs is active; sizes are decimal", () => {
+test("what waits or runs is active", () => {
   assert.deepEqual(["waiting", "running", "done", "failed"].map((state) => isActive({ state })), [true, true, false, false]);
   assert.equal(isActive(null), false);
-  assert.deepEqual([sizeText(1.5e9), sizeText(2e6), sizeText(NaN)], ["1.50 GB", "2.0 MB", "?"]);
+  assert.deepEqual([isSending(SENDING), isSending(report()), isSending(null)], [true, false, false]);
 });

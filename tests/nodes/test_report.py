@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import os
@@ -244,33 +245,38 @@ def test_results_without_a_storage_are_left_out(sources, monkeypatch: pytest.Mon
     assert sources._kept_results(torch.device("cpu")) == 100
 
 
-def test_the_probe_holds_up_prompts_and_not_the_server(
+def test_the_worker_probes_and_the_server_goes_on(
     fresh, host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report, queue = fresh.part("nodes.report"), host.server.prompt_queue
     boundary, seen = report.BOUNDARY, []
 
     def gather(thorough: bool, probe: bool, only: str | None) -> dict[str, Any]:
-        def other() -> None:
-            free = queue.mutex.acquire(blocking=False), boundary._gate.acquire(blocking=False)
-            seen.append((probe, *free))
-            for lock, held in zip((queue.mutex, boundary._gate), free, strict=True):
-                if held:
-                    lock.release()
-
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
+        asked = threading.Thread(target=queue.get_current_queue, daemon=True)
+        asked.start()
+        asked.join(5)
+        assert not asked.is_alive()  # the server can still tell of its queue
+        seen.append((probe, threading.current_thread().name))
         return {"devices": [{}]}
 
+    def work() -> None:
+        """As main.py does between two prompts."""
+        while not (flags := queue.get_flags()):
+            time.sleep(0.01)
+        assert not flags.get("unload_models", flags.get("free_memory", False))
+
     monkeypatch.setattr(report, "gather", gather)
-    assert report.probed() == {"devices": [{}]}
+    worker = threading.Thread(target=work, name="worker")
+    worker.start()
+    assert asyncio.run(report.probed()) == {"devices": [{}]}
+    worker.join()
     boundary._running.add("a prompt")
     try:
-        assert "a prompt runs" in report.probed()["devices"][0]["largest_allocation"]["note"]
+        told = asyncio.run(report.probed())
+        assert "a prompt runs" in told["devices"][0]["largest_allocation"]["note"]
     finally:
         boundary._running.discard("a prompt")
-    assert seen == [(True, True, False), (False, True, True)]
+    assert seen[0] == (True, "worker") and seen[1][0] is False
 
 
 def test_reports_for_many_are_made_once(fresh, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,61 @@
+"""The pack in Chinese: its nodes, its settings, its panel and its menu, in one page."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pack.demo.server import Server
+from pack.tests.browser.editor import SETTLE_MS, Editor
+from pack.tests.browser.test_cache_panel import close_dialogs, open_panel, screenshot
+from pack.tests.browser.test_workflow import our_types
+from pack.tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def chinese(editor: Editor, server: Server) -> Iterator[Editor]:
+    """The editor with Chinese chosen in its settings, as a user would."""
+    server.post_json("/api/settings/Comfy.Locale", "zh")
+    editor.start()
+    yield editor
+    server.post_json("/api/settings/Comfy.Locale", "en")
+    editor.start()
+
+
+def test_nodes_have_chinese_names(chinese: Editor, workflow: dict[str, Any]) -> None:
+    file = ROOT / "locales" / "zh" / "nodeDefs.json"
+    names = json.loads(file.read_text(encoding="utf-8"))
+    for node_type in our_types(workflow):
+        title = chinese.page.evaluate("type => LiteGraph.createNode(type).title", node_type)
+        assert title == names[node_type]["display_name"]
+        assert re.search(r"[\u4e00-\u9fff]", title)
+    assert chinese.problems == []
+
+
+def test_the_panel_and_the_menu_speak_chinese(chinese: Editor) -> None:
+    panel = open_panel(chinese)
+    screenshot(chinese.page, "panel_chinese")
+    assert "清除提示词缓存" in panel.inner_text() and "全部删除" in panel.inner_text()
+    dialog = chinese.page.get_by_role("dialog").inner_text()
+    assert "磁盘上限（GB）" in dialog and "提示词缓存" in dialog
+    close_dialogs(chinese.page)
+    labels = json.loads((ROOT / "locales/zh/commands.json").read_text(encoding="utf-8"))
+    commands = {key: entry["label"] for key, entry in labels.items()}
+    ours = {label for key, label in commands.items() if key.startswith("QwenVRAM_")}
+    assert menu_items(chinese) == ours
+
+
+def menu_items(editor: Editor) -> set[str]:
+    """What ComfyUI's menu offers under Extensions, Qwen VRAM; it translates neither."""
+    page = editor.page
+    page.locator(".comfy-menu-button-wrapper").first.click()
+    page.get_by_role("menuitem", name="Extensions", exact=True).first.hover()
+    page.get_by_role("menuitem", name="Qwen VRAM", exact=True).first.hover()
+    page.wait_for_timeout(SETTLE_MS)
+    screenshot(page, "menu_chinese")
+    items = page.get_by_role("menuitem", name="（Qwen VRAM）").all_inner_texts()
+    page.keyboard.press("Escape")
+    return {item.strip().splitlines()[0] for item in items}  # without the shortcut
