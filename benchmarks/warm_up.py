@@ -1,11 +1,15 @@
 """The first real run after a silent warm-up, against the tenth, and against a cold first run.
 
-Usage: COMFYUI_PATH=... python -m benchmarks.warm_up BASE OUT.json [--tiny] [--runs N] [ARGS]
+Usage: COMFYUI_PATH=... python -m benchmarks.warm_up BASE OUT.json [--tiny] [--runs N] [--alternate]
+       [ARGS]
 BASE/models holds the official files or those of full_size_checkpoints; --tiny makes the demo's
 small ones instead, for machines without a card. For each side a new server process and an empty
 prompt cache: "warmed" first warms up by POST /qwen_vram/warmup, "cold" does not; both then run the
 same prompt with N new seeds (10). Workflow: stock nodes, 1328x1328, 4 steps (--size, --steps).
-The files are read once before, so that both sides have them in the page cache. Goal: the first run
+The files are read once before, so that both sides have them in the page cache. The machine may
+still change from the first server to the second (clocks, page cache, files compiled on the way):
+--alternate measures cold, warmed, warmed, cold, so that a steady drift weighs on both sides alike,
+and adds a table of the means of each side; it takes twice the time. Goal: the first run
 after a warm-up takes at most 5 % more than the tenth. ARGS go to ComfyUI.
 """
 
@@ -35,6 +39,8 @@ TINY = {
     "vae": ("vae_name", "tiny_wan_vae.safetensors"),
 }
 POLL_SECONDS = 0.02
+ONCE = ("cold", "warmed")
+ALTERNATE = ("cold", "warmed", "warmed", "cold")
 
 
 def prompt(options: argparse.Namespace, seed: int) -> Graph:
@@ -91,7 +97,7 @@ def read_once(models: Path) -> None:
 
 
 def row(found: dict[str, Any]) -> dict[str, Any]:
-    """One line of the table; the last five runs tell how much runs differ by themselves."""
+    """One server's line; the second half of the runs tell how much runs differ by themselves."""
     seconds = [run["seconds"] for run in found["runs"]]
     late = seconds[len(seconds) // 2 :]
     return {
@@ -104,6 +110,21 @@ def row(found: dict[str, Any]) -> dict[str, Any]:
         "spread of the second half": round(max(late) / min(late), 3),
         "history entries": found["history"],
     }
+
+
+def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per side, the mean of what its servers measured, and how far they lie apart."""
+    found = []
+    for side in ONCE:
+        own = [r for r in rows if r["side"] == side]
+        line: dict[str, Any] = {"side": side, "servers": len(own)}
+        for name in ("warm-up s", "first run s", "last run s", "first / last"):
+            values = [r[name] for r in own if r[name] is not None]
+            line[name] = round(statistics.mean(values), 3) if values else None
+        firsts = [r["first run s"] for r in own]
+        line["first runs, largest / smallest"] = round(max(firsts) / min(firsts), 3)
+        found.append(line)
+    return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -120,6 +141,7 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--alternate", action="store_true")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--size", type=int, default=1328)
@@ -132,11 +154,16 @@ def main() -> None:
     (options.base / "web").mkdir(exist_ok=True)
     (options.base / "web" / "index.html").touch()
     read_once(options.base / "models")
-    found = [session(options, side) for side in ("cold", "warmed")]
+    order = ALTERNATE if options.alternate else ONCE
+    found = [session(options, side) for side in order]
     rows = [row(one) for one in found]
     print(table(rows), flush=True)
+    sides = means(rows)
+    if options.alternate:
+        print(table(sides), flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    content = {"device": device, "args": options.args, "table": rows, "sessions": found}
+    content = {"device": device, "args": options.args, "table": rows, "means": sides}
+    content["sessions"] = found
     options.out.write_text(json.dumps(content, indent=1))
 
 

@@ -25,14 +25,25 @@ WARMED = frozenset(
     {"MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "SIGMAS", "GUIDER", "CONTROL_NET"}
     | {"CLIP_VISION", "UPSCALE_MODEL", "STYLE_MODEL", "AUDIO_ENCODER", "MODEL_PATCH"}
 )
+_MADE = WARMED | {"IMAGE"}
+# In the name of an input of a node that writes files where the user finds them.
+_SAVING = ("save", "filename", "prefix", "folder", "path")
 _PREFIX = "qwen_vram_warm_up_"
 
 Node = dict[str, Any]
 Link = list[Any]
 
 
+class EmptyPrompt(ValueError):
+    """There is no node at all; the message is for the user."""
+
+    code = "empty_prompt"
+
+
 class NothingToWarm(ValueError):
     """The prompt has no part that a warm-up could run; the message is for the user."""
+
+    code = "nothing_to_warm"
 
 
 class Input(NamedTuple):
@@ -53,16 +64,20 @@ class NodeFacts(NamedTuple):
 
 
 class Form(NamedTuple):
-    """The prompt to queue, and ids of its nodes whose result the real run takes over."""
+    """The prompt to queue, and ids of its nodes whose result the real run takes over.
+
+    `left_out`: ids of nodes that would have been warmed up but do not run, for the user.
+    """
 
     prompt: dict[str, Node]
     kept: frozenset[str]
+    left_out: tuple[str, ...] = ()
 
 
 def check(prompt: Any) -> None:
     """Raise ValueError with a sentence where a prompt has not the API format."""
     if not isinstance(prompt, dict) or not prompt:
-        raise ValueError("The prompt is empty: open a workflow that has nodes.")
+        raise EmptyPrompt("The prompt is empty: open a workflow that has nodes.")
     for node_id, node in prompt.items():
         inputs = node.get("inputs") if isinstance(node, dict) else None
         if not isinstance(inputs, dict) or not isinstance(node.get("class_type"), str):
@@ -108,14 +123,20 @@ def warm_up_form(prompt: Mapping[str, Node], facts: Mapping[str, NodeFacts]) -> 
     kept = _kept(prompt, nodes)
     for number, link in enumerate(links):
         nodes[f"{_PREFIX}{number}"] = {"class_type": SINK, "inputs": {"value": link}}
-    return Form(nodes, kept)
+    return Form(nodes, kept, graph.left_out())
 
 
 class _Graph:
-    """A prompt without what saves, shows or pays (`out`), and what needs what only they give."""
+    """A prompt without what saves, shows or pays (`out`), and what needs what only they give.
+
+    An output node that samples or encodes itself, and shows a picture of it, is no mere output: it
+    runs like others (`active`), unless it can save files.
+    """
 
     def __init__(self, prompt: Mapping[str, Node], facts: Mapping[str, NodeFacts]) -> None:
         self.prompt, self.facts = prompt, facts
+        self.working = {node_id for node_id in prompt if self._works(node_id)}
+        self.active = {name for name in self.working if not _can_save(facts[name])}
         self.out = {node_id for node_id in prompt if self._is_out(node_id)}
         self.blocked: set[str] = set()
         self._block()
@@ -123,7 +144,26 @@ class _Graph:
     def _is_out(self, node_id: str) -> bool:
         facts = self.facts[node_id]
         bypassed = self.prompt[node_id]["class_type"] in BYPASSED
-        return facts.output_node or facts.api_node or bypassed
+        return facts.api_node or bypassed or (facts.output_node and node_id not in self.active)
+
+    def _works(self, node_id: str) -> bool:
+        """Whether an output node loads, encodes, samples or decodes."""
+        facts, node = self.facts[node_id], self.prompt[node_id]
+        if not facts.output_node or facts.api_node or node["class_type"] in BYPASSED:
+            return False
+        # What it can be given, too, it may only hand on.
+        makes = (_MADE & set(facts.outputs)) - {given.type for given in facts.inputs.values()}
+        return bool(makes and _is_warmed(facts)) or _is_sampler(facts)
+
+    def left_out(self) -> tuple[str, ...]:
+        """What an output node needs, or is, and would be warm if it had run."""
+        warm = {name for name in self.blocked if _is_warmed(self.facts[name])}
+        warm |= self.working - self.active
+        return tuple(sorted(warm & set(self._needed())))
+
+    def _needed(self) -> list[str]:
+        outputs = [node_id for node_id in self.prompt if self.facts[node_id].output_node]
+        return _upstream(outputs, self._sources_as_sent)
 
     def _block(self) -> None:
         users = _users(self.prompt)
@@ -149,7 +189,12 @@ class _Graph:
         return None if link[0] in self.out or link[0] in self.blocked else link
 
     def _passed(self, link: Link) -> Link | None:
-        """What a node hands on at an output: the first of its inputs that carries that type."""
+        """What a node hands on at an output: the first of its inputs that carries that type.
+
+        Not past a sampler: what it gives need not have the form of what it was given.
+        """
+        if link[0] in self.working:
+            return None
         node = self.prompt[link[0]]
         wanted = _type(self.facts, link)
         anything = node["class_type"] in BYPASSED or wanted == "*"
@@ -160,11 +205,12 @@ class _Graph:
 
     def ends(self) -> list[Link]:
         """Links that nodes which do not run would have read, for what an output node needs."""
-        outputs = [node_id for node_id in self.prompt if self.facts[node_id].output_node]
-        found = []
-        for node_id in _upstream(outputs, self._sources_as_sent):
+        found: list[Link] = []
+        for node_id in self._needed():
             if node_id in self.out or node_id in self.blocked:
                 found += self._read(node_id)
+            elif node_id in self.active:
+                found.append([node_id, 0])
         return found
 
     def _read(self, node_id: str) -> Iterator[Link]:
@@ -256,6 +302,16 @@ def _cut_sigmas(nodes: dict[str, Node], facts: Mapping[str, NodeFacts]) -> None:
 def _is_warmed(facts: NodeFacts) -> bool:
     declared = {declared.type for declared in facts.inputs.values()}
     return bool(WARMED & (declared | set(facts.outputs)))
+
+
+def _is_sampler(facts: NodeFacts) -> bool:
+    declared = {(_last(name) in STEPS, given.type) for name, given in facts.inputs.items()}
+    asked = (True, "INT") in declared or any(kind == "SIGMAS" for _, kind in declared)
+    return asked and bool({"LATENT", "IMAGE"} & set(facts.outputs))
+
+
+def _can_save(facts: NodeFacts) -> bool:
+    return any(word in name.lower() for name in facts.inputs for word in _SAVING)
 
 
 def _kept(prompt: Mapping[str, Node], nodes: Mapping[str, Node]) -> frozenset[str]:

@@ -35,7 +35,12 @@ def refused(request: web.Request) -> web.Response | None:
         "This request comes from a page of another origin, and only ComfyUI's own pages may send "
         "it. If a proxy stands before ComfyUI, let it pass on the header Host, with the port."
     )
-    return web.json_response({"error": sentence}, status=403)
+    return refusal(403, "other_origin", sentence)
+
+
+def refusal(status: int, code: str, sentence: str) -> web.Response:
+    """A sentence for people, and the name under which a page finds it in the user's language."""
+    return web.json_response({"error": sentence, "code": code}, status=status)
 
 
 def _same(origin: str, host: str) -> bool:

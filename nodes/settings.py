@@ -39,12 +39,16 @@ _read: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {}
 def settings() -> Settings:
     """As they are now. A value that makes no sense is reported once and the default used.
 
-    With several users (--multi-user) the strictest choice of what is kept counts for all, and the
-    first user's choice for the rest: the cache is one for the installation.
+    With several users (--multi-user) the strictest choice of what is kept counts for all, a warmed
+    up workflow included, and the first user's choice for the rest: the cache is one for the
+    installation.
     """
     everyone, usual = _stored(), Settings()
     chosen = [_keep(stored) for stored in everyone]
     keep = next((k for k in (KEEP_NOTHING, KEEP_OURS) if k in chosen), usual.keep)
+    # The file of the one at start is for all: a user who has not asked for it is not in it.
+    wanted = [_warm_up(stored) for stored in everyone] or [WARM_UP_OFF]
+    warm_up = next((w for w in (WARM_UP_OFF, WARM_UP_OPENED) if w in wanted), WARM_UP_START)
     stored = {name: value for one in reversed(everyone) for name, value in one.items()}
     more = str(stored.get("QwenVRAM.Conditioning.MoreNodes") or "")
     url = stored.get("QwenVRAM.Conditioning.RedisURL") or os.environ.get(REDIS_VARIABLE, "")
@@ -56,7 +60,7 @@ def settings() -> Settings:
         str(url).strip(),
         _number(stored, "RedisDays", 86400, usual.redis_seconds),
         _number(stored, "RedisGB", 10**9, usual.redis_bytes),
-        _warm_up(stored),
+        warm_up,
     )
 
 

@@ -16,8 +16,17 @@ from comfy_api.internal import _ComfyNodeInternal
 from comfy_api.latest import _io, io
 from server import PromptServer
 
-from ..core.warmup import SINK, Input, NodeFacts, check, title, warm_up_form
-from .requests import json_body, refused
+from ..core.warmup import (
+    SINK,
+    EmptyPrompt,
+    Input,
+    NodeFacts,
+    NothingToWarm,
+    check,
+    title,
+    warm_up_form,
+)
+from .requests import json_body, refusal, refused
 from .settings import KEEP_NOTHING, WARM_UP_START, settings
 from .store import FOLDER, reason_to_keep_nothing
 from .warmup_run import CANCELLED, ENDED, FAILED, WarmUp, refusals
@@ -31,6 +40,7 @@ BUSY = (
     "A warm-up is already waiting or running. Wait for its end, or cancel it with DELETE "
     "/qwen_vram/warmup."
 )
+ANOTHER = "Another warm-up waits or runs now; it was left alone. Yours is over."
 
 
 class WarmupSink(io.ComfyNode):
@@ -153,33 +163,42 @@ async def post_warmup(request: web.Request) -> web.Response:
     """POST {"prompt": API prompt, "extra_data": as for /prompt}: warm it up, and say where it is.
 
     Its state is then found by GET. 400 with sentences where it cannot run, 409 while another
-    warm-up waits or runs.
+    warm-up waits or runs. Fixed sentences have a `code` of their own, the others "invalid".
     """
-    if (refusal := refused(request)) is not None:
-        return refusal
+    if (foreign := refused(request)) is not None:
+        return foreign
     try:
         body = await json_body(request, BODY)
         if Latest.active():
-            return web.json_response({"error": BUSY}, status=409)
+            return refusal(409, "busy", BUSY)
         run, prompt = await begin(body)
         await asyncio.to_thread(keep, prompt)
+    except (EmptyPrompt, NothingToWarm) as error:
+        return refusal(400, error.code, str(error))
     except ValueError as error:
-        return web.json_response({"error": str(error)}, status=400)
+        return refusal(400, "invalid", str(error))
     return web.json_response(run.report())
 
 
 async def get_warmup(request: web.Request) -> web.Response:
     """GET: the state of the last warm-up, or {"state": "none"}."""
-    if (refusal := refused(request)) is not None:
-        return refusal
+    if (foreign := refused(request)) is not None:
+        return foreign
     return web.json_response(Latest.run.report() if Latest.run else {"state": "none"})
 
 
 async def delete_warmup(request: web.Request) -> web.Response:
-    """DELETE: cancel the warm-up that waits or runs; {"cancelled": whether there was one}."""
-    if (refusal := refused(request)) is not None:
-        return refusal
+    """DELETE: cancel the warm-up that waits or runs; {"cancelled": whether there was one}.
+
+    With ?id= that one alone: 409 while another waits or runs.
+    """
+    if (foreign := refused(request)) is not None:
+        return foreign
+    if unknown := sorted(request.query.keys() - {"id"}):
+        return refusal(400, "invalid", f"{unknown[0][:80]} is not known: use id, or nothing.")
     active = Latest.active()
+    if active and request.query.get("id", Latest.run.id) != Latest.run.id:
+        return refusal(409, "another", ANOTHER)
     if active:
         Latest.run.cancel()
     return web.json_response({"cancelled": active})

@@ -22,6 +22,8 @@ log = logging.getLogger("qwen_vram")
 
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 ENDED = (DONE, FAILED, CANCELLED)
+NOT_FOLLOWED = "What came of it cannot be told. The log has the reason."
+LOST = "Another client listened in its place; what came of it is not known."
 _ENDS = {
     "execution_success": DONE,
     "execution_error": FAILED,
@@ -50,8 +52,9 @@ class WarmUp:
     def __init__(self, prompt: dict[str, Any], form: Form) -> None:
         self.id, self.client_id = str(uuid.uuid4()), uuid.uuid4().hex
         self.prompt, self.form = prompt, form
+        self.left_out = [title(prompt, node_id) for node_id in form.left_out]
         self.state, self.cancelling = WAITING, False
-        self.error, self.problems = "", []
+        self.error, self.code, self.problems = "", "", []  # code: of a fixed sentence
         self.result: dict[str, Any] | None = None
         self._cached: set[str] = set()
         self._spent: dict[str, float] = {}  # node -> seconds in it, in the order of running
@@ -94,19 +97,34 @@ class WarmUp:
         heard = PromptServer.instance.sockets.get(self.client_id) is self
         if self._queued and not heard and self.state not in ENDED:
             self._outcome = FAILED
-            self.error = "Another client listened in its place; what came of it is not known."
+            self.error, self.code = LOST, "lost"
             self._on_status()
 
     async def send_json(self, message: dict[str, Any]) -> None:
-        """What ComfyUI tells the client of this prompt."""
-        event, data = message["type"], message["data"]
+        """What ComfyUI tells the client of this prompt, and what any pack tells all clients.
+
+        An exception here would end ComfyUI's loop of messages, and the server with it.
+        """
+        try:
+            self._hear(message["type"], message["data"])
+        except Exception:
+            log.exception("A message to the warm-up cannot be read; it is ignored.")
+
+    def _hear(self, event: str, data: Any) -> None:
         if event == "status":
             self._on_status()
+        elif not isinstance(data, dict):
+            return  # another pack's
+        elif event == CACHE_EVENT:
+            self._facts[data["node"]] = data["result"]
+            self._stored += str(data.get("kept", "")).startswith("stored")
+        elif data.get("prompt_id") != self.id:
+            return
         elif event in _ENDS:
             self._outcome = _ENDS[event]
             if event == "execution_error":
                 self._on_error(data)
-        elif data.get("prompt_id", self.id) == self.id:
+        else:
             self._on_event(event, data)
 
     async def send_bytes(self, message: bytes | bytearray) -> None:
@@ -125,9 +143,6 @@ class WarmUp:
                 self._on_status()
         elif event == "progress":
             self._step = [data["value"], data["max"]]
-        elif event == CACHE_EVENT:
-            self._facts[data["node"]] = data["result"]
-            self._stored += str(data.get("kept", "")).startswith("stored")
         elif event == "executed":
             self._note_files(data["node"], data.get("output"))
 
@@ -160,15 +175,20 @@ class WarmUp:
     def _finish(self, state: str) -> None:
         if self.state in ENDED:
             return
-        self._enter("")
         if PromptServer.instance.sockets.get(self.client_id) is self:
             del PromptServer.instance.sockets[self.client_id]
-        self._seconds = time.perf_counter() - self._begun if self._begun else 0.0
-        self._remove_files()
+        try:
+            self._enter("")
+            self._seconds = time.perf_counter() - self._begun if self._begun else 0.0
+            self._remove_files()
+            result = self._summary() if state == DONE else None
+        except Exception:  # of models of other packs, too; see send_json
+            log.exception("The warm-up ended, but its result cannot be told.")
+            state, self.error, self.code = FAILED, NOT_FOLLOWED, "not_followed"
         self.state = state
         if state == DONE:
             self.problems += filter(None, [self.error])  # of one node; the others ran
-            self.error, self.result = "", self._summary()
+            self.error, self.result = "", result
             log.info("Warmed up in %.1f s.", self._seconds)
         self.prompt, self.form = {}, Form({}, frozenset())  # nobody's prompts stay for nothing
 
@@ -188,7 +208,7 @@ class WarmUp:
         for item in self._temporary:
             parts = (str(item.get("subfolder") or ""), str(item.get("filename") or ""))
             path = os.path.abspath(os.path.join(folder, *parts))
-            if os.path.commonpath([folder, path]) == folder and os.path.isfile(path):
+            if _is_below(folder, path) and os.path.isfile(path):
                 try:
                     os.unlink(path)
                 except OSError as error:
@@ -210,6 +230,8 @@ class WarmUp:
             "step": self._step if running else None,
             "seconds": seconds,
             "error": self.error or None,
+            "code": self.code or None,
+            "left_out": self.left_out,
             "problems": self.problems,
             "result": self.result,
         }
@@ -247,6 +269,13 @@ class WarmUp:
             "kept_seconds": kept,
             "cache": host_cache(),
         }
+
+
+def _is_below(folder: str, path: str) -> bool:
+    try:
+        return os.path.commonpath([folder, path]) == folder
+    except ValueError:  # Windows: on another drive
+        return False
 
 
 def host_cache() -> str:

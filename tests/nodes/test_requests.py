@@ -30,7 +30,8 @@ def status(requests, *headers: tuple[str, str], own: str = "127.0.0.1:8188") -> 
     answer = requests.refused(make_mocked_request("POST", "/qwen_vram/clear", given))
     if answer is None:
         return 200
-    assert "another origin" in json.loads(answer.body)["error"]
+    told = json.loads(answer.body)
+    assert "another origin" in told["error"] and told["code"] == "other_origin"
     return answer.status
 
 

@@ -72,6 +72,20 @@ def test_with_several_users_the_strictest_choice_counts(host, module, monkeypatc
     assert module.settings().keep == module.KEEP_NOTHING
 
 
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [({"QwenVRAM.WarmUp.Automatic": "ComfyUI starts"}, "ComfyUI starts"), ({}, "off")],
+)
+def test_with_several_users_all_must_want_the_warm_up_at_start(
+    host, module, monkeypatch, second, expected
+) -> None:
+    monkeypatch.setattr(module.args, "multi_user", True)
+    wanted = {"QwenVRAM.WarmUp.Automatic": "ComfyUI starts"}
+    for user, chosen in (("ann_1", wanted), ("bob_2", second)):
+        choose(host, user).write_text(json.dumps(chosen))
+    assert module.settings().warm_up == expected
+
+
 def test_a_damaged_file_keeps_what_was_read_last_and_nothing_if_it_never_was(host, module) -> None:
     path = choose(host, Keep="nodes of Qwen VRAM")
     assert module.settings().keep == module.KEEP_OURS

@@ -6,9 +6,11 @@ import copy
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pack.tests import official
 from pack.tests.graphs import node, text_to_image
 
 Graph = dict[str, Any]
@@ -82,6 +84,7 @@ def at_start(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_it_loads_encodes_samples_once_and_the_real_run_goes_on_from_there(queue: Queue) -> None:
     host = queue.host
+    before = set((host.base / "output").rglob("*"))
     run = queue.begin(text_to_image(steps=12))
     run_kept = set(run.form.kept) - {"negative"}
     prompt = queue.work()
@@ -90,7 +93,7 @@ def test_it_loads_encodes_samples_once_and_the_real_run_goes_on_from_there(queue
     assert {m["kind"] for m in run.result["models"]} >= {"diffusion model", "text encoder", "VAE"}
     assert (run.result["encoded"], run.result["stored"], run.result["known"]) == (2, 2, 0)
     assert host.store.usage().memory.entries == 2
-    assert not list((host.base / "output").rglob("*.png"))
+    assert set((host.base / "output").rglob("*")) == before
     assert queue.queue.get_history() == {} and host.server.sockets == {}
     host.run(text_to_image(seed=2))
     (cached,) = [data["nodes"] for event, data, _ in queue.sent if event == "execution_cached"]
@@ -108,6 +111,130 @@ def test_the_sampler_does_one_step(queue: Queue) -> None:
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
     assert steps and set(steps) == {1}
+
+
+def test_a_sampler_that_shows_its_picture_runs_and_leaves_no_file(
+    queue: Queue, monkeypatch
+) -> None:
+    host = queue.host
+    temp = Path(host.folder_paths.get_temp_directory())
+
+    class ShowingSampler(host.nodes.KSampler):
+        OUTPUT_NODE, FUNCTION, STEPS = True, "show", []
+
+        def show(self, steps: int, **inputs: Any) -> Any:
+            self.STEPS.append(steps)
+            temp.mkdir(exist_ok=True)
+            (temp / "shown.png").touch()
+            shown = [{"type": "temp", "subfolder": "", "filename": "shown.png"}]
+            return {"ui": {"images": shown}, "result": self.sample(steps=steps, **inputs)}
+
+    monkeypatch.setitem(host.nodes.NODE_CLASS_MAPPINGS, "ShowingSampler", ShowingSampler)
+    graph = text_to_image(steps=12)
+    graph["sampler"]["class_type"] = "ShowingSampler"
+    run = queue.begin(graph)
+    queue.work()
+    assert (run.state, ShowingSampler.STEPS, run.report()["left_out"]) == ("done", [1], [])
+    assert not (temp / "shown.png").exists()
+
+
+def test_a_node_that_does_not_run_is_named_in_the_report(queue: Queue, monkeypatch) -> None:
+    class SavingSampler(queue.host.nodes.KSampler):
+        OUTPUT_NODE = True
+
+        @classmethod
+        def INPUT_TYPES(cls) -> Any:  # noqa: N802
+            required = queue.host.nodes.KSampler.INPUT_TYPES()["required"]
+            return {"required": {**required, "save_prefix": ("STRING", {})}}
+
+    monkeypatch.setitem(queue.host.nodes.NODE_CLASS_MAPPINGS, "SavingSampler", SavingSampler)
+    graph = text_to_image()
+    graph["sampler"]["class_type"] = "SavingSampler"
+    graph["sampler"]["inputs"]["save_prefix"] = "x"
+    run = queue.begin(graph)
+    queue.work()
+    assert (run.state, run.result["encoded"]) == ("done", 2)
+    left_out = ['"VAEDecode" (decode)', '"SavingSampler" (sampler)']
+    assert run.report()["left_out"] == left_out
+
+
+ODD = [
+    *((event, data) for event in ("odd", "progress", "executed") for data in ("text", None, [1])),
+    *((event, None) for event in ("executing", "execution_cached", "status", "execution_error")),
+    *((event, {}) for event in ("progress", "executed", "execution_interrupted", "executing")),
+    ("execution_interrupted", {"prompt_id": "another"}),
+    ("qwen_vram.cache", {"odd": 1}),
+    ("progress", {"prompt_id": "own", "value": 3}),
+    ("executed", {"prompt_id": "own"}),
+    ("executed", {"prompt_id": "own", "node": "sampler", "output": {"a": [{"type": "temp"}, 7]}}),
+    ("execution_cached", {"prompt_id": "own", "nodes": 7}),
+    ("executing", {"prompt_id": "own", "display_node": "nobody", "node": "nobody"}),
+]
+
+
+def test_odd_messages_of_other_packs_do_not_end_the_server_nor_the_warm_up(queue: Queue) -> None:
+    run = queue.begin(text_to_image())
+    for event, data in ODD:
+        if isinstance(data, dict) and data.get("prompt_id") == "own":
+            data = {**data, "prompt_id": run.id}
+        queue.sent.append((event, data, None))
+    queue.deliver()
+    assert run.state == "waiting", "the interruption was another prompt's"
+    queue.work()
+    assert (run.state, run.error) == ("done", "")
+    assert queue.queue.get_history() == {} and queue.host.server.sockets == {}
+
+
+def test_a_model_that_cannot_tell_its_size_costs_the_result_alone(
+    queue: Queue, monkeypatch
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("of another pack")
+
+    monkeypatch.setattr(queue.host.part("nodes.warmup_run"), "resident_models", broken)
+    run = queue.begin(text_to_image())
+    queue.work()
+    assert (run.state, run.report()["code"]) == ("failed", "not_followed")
+    assert queue.queue.get_history() == {} and queue.host.server.sockets == {}
+    assert not queue.host.part("nodes.warmup").Latest.active()
+
+
+def test_a_file_on_another_drive_is_not_ours(queue: Queue, monkeypatch, tmp_path) -> None:
+    module = queue.host.part("nodes.warmup_run")
+    away = tmp_path / "away.png"
+    away.touch()
+
+    def drives(paths: Any) -> str:
+        raise ValueError("Paths don't have the same drive")
+
+    run = queue.begin(text_to_image())
+    run._temporary = [{"type": "temp", "filename": str(away)}]
+    monkeypatch.setattr(module.os.path, "commonpath", drives)
+    run.cancel()
+    assert (run.state, run.code) == ("cancelled", "") and away.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["image_qwen_Image_2512", "image_qwen_image_edit_2509", "image_qwen_image_edit_2511"],
+)
+def test_official_templates_keep_every_encode_and_sample_one_step(host: Any, name: str) -> None:
+    (route,) = [r for r in host.server.routes if (r.method, r.path) == ("GET", "/object_info")]
+    told = host.loop.run_until_complete(route.handler(None))
+    graph = official.template(name, json.loads(told.text))
+    facts_of = host.part("nodes.warmup").facts_of
+    form = host.part("core.warmup").warm_up_form(graph, {i: facts_of(graph, i) for i in graph})
+    made = form.prompt
+    outputs = {n["class_type"] for i, n in made.items() if facts_of(made, i).output_node}
+    assert outputs == {"QwenVRAMWarmupSink"} and form.left_out == ()
+    samplers = [i for i, n in graph.items() if n["class_type"] == "KSampler"]
+    assert samplers and [made[i]["inputs"]["steps"] for i in samplers] == [1] * len(samplers)
+    stock = host.part("nodes.provider").STOCK_NODES
+    encodes = {i for i, n in graph.items() if n["class_type"] in stock}
+    assert len(encodes) >= 2 and encodes <= form.kept
+    assert all(made[i] == graph[i] for i in encodes)
+    (decode,) = [i for i, n in graph.items() if n["class_type"] == "VAEDecode"]
+    assert [decode, 0] in [n["inputs"].get("value") for n in made.values()]
 
 
 def test_a_pin_that_is_lost_is_told_before_anything_runs(queue: Queue) -> None:
@@ -265,11 +392,7 @@ def test_every_class_of_comfyui_tells_its_facts(host: Any) -> None:
 )
 def test_it_tells_how_comfyui_keeps_results(host: Any, monkeypatch, given, expected) -> None:
     module = host.part("nodes.warmup_run")
-    for name, value in {
-        "cache_classic": False,
-        "cache_lru": 0,
-        "cache_none": False,
-        **given,
-    }.items():
+    usual = {"cache_classic": False, "cache_lru": 0, "cache_none": False}
+    for name, value in (usual | given).items():
         monkeypatch.setattr(module.args, name, value)
     assert module.host_cache() == expected

@@ -22,10 +22,12 @@ JSON = "application/json; charset=utf-8"
 Graph = dict[str, Any]
 
 
-def ask(server: Server, method: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+def ask(
+    server: Server, method: str, body: Any = None, query: str = "", **headers: str
+) -> tuple[int, Any]:
     """Status and JSON of a request to the route."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(server.url + PATH, data, headers, method=method)
+    request = urllib.request.Request(server.url + PATH + query, data, headers, method=method)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=60) as response:
@@ -134,7 +136,13 @@ def test_it_can_be_cancelled_and_only_one_waits(server: Server) -> None:
     _, first = ask(server, "POST", {"prompt": graph(size=768)})
     status, second = ask(server, "POST", {"prompt": graph()})
     assert status == 409 and "already waiting or running" in second["error"]
-    assert ask(server, "DELETE") == (200, {"cancelled": True})
+    assert second["code"] == "busy"
+    status, told = ask(server, "DELETE", query="?id=one-that-is-over")
+    assert (status, told["code"]) == (409, "another") and "left alone" in told["error"]
+    assert ask(server, "DELETE", query="?ID=typo")[0] == 400
+    assert ask(server, "GET")[1]["state"] in ("waiting", "running")
+    assert not ask(server, "GET")[1]["cancelling"]
+    assert ask(server, "DELETE", query=f"?id={first['id']}") == (200, {"cancelled": True})
     report = wait(server, ended)
     assert (report["id"], report["state"]) == (first["id"], "cancelled")
     assert ask(server, "DELETE") == (200, {"cancelled": False})
@@ -163,20 +171,20 @@ def test_one_that_fails_says_where_and_leaves_nothing(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "said", "code"),
     [
-        ({"prompt": {}}, "The prompt is empty"),
-        ({"prompt": {"1": {}}}, "Node 1 of the prompt has no class_type"),
-        ({"prompt": {"1": node("NoSuchNode")}}, "there is no node NoSuchNode"),
-        ({"prompt": {"1": node("SaveImage", images=["2", 0])}}, "comes from node 2"),
-        ({"prompt": {"1": node("PrimitiveInt", value=1)}}, "nothing to warm up"),
-        ({"graph": {}}, "graph is not known"),
-        ([], "must be a JSON object"),
+        ({"prompt": {}}, "The prompt is empty", "empty_prompt"),
+        ({"prompt": {"1": {}}}, "Node 1 of the prompt has no class_type", "invalid"),
+        ({"prompt": {"1": node("NoSuchNode")}}, "there is no node NoSuchNode", "invalid"),
+        ({"prompt": {"1": node("SaveImage", images=["2", 0])}}, "comes from node 2", "invalid"),
+        ({"prompt": {"1": node("PrimitiveInt", value=1)}}, "nothing to warm", "nothing_to_warm"),
+        ({"graph": {}}, "graph is not known", "invalid"),
+        ([], "must be a JSON object", "invalid"),
     ],
 )
-def test_what_cannot_run_is_refused_with_a_sentence(server: Server, body, said: str) -> None:
+def test_what_cannot_run_is_refused_with_a_sentence(server: Server, body, said, code) -> None:
     status, answer = ask(server, "POST", body)
-    assert status == 400 and said in answer["error"]
+    assert status == 400 and said in answer["error"] and answer["code"] == code
 
 
 def test_other_origins_and_methods_are_refused(server: Server) -> None:
