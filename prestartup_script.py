@@ -28,6 +28,16 @@ def _core() -> ModuleType:
     return module
 
 
+def _built_for(core: ModuleType) -> str:
+    """What torch is built for, from its file version.py, which ComfyUI reads as well."""
+    spec = importlib.util.find_spec("torch")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        file = Path(folder) / "version.py"
+        if file.is_file():
+            return core.built_for(file.read_text(encoding="utf-8", errors="replace"))
+    return ""
+
+
 def _flag() -> str:
     """The backend that the command line names: ComfyUI sets args.cuda_malloc by itself, too."""
     if args.disable_cuda_malloc:
@@ -37,8 +47,9 @@ def _flag() -> str:
 
 def main() -> None:
     """Merge the choice into the environment. ComfyUI logs an exception and goes on."""
-    host = sys.modules.get("cuda_malloc")
-    if host is None:  # something else than ComfyUI's main.py runs it, and decides itself
+    if (
+        "cuda_malloc" not in sys.modules
+    ):  # something else than ComfyUI's main.py runs it, and decides itself
         return
     core = _core()
     settings, problem = {}, ""
@@ -48,7 +59,7 @@ def main() -> None:
     choice, problems = core.choice_of(settings)
     if problem:
         problems.append(f"comfy.settings.json cannot be read ({problem})")
-    machine = core.Machine(host.get_torch_version_noimport(), platform.system(), args.cpu)
+    machine = core.Machine(_built_for(core), platform.system(), args.cpu)
     found = core.Found(os.environ, bool(args.cuda_malloc), _flag(), machine)
     made = core.plan(choice, found)
     _apply(core, made)

@@ -10,15 +10,20 @@ from .units import size_text
 
 GB = 1_000_000_000
 UNEXPLAINED_BYTES = 300_000_000
-MERGE, CLEAR_CACHE, CLEAR_MODELS = (
+MERGE, CLEAR_CACHE, CLEAR_MODELS, CLEAR_NEEDED = (
     "QwenVRAM.MergeLoaders",
     "QwenVRAM.Clear.Cache",
     "QwenVRAM.Clear.Models",
+    "QwenVRAM.Clear.Needed",
 )
+UNLOAD = "Unload the models: blocks that are free as a whole go back to the driver."
 
 
 class Finding(NamedTuple):
-    """`command` is the id of a command of the editor that does what `action` says, if there is."""
+    """`command` is the id of a command of the editor that does what `action` says, if there is.
+
+    `about` is the device or the models that it is about, for texts in other languages.
+    """
 
     id: str
     severity: str
@@ -26,6 +31,7 @@ class Finding(NamedTuple):
     action: str
     saves_bytes: int | None = None
     command: str | None = None
+    about: str = ""
 
 
 class Ram(NamedTuple):
@@ -36,13 +42,20 @@ class Ram(NamedTuple):
 
 
 def findings(
-    devices: Sequence[Device], models: Sequence[Model], ram: Ram, more: Sequence[Finding] = ()
+    devices: Sequence[Device],
+    models: Sequence[Model],
+    ram: Ram,
+    more: Sequence[Finding] = (),
+    async_by: str | None = None,
 ) -> list[Finding]:
-    """Everything that stands out, and what others found, the worst first."""
+    """Everything that stands out, and what others found, the worst first.
+
+    `async_by` says how cudaMallocAsync would manage the memory instead; None if it cannot here.
+    """
     models = named_apart(models)
     found = [*more, *_duplicates(models), *_unneeded(models)]
     for device in devices:
-        found += _of_the_ram(device, ram) if device.kind == "cpu" else _of_a_card(device)
+        found += _of_the_ram(device, ram) if device.kind == "cpu" else _of_a_card(device, async_by)
         found += _unexplained(device, models)
     order = ("problem", "warning", "info")
     return sorted(found, key=lambda finding: order.index(finding.severity))
@@ -62,6 +75,7 @@ def _duplicates(models: Sequence[Model]) -> Iterator[Finding]:
             "Merge the loaders that load it, or use those of Qwen VRAM, which share one copy.",
             saves,
             MERGE,
+            model.file or model.name,
         )
 
 
@@ -76,23 +90,27 @@ def _unneeded(models: Sequence[Model]) -> Iterator[Finding]:
         "models_not_needed",
         "info",
         f"{size_text(size)} on the card belong to models that the last run did not use: {names}.",
-        "Nothing has to be done, since they give way to others; clear the models to free it now.",
+        "Nothing has to be done, since they give way to others; to free it now, unload those that "
+        "the open workflow does not need.",
         size,
-        CLEAR_MODELS,
+        CLEAR_NEEDED,
+        names,
     )
 
 
-def _of_a_card(device: Device) -> Iterator[Finding]:
+def _of_a_card(device: Device, async_by: str | None) -> Iterator[Finding]:
     total = device.total or 0
-    if device.other is not None and device.other > max(GB, total // 10):
+    shared = device.kind == "mps"  # one memory: the RAM of ComfyUI itself is among the others
+    if not shared and device.other is not None and device.other > max(GB, total // 10):
         yield Finding(
             "other_processes",
             "warning",
             f"Other processes hold {size_text(device.other)} of {device.device}.",
             "Close what you do not need: browsers with video, games, another ComfyUI.",
             device.other,
+            about=device.device,
         )
-    yield from _fragments(device)
+    yield from _fragments(device, async_by)
     allocator = device.allocator
     if allocator is None:
         return
@@ -105,27 +123,26 @@ def _of_a_card(device: Device) -> Iterator[Finding]:
             "Clear the cache if another program needs it.",
             cache,
             CLEAR_CACHE,
+            device.device,
         )
 
 
-def _fragments(device: Device) -> Iterator[Finding]:
+def _fragments(device: Device, async_by: str | None) -> Iterator[Finding]:
     """Free memory between live blocks: known with torch's own allocator alone."""
     allocator, pieces = device.allocator, device.fragments
     if allocator is None or allocator.inactive_split is None:
         return
     least = max(GB // 2, (device.total or 0) // 40)
-    restart = (
-        "Restart ComfyUI without --disable-cuda-malloc, so that the driver's cudaMallocAsync "
-        "manages the memory."
-    )
     if pieces is not None and pieces.small_bytes > least:
         yield Finding(
             "fragmentation",
             "warning",
             f"{size_text(pieces.small_bytes)} of {device.device} lie in {pieces.small_count} "
             f"fragments smaller than 64 MB, where no large tensor fits.",
-            restart,
+            async_by or UNLOAD,
             pieces.small_bytes,
+            None if async_by else CLEAR_MODELS,
+            device.device,
         )
     elif (stuck := allocator.inactive_split) > least:
         largest = pieces.largest_bytes if pieces is not None else None
@@ -134,9 +151,10 @@ def _fragments(device: Device) -> Iterator[Finding]:
             "free_between_blocks",
             "info",
             f"{size_text(stuck)} of {device.device} are free between live blocks{size}.",
-            "Unload the models: blocks that are free as a whole go back to the driver.",
+            UNLOAD,
             stuck,
             CLEAR_MODELS,
+            device.device,
         )
 
 
@@ -173,6 +191,7 @@ def _unexplained(device: Device, models: Sequence[Model]) -> Iterator[Finding]:
             f"Nobody accounts for {size_text(rest)} of {device.device}: libraries, a custom node "
             f"that takes memory past torch{', or another program' if device.own is None else ''}.",
             "If it grows from run to run, restart ComfyUI with fewer custom nodes to find it.",
+            about=device.device,
         )
     else:
         yield Finding(
@@ -181,4 +200,5 @@ def _unexplained(device: Device, models: Sequence[Model]) -> Iterator[Finding]:
             f"{size_text(-rest)} of {device.device} are counted twice: two sources claim the same "
             "bytes, so the parts are more than the whole.",
             "Read the parts of this device as upper bounds; ask again when nothing runs.",
+            about=device.device,
         )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .memory_report import amount
+from .memory_text import amount, pages_line
 
 WIDTH, MARGIN, BAR, ROW = 800, 28, 64, 34
 TITLE, TEXT, SMALL = 30, 25, 22
@@ -31,6 +31,7 @@ OTHER_COLOURS = {
     "allocator_cache": "#8FB3B2",
     "pack": "#7C5BB0",
     "stream_buffers": "#5D6FB8",
+    "cast_buffers": "#5D6FB8",
     "outputs": "#B07C5B",
     "unexplained": "#D64545",
     "smaller": "#8C8C8C",
@@ -161,6 +162,9 @@ def _draw_device(sheet: _Sheet, device: Mapping[str, Any], colours: Mapping[str,
     sheet.y += BAR + 16
     for piece in drawn:
         _draw_row(sheet, piece, colours)
+    if device.get("dynamic_vram_bytes"):
+        sheet.write(MARGIN + 34, pages_line(device), SMALL, theme.faint)
+        sheet.y += ROW
     sheet.y += 20
 
 

@@ -135,9 +135,24 @@ def parts(device: Device, models: Sequence[Model]) -> list[Part]:
     rest = None
     if device.total is not None and not {"rest", "unknown"} & {part.id for part in found}:
         rest = device.total - (device.free or 0) - known
+        found, rest = _given_back(found, rest)
     found.append(Part("unexplained", "Unexplained", rest, _rest_detail(found)))
     label = "Free" if device.kind != "cpu" else "Free, or file cache that gives way"
     return [*found, Part("free", label, device.free)]
+
+
+def _given_back(found: list[Part], rest: int) -> tuple[list[Part], int]:
+    """What others took at the start, less what they must have given back since; and the rest.
+
+    Their part is as old as the start. If the parts are more than the whole, it is too large.
+    """
+    then = found[0] if found and found[0].id == SINCE_START else None
+    if rest >= 0 or then is None or not then.bytes:
+        return found, rest
+    back = min(-rest, then.bytes)
+    since = f"others have given back {size_text(back)} since"
+    now = then._replace(bytes=then.bytes - back, detail=f"{then.detail}; {since}")
+    return [now, *found[1:]], rest + back
 
 
 def _rest_detail(found: Sequence[Part]) -> str:
@@ -168,12 +183,23 @@ def _held(device: Device, model: Model) -> int:
 def _residence(device: Device, model: Model) -> str:
     words = []
     if device.kind != "cpu" and model.resident_bytes is not None:
-        words.append(f"{size_text(model.resident_bytes)} of {size_text(model.bytes)} resident")
+        words.append(_resident(model.bytes, model.resident_bytes, model.pages_bytes))
     if device.kind == "cpu" and model.mapped_bytes:
         words.append(f"{size_text(model.mapped_bytes)} more only mapped from the file")
     if device.kind == "cpu" and model.pinned_bytes:
         words.append(f"{size_text(model.pinned_bytes)} pinned")
     return ", ".join(words)
+
+
+def _resident(size: int, resident: int, pages: int) -> str:
+    """How much of a model is on its card. Pages are whole, and may be larger than what is in them.
+
+    comfy-aimdo (comfy_aimdo.model_vbar) hands out dynamic VRAM in pages of 32 MiB.
+    """
+    if resident <= size:
+        return f"{size_text(resident)} of {size_text(size)} resident"
+    what = "its pages take" if pages else "it takes"
+    return f"{size_text(size)}; {what} {size_text(resident)}"
 
 
 def _process_part(device: Device, ours: list[Part]) -> list[Part]:
@@ -328,61 +354,3 @@ def _allocator_json(allocator: Allocator | None) -> dict[str, Any] | None:
 def _model_json(model: Model, twin: Model | None) -> dict[str, Any]:
     given = {k: v for k, v in vars(model).items() if k != "identity"}
     return {**given, "label": model.label, "duplicate_of": twin.name if twin else None}
-
-
-# -------------------------------------------------------------------------------------- the text
-def text(told: Mapping[str, Any]) -> str:
-    """A report as people read it, one line for each part."""
-    lines = [f"Memory at {told['time']}" + (", while a prompt runs" if told["running"] else "")]
-    for device in told["devices"]:
-        lines += ["", *_device_lines(device)]
-    lines += ["", "Models of ComfyUI" if told["models"] else "ComfyUI has no model in memory."]
-    lines += [f"  {_model_line(model)}" for model in told["models"]]
-    lines += ["", "Findings" if told["findings"] else "Nothing stands out."]
-    lines += [f"  {f['severity']}: {f['text']} {f['action']}".rstrip() for f in told["findings"]]
-    return "\n".join(lines)
-
-
-def amount(size_bytes: int | None) -> str:
-    """A size, or that there is none."""
-    return NOT_MEASURABLE if size_bytes is None else size_text(size_bytes)
-
-
-def _device_lines(device: Mapping[str, Any]) -> list[str]:
-    total, free = amount(device["total_bytes"]), amount(device["free_bytes"])
-    lines = [f"{device['device']} {device['name']}: {total}, free {free}"]
-    for part in device["parts"]:
-        detail = f" ({part['detail']})" if part["detail"] else ""
-        lines.append(f"  {amount(part['bytes']):>14}  {part['label']}{detail}")
-    if device["allocator"]:
-        lines.append("  " + _allocator_line(device["allocator"]))
-    if device["largest_allocation"]:
-        probe = device["largest_allocation"]
-        lines.append(
-            f"  Largest allocation now: {amount(probe['bytes'])}. {probe['note']}".rstrip()
-        )
-    lines += [f"  Not measurable: {n['what']}: {n['why']}" for n in device["not_measurable"]]
-    return lines
-
-
-def _allocator_line(allocator: Mapping[str, Any]) -> str:
-    return (
-        f"Allocator {allocator['backend']}: {amount(allocator['allocated_bytes'])} allocated, "
-        f"{amount(allocator['reserved_bytes'])} reserved, largest free block "
-        f"{amount(allocator['largest_free_block_bytes'])}, free between live blocks "
-        f"{amount(allocator['inactive_split_bytes'])}"
-    )
-
-
-def _model_line(model: Mapping[str, Any]) -> str:
-    words = [f"{model['label']}: {amount(model['bytes'])}"]
-    if model["file"]:
-        words.append(f"file {model['file']}")
-    words.append(f"{amount(model['resident_bytes'])} on {model['device']}")
-    words.append(f"{amount(model['ram_bytes'])} in RAM")
-    words.append(f"{amount(model['pinned_bytes'])} pinned")
-    if model["shared_with"]:
-        words.append(f"shared by {model['shared_with'] + 1} nodes")
-    if model["duplicate_of"]:
-        words.append(f"a second copy of {model['duplicate_of']}")
-    return ", ".join(words)

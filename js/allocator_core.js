@@ -1,10 +1,23 @@
 // The settings of the memory allocator, as core/allocator.py reads them. Pure: no DOM, no app.
 // Texts in other languages: locales/<language>/settings.json.
+import { wordsOf } from "./text_core.js";
 
 const GROUP = ["Qwen VRAM", "Memory allocator (CUDA)"];
 const FIRST = 50;
 const LEAVE = "leave as it is";
+export const MAX_SPLIT = "QwenVRAM.Allocator.MaxSplitSizeMB";
+const LEAST_SPLIT = 21; // as core/allocator.py takes it
 const choice = (...values) => [LEAVE, ...values].map((value) => ({ text: value, value }));
+
+const SPLIT_PROBLEMS = {
+  en: (value) => `max_split_size_mb is ${value}, and has no effect: it must be 0 or at least ${LEAST_SPLIT}.`,
+  zh: (value) => `max_split_size_mb 为 ${value}，不起作用：必须为 0 或至少 ${LEAST_SPLIT}。`,
+};
+
+/** What is wrong with a value that the dialog lets through; null for nothing. */
+export function splitProblem(value, locale) {
+  return value > 0 && value < LEAST_SPLIT ? wordsOf(SPLIT_PROBLEMS, locale)(value) : null;
+}
 
 /** As the settings dialog wants them; it shows the highest sortOrder first. */
 export const ALLOCATOR_SETTINGS = [
@@ -20,7 +33,7 @@ export const ALLOCATOR_SETTINGS = [
       "line) stays. Has no effect with --multi-user. The node Allocator Doctor says what is live.",
   },
   {
-    id: "QwenVRAM.Allocator.MaxSplitSizeMB",
+    id: MAX_SPLIT,
     name: "max_split_size_mb (after a restart)",
     type: "number",
     attrs: { min: 0, max: 1e6, maxFractionDigits: 0, showButtons: true },
@@ -35,7 +48,7 @@ export const ALLOCATOR_SETTINGS = [
     type: "combo",
     options: choice("on", "off"),
     defaultValue: LEAVE,
-    tooltip: "native and Linux only. It was slower when we measured it (5.3 s instead of 3.6 to 3.8 s).",
+    tooltip: "native and Linux only. With dynamic VRAM it was slower on an H200 (5.3 s instead of 3.6 to 3.8 s).",
   },
   {
     id: "QwenVRAM.Allocator.GarbageCollectionThreshold",

@@ -1,7 +1,7 @@
 // Memory, a tab of the sidebar: who holds what, refreshed while it is seen.
 import { app } from "../../scripts/app.js";
 import {
-  commandLabel, failureText, LIMIT_SECONDS, memoryWords, MOST_BYTES, parseReport, poller, probedText, viewOf,
+  blocksText, commandLabel, failureText, LIMIT_SECONDS, memoryWords, MOST_BYTES, parseReport, poller, probedText, viewOf,
 } from "./memory_panel_core.js";
 import { STYLE } from "./memory_panel_style.js";
 import { refusalIn } from "./refusal_core.js";
@@ -35,10 +35,10 @@ function styleOnce() {
 
 // ---------------------------------------------------------------------------------------- asking
 /** A report, or an Error whose message is for people. Ends after `seconds`, whatever comes. */
-async function askReport(query, seconds) {
+async function askReport(query, seconds, posted = {}) {
   const words = memoryWords(locale());
   try {
-    const { ok, status, statusText, text, body } = await request(ROUTE + query, { seconds, most: MOST_BYTES });
+    const { ok, status, statusText, text, body } = await request(ROUTE + query, { seconds, most: MOST_BYTES, ...posted });
     if (!ok) throw new Error(refusalIn(body, locale()) ?? `${status} ${statusText}`);
     return parseReport(text);
   } catch (error) {
@@ -86,6 +86,7 @@ function drawDevice(device, words) {
     make("div", { className: "quiet", textContent: device.use }),
     bar(device),
     make("table", {}, make("tbody", {}, ...device.rows.map(legendRow))),
+    ...device.notes.map((note) => make("div", { className: "quiet", textContent: note })),
     folded(device.key, words.notMeasurable(device.unknown.length), device.unknown),
   );
 }
@@ -212,25 +213,30 @@ function fail(panel, error) {
 function buttons(panel, clears) {
   const { words, probing } = panel;
   const probe = keyed("probe", {
-    textContent: probing ? words.probing : words.probe, title: words.probeTitle, onclick: () => runProbe(panel),
+    textContent: probing ? words.probing : words.probe, title: words.probeTitle,
+    onclick: () => askOnce(panel, () => askReport("", PROBE_SECONDS, { method: "POST", content: {} }), probedText), // it allocates
   });
-  probe.ariaDisabled = String(probing); // a disabled button would lose the focus
+  const blocks = keyed("blocks", {
+    textContent: words.blocks, title: words.blocksTitle,
+    onclick: () => askOnce(panel, () => askReport("?fragments=true", PROBE_SECONDS), blocksText),
+  });
+  probe.ariaDisabled = blocks.ariaDisabled = String(probing); // a disabled button would lose the focus
   return make("div", { className: "actions", aria: { role: "group", "aria-label": words.actions } },
-    probe, ...clears.map((id) => commandButton(findCommand(id), panel, words)));
+    probe, blocks, ...clears.map((id) => commandButton(findCommand(id), panel, words)));
 }
 
-/** On request only: it allocates. The usual reports wait for it. */
-async function runProbe(panel) {
+/** What is asked on request only. The usual reports wait for it. */
+async function askOnce(panel, ask, tell) {
   const { words, parts, probed } = panel;
   if (panel.probing) return;
   panel.probing = true;
   probed.textContent = "";
   fill(parts.buttons, "probing", () => buttons(panel, []));
   try {
-    const report = await askReport("?probe=true", PROBE_SECONDS);
+    const report = await ask();
     panel.probing = false;
     show(panel, report);
-    probed.textContent = probedText(report, locale());
+    probed.textContent = tell(report, locale());
   } catch (error) {
     panel.probing = false;
     fill(parts.buttons, "failed", () => buttons(panel, []));

@@ -30,7 +30,15 @@ const WORDS = {
       "qwenvram.clear.models": "Unload all models", "qwenvram.clear.needed": "Unload unneeded models",
       "qwenvram.clear.everything": "Unload all, forget outputs",
     },
-    parts: {},
+    allocator: (name, live, kept, largest, split) =>
+      `Allocator ${name}: ${live} allocated, ${kept} reserved, largest free block ${largest}, free between live blocks ${split}`,
+    dynamic: (size) => `Dynamic VRAM: ${size} in pages of 32 MiB`,
+    blocks: "Look at the free blocks", blocksTitle: "Asks torch's allocator once for its blocks: the largest free one, and the fragments.",
+    found: (name, largest, size, number) =>
+      `${name}: the largest free block of the allocator has ${largest}; ${size} lie in ${number} fragments smaller than 64 MB.`,
+    noBlocks: (name, why) => `${name}: not measurable: ${why}`,
+    noDevice: "There is no device with an allocator of torch.",
+    parts: {}, what: {}, why: {}, told: {},
   },
   zh: {
     title: "内存", running: "工作流正在运行。", idle: "没有工作流在运行。",
@@ -59,11 +67,45 @@ const WORDS = {
       "qwenvram.clear.models": "卸载所有模型", "qwenvram.clear.needed": "卸载不需要的模型",
       "qwenvram.clear.everything": "卸载全部并丢弃输出",
     },
+    allocator: (name, live, kept, largest, split) =>
+      `分配器 ${name}：已分配 ${live}，已保留 ${kept}，最大空闲块 ${largest}，使用中的块之间空闲 ${split}`,
+    dynamic: (size) => `动态显存：${size}（每页 32 MiB）`,
+    blocks: "查看空闲块", blocksTitle: "向 torch 的分配器查询一次：最大的空闲块和碎片。",
+    found: (name, largest, size, number) => `${name}：分配器最大的空闲块为 ${largest}；${size} 分散在 ${number} 个小于 64 MB 的碎片中。`,
+    noBlocks: (name, why) => `${name}：无法测量：${why}`,
+    noDevice: "没有使用 torch 分配器的设备。",
     parts: {
-      other_processes: "其他进程", pages: "动态显存页", pack: "Qwen VRAM", context: "CUDA 上下文和库",
+      other_processes: "其他进程", pack: "Qwen VRAM 的提示词缓存", context: "CUDA 上下文和库",
+      others_at_start: "其他进程和驱动（ComfyUI 启动时）", outputs: "节点保留的结果",
+      stream_buffers: "权重传输缓冲区（动态显存）", cast_buffers: "权重传输缓冲区",
       allocator_live: "节点的张量", allocator_split: "分配器：碎片", allocator_cache: "分配器：缓存",
       process: "ComfyUI 的其余部分", rest: "其他进程、驱动和未能解释的部分",
       unknown: "空闲，或被其他程序占用（无法测量）", unexplained: "未能解释", free: "空闲",
+    },
+    what: {
+      "total memory": "总量", "memory in use": "已用量", "memory of this process by the driver's count": "驱动统计的本进程占用",
+      "other processes": "其他进程", "largest free block": "最大空闲块", fragmentation: "碎片",
+    },
+    why: {
+      "the driver's allocator cudaMallocAsync keeps no list of blocks; with --disable-cuda-malloc torch's own allocator does.":
+        "驱动的分配器 cudaMallocAsync 不记录显存块；使用 --disable-cuda-malloc 时，torch 自带的分配器会记录。",
+      "only asked for on demand, since it takes long: ?fragments=true, or the node.":
+        "耗时较长，只在需要时查询：点击“查看空闲块”，或使用节点。",
+      "it needs NVIDIA's NVML; `pip install nvidia-ml-py` gives it.": "需要 NVIDIA 的 NVML：pip install nvidia-ml-py。",
+    },
+    told: {
+      other_processes: (about, size) => [`其他程序占用了 ${about} 的 ${size}。`, "关闭不需要的程序：播放视频的浏览器、游戏、另一个 ComfyUI。"],
+      allocator_cache: (about, size) => [`torch 为自己保留了 ${about} 的 ${size}，供下次使用。`, "如果其他程序需要，请清理缓存。"],
+      fragmentation: (about, size) => [`${about} 的 ${size} 分散在小于 64 MB 的碎片中，放不下大张量。`, null],
+      free_between_blocks: (about, size) => [`${about} 的 ${size} 空闲，但夹在使用中的块之间。`, "卸载模型：整块空闲的显存会还给驱动。"],
+      models_not_needed: (about, size) => [`显卡上的 ${size} 属于上次运行没有用到的模型：${about}。`, "不必处理，它们会自动让位；要立即释放，请卸载当前工作流不需要的模型。"],
+      duplicate_diffusion_model: (about) => [`内存中有两份扩散模型 ${about}。`, "合并加载它的加载器，或使用 Qwen VRAM 的加载器，它们共用一份。"],
+      duplicate_text_encoder: (about) => [`内存中有两份文本编码器 ${about}。`, "合并加载它的加载器，或使用 Qwen VRAM 的加载器，它们共用一份。"],
+      duplicate_vae: (about) => [`内存中有两份 VAE ${about}。`, "合并加载它的加载器，或使用 Qwen VRAM 的加载器，它们共用一份。"],
+      unexplained: (about) => [`${about} 有一部分无人认领（见“未能解释”）：库、绕过 torch 的自定义节点，或其他程序。`, "如果它随运行不断增长，请减少自定义节点后重启 ComfyUI 查找。"],
+      counted_twice: (about) => [`${about} 有一部分被统计了两次，各部分之和大于总量。`, "请把各部分看作上限；没有任务运行时再看。"],
+      ram_full: () => ["内存几乎用完，模型会反复从硬盘读取。", "关闭其他程序，或使用更小的模型文件，例如 fp8。"],
+      pinned: (about, size) => [`${size} 内存为向显卡传输而锁页，系统无法换出。`, "如果其他程序缺内存，请用 --disable-pinned-memory 启动 ComfyUI。"],
     },
   },
 };
@@ -115,44 +157,73 @@ export function bytesText(value, words) {
 }
 
 // --------------------------------------------------------------------------------- what is drawn
-// Okabe and Ito's colours: told apart by people who see red and green alike. Parts that are nobody's
-// model have their own, so that they look the same on every device.
-const MODEL_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442"];
+// The colours of the picture (core/memory_map.py): Okabe and Ito's for the models, told apart by
+// people who see red and green alike; a part looks the same on every device.
+const MODEL_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800"];
 const COLOURS = {
-  other_processes: "#6b7280", context: "#9ca3af", pages: "#56B4E9", pack: "#7c3aed",
-  process: "#2a9d8f", rest: "#6b7280", unknown: "#4b5563", allocator_live: "#2a9d8f", allocator_split: "#b45309", allocator_cache: "#d6b370",
+  other_processes: "#7A7A7A", rest: "#7A7A7A", others_at_start: "#7A7A7A", unknown: "#7A7A7A", process: "#A58F7A",
+  context: "#9C9CB4", allocator_live: "#3E7C7B", allocator_split: "#C9B458", allocator_cache: "#8FB3B2", pack: "#7C5BB0",
+  stream_buffers: "#5D6FB8", cast_buffers: "#5D6FB8", outputs: "#B07C5B", unexplained: null, free: null, // drawn by their class
 };
+
+/** Gives every part its colour, one that is not in the table the next of a model. */
+function painter() {
+  const models = new Map();
+  return (id) => {
+    if (Object.hasOwn(COLOURS, id)) return COLOURS[id];
+    if (!models.has(id)) models.set(id, MODEL_COLOURS[models.size % MODEL_COLOURS.length]);
+    return models.get(id);
+  };
+}
 
 /** What the panel shows of a report, in plain texts and numbers from 0 to 1. */
 export function viewOf(report, locale) {
   const words = memoryWords(locale);
+  const colourOf = painter();
   return {
     state: report.running ? words.running : words.idle,
     busy: Boolean(report.running),
-    devices: list(report.devices).map((device) => deviceView(device, words)),
+    devices: list(report.devices).map((device) => deviceView(device, colourOf, words)),
     models: list(report.models).map((model) => modelView(model, words)),
     findings: list(report.findings).map((finding) => findingView(finding, words)),
   };
 }
 
-function deviceView(device, words) {
+function deviceView(device, colourOf, words) {
   const parts = list(device.parts);
   const total = count(device.total_bytes);
   const sum = parts.reduce((all, part) => all + Math.max(0, count(part.bytes) ?? 0), 0);
   const scale = Math.max(total ?? 0, sum); // sources that overlap add up to more than there is
-  let models = 0;
   const rows = parts.map((part) => {
     const id = text(part.id);
-    const colour = COLOURS[id] ?? (id === "free" || id === "unexplained" ? null : MODEL_COLOURS[models++ % MODEL_COLOURS.length]);
-    return partRow(part, { id, colour, scale }, words);
+    return partRow(part, { id, colour: colourOf(id), scale }, words);
   });
-  const name = text(device.name) || text(device.device);
+  const name = nameOf(device);
   const use = useText(device, total, words);
   const drawn = rows.filter((row) => row.share > 0).map((row) => `${row.label} ${row.size}`);
   return {
     key: text(device.device), name, use, rows, label: `${name}: ${use}. ${drawn.join(", ")}`,
-    unknown: list(device.not_measurable).map(({ what, why }) => `${text(what)}: ${text(why)}`),
+    notes: deviceNotes(device, words),
+    unknown: list(device.not_measurable).map(({ what, why }) => `${worded(what, words.what)}: ${worded(why, words.why)}`),
   };
+}
+
+/** Two cards may have the same name. */
+function nameOf({ name, device, kind }) {
+  return kind === "cpu" ? text(name) : [text(device), text(name)].filter(Boolean).join(" - ");
+}
+
+/** A text of the server in the user's language, where there is one. */
+function worded(value, translations) {
+  const given = text(value);
+  return Object.hasOwn(translations, given) ? translations[given] : given;
+}
+
+function deviceNotes({ allocator, dynamic_vram_bytes: pages }, words) {
+  const notes = count(pages) ? [words.dynamic(bytesText(pages, words))] : [];
+  if (!isObject(allocator)) return notes;
+  const names = ["allocated_bytes", "reserved_bytes", "largest_free_block_bytes", "inactive_split_bytes"];
+  return [...notes, words.allocator(text(allocator.backend), ...names.map((name) => bytesText(allocator[name], words)))];
 }
 
 function partRow(part, { id, colour, scale }, words) {
@@ -173,9 +244,26 @@ function useText(device, total, words) {
 export function probedText(report, locale) {
   const words = memoryWords(locale);
   const probed = list(report.devices).filter((device) => isObject(device.largest_allocation));
-  const told = probed.map(({ name, device, largest_allocation: { bytes, note } }) =>
-    words.largest(text(name) || text(device), bytesText(bytes, words), text(note)));
+  const told = probed.map((device) => {
+    const { bytes, note } = device.largest_allocation;
+    return words.largest(nameOf(device), bytesText(bytes, words), text(note));
+  });
   return told.join(" ") || words.noProbe;
+}
+
+/** What a look at the allocator's blocks found, or why there are none. */
+export function blocksText(report, locale) {
+  const words = memoryWords(locale);
+  const told = list(report.devices).filter((device) => isObject(device.allocator)).map((device) => {
+    const { fragments } = device;
+    if (!isObject(fragments)) {
+      const reason = list(device.not_measurable).find(({ what }) => ["largest free block", "free blocks"].includes(what));
+      return words.noBlocks(nameOf(device), worded(reason?.why, words.why));
+    }
+    const sizes = [fragments.largest_bytes, fragments.small_bytes].map((size) => bytesText(size, words));
+    return words.found(nameOf(device), ...sizes, count(fragments.small_count) ?? words.unknown);
+  });
+  return told.join(" ") || words.noDevice;
 }
 
 function modelView(model, words) {
@@ -200,8 +288,10 @@ function findingView(finding, words) {
   const severity = Object.hasOwn(words.severities, finding.severity) ? finding.severity : "info";
   const command = typeof finding.command === "string" && OUR_COMMAND.test(finding.command) ? finding.command : null;
   const saves = count(finding.saves_bytes);
+  const wording = Object.hasOwn(words.told, finding.id) ? words.told[finding.id] : () => [];
+  const [said, action] = wording(text(finding.about), bytesText(saves, words));
   return {
-    severity, heading: words.severities[severity], text: text(finding.text), action: text(finding.action),
+    severity, heading: words.severities[severity], text: said ?? text(finding.text), action: action ?? text(finding.action),
     saves: saves ? words.saves(bytesText(saves, words)) : "", command,
   };
 }

@@ -20,19 +20,31 @@ from ..core.allocator_doctor import Diagnosis, Observed
 from .settings import FILE
 from .status import shown
 
+_options_read: dict[str, Mapping[str, Any] | None] = {}  # as they were when last asked for
+
 
 def diagnosis() -> Diagnosis:
     """What the allocator of this process does, and what to do about it. Any thread may ask."""
     return allocator_doctor.diagnose(observe())
 
 
-def observe() -> Observed:
-    """Everything that this process tells about its allocator."""
-    built = "+cu" if torch.version.cuda else "+rocm" if torch.version.hip else ""
-    machine = Machine(torch.__version__ + built, platform.system(), args.cpu)
+def for_the_report() -> tuple[tuple[allocator_doctor.Finding, ...], str | None]:
+    """What stands out, and how cudaMallocAsync would be had (see against_fragments).
+
+    Asked for each second: PyTorch's options are those that it last told the doctor, since telling
+    them takes a snapshot of all blocks, and what is chosen in the settings is not read.
+    """
+    seen = observe(quick=True)
+    return allocator_doctor.diagnose(seen).findings, allocator_doctor.against_fragments(seen)
+
+
+def observe(quick: bool = False) -> Observed:
+    """Everything that this process tells about its allocator; `quick`: see for_the_report."""
+    built = allocator.HIP if torch.version.hip else allocator.CUDA if torch.version.cuda else ""
+    machine = Machine(built, platform.system(), args.cpu)
     variable, text = _read_by_torch(machine)
     marker = allocator.read_marker(os.environ)
-    choice, problems = _chosen()
+    choice, problems = ({}, []) if quick else _chosen()
     devices, why = _devices(machine)
     seen = Observed(
         machine=machine,
@@ -48,8 +60,9 @@ def observe() -> Observed:
         shadowed=allocator_doctor.shadowed(os.environ, machine.amd),
         dynamic_vram=comfy.memory_management.aimdo_enabled,
         why=why,
+        flag=NATIVE if args.disable_cuda_malloc else "",
     )
-    return _measured(seen, devices)
+    return _measured(seen, devices, quick)
 
 
 def _read_by_torch(machine: Machine) -> tuple[str, str]:
@@ -85,7 +98,7 @@ def _backend(machine: Machine) -> str | None:
     return torch.cuda.get_allocator_backend() if built else None
 
 
-def _measured(seen: Observed, devices: list[torch.device]) -> Observed:
+def _measured(seen: Observed, devices: list[torch.device], quick: bool) -> Observed:
     """The same with what PyTorch tells of its options and blocks."""
     if not devices:
         return seen
@@ -98,7 +111,7 @@ def _measured(seen: Observed, devices: list[torch.device]) -> Observed:
     fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # since torch 2.8
     if fraction is not None:
         seen = seen._replace(fraction=min(map(fraction, devices)))
-    read = _options()
+    read = _options_read["now"] if quick and _options_read else _options()
     if read is None:
         return seen._replace(why="this PyTorch does not tell its options")
     return seen._replace(read=read, text=read.get(allocator.VARIABLE, seen.text))
@@ -107,9 +120,11 @@ def _measured(seen: Observed, devices: list[torch.device]) -> Observed:
 def _options() -> Mapping[str, Any] | None:
     """PyTorch's own account of its options: beside a snapshot of its blocks, native only."""
     try:
-        return torch.cuda.memory._snapshot()["allocator_settings"]
+        read = torch.cuda.memory._snapshot()["allocator_settings"]
     except (AttributeError, KeyError):  # no public function gives them
-        return None
+        read = None
+    _options_read["now"] = read
+    return read
 
 
 # --------------------------------------------------------------------------------------- applying

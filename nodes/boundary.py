@@ -73,6 +73,7 @@ class Boundary(Caching.CacheProvider):
         self._worker: threading.Thread | None = None  # where known
         self._running: set[str] = set()
         self._waiting: list[_Waiting] = []
+        self.after_nodes: list[Callable[[], None]] = []  # called by the worker; must not raise
         self._forgetting: list[_Waiting] = []
         self._forgotten: list[tuple[Callable[[], Any], Future[Any]]] = []
 
@@ -227,6 +228,8 @@ class _Nodes(ProgressHandler):
 
     def finish_handler(self, node_id: str, state: NodeProgressState, prompt_id: str) -> None:
         """After its outputs were kept."""
+        for act in self._boundary.after_nodes:
+            act()
         self._boundary.reached(BETWEEN)
 
 

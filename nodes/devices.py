@@ -48,10 +48,24 @@ def devices() -> list[torch.device]:
     return [d for d in found if d.type != "cpu"] + [torch.device("cpu")]
 
 
+def short(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
+
+
 def device_memory(device: torch.device) -> DeviceMemory:
-    """The figures of one device, now. Takes about a millisecond; any thread may ask."""
+    """The figures of one device, now. Takes about a millisecond; any thread may ask.
+
+    A device that fails has none, with its error as the reason.
+    """
     measure = {"cpu": _ram, "cuda": _cuda, "xpu": _xpu, "mps": _mps}.get(device.type, _other)
-    total, used, own, why = measure(device)
+    try:
+        total, used, own, why = measure(device)
+    except Exception as error:  # a driver that is broken, or lost its card: whatever torch raises
+        why = dict.fromkeys(
+            ("total_bytes", "used_bytes", "own_bytes"), f"it fails: {short(error)}."
+        )
+        total = used = own = None
     other = None
     if used is None or own is None:
         why = {"other_bytes": why.get("own_bytes") or why.get("used_bytes", ""), **why}
@@ -66,7 +80,10 @@ def _name(device: torch.device) -> str:
     if device.type == "cpu":
         return "RAM"
     if device.type in ("cuda", "xpu"):
-        return getattr(torch, device.type).get_device_name(device)
+        try:
+            return getattr(torch, device.type).get_device_name(device)
+        except Exception:  # as above, where the reason is told
+            return device.type
     return device.type
 
 
@@ -93,6 +110,8 @@ def _own_ram() -> int:
 
 def _cuda(device: torch.device) -> _Used:
     """NVIDIA by NVML, else, and for AMD, by the runtime."""
+    if not torch._C._cuda_hasPrimaryContext(device.index or 0):  # no public function tells
+        return _cuda_unused(device)
     free, total = torch.cuda.mem_get_info(device)
     usual = _Used(total, total - free, None, {})
     if torch.version.hip:
@@ -104,6 +123,19 @@ def _cuda(device: torch.device) -> _Used:
         return usual._replace(own=nvml.own(handle, torch.cuda.memory_reserved(device)))
     except nvml.Unknown as reason:
         return usual._replace(why={"own_bytes": str(reason)})
+
+
+def _cuda_unused(device: torch.device) -> _Used:
+    """A card that this process has not used: the runtime would take half a GB of it to answer."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    why = "ComfyUI does not use this card, and asking the CUDA runtime would take memory of it"
+    if torch.version.hip:
+        return _Used(total, None, 0, {"used_bytes": f"{why}."})
+    try:
+        seen = nvml.memory(nvml.handle(device, total))
+    except nvml.Unknown as reason:
+        return _Used(total, None, 0, {"used_bytes": f"{why}; {reason}"})
+    return _Used(seen.used + seen.free, seen.used, 0, {})
 
 
 def _mps(device: torch.device) -> _Used:

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_execution.utils import get_executing_context
 
 from ..core.memory_report import Model
 from . import loaded_models
+from .boundary import BOUNDARY
+from .devices import short
 from .loaders import REGISTRY, weight_dtype_name
 
 FILE_MARKS = (
@@ -36,22 +39,46 @@ class _Weights(NamedTuple):
 _weights: weakref.WeakKeyDictionary[Any, _Weights] = weakref.WeakKeyDictionary()
 _seen: weakref.WeakSet[ModelPatcher] = weakref.WeakSet()
 _lock = threading.Lock()
+_used: weakref.WeakSet[Any] | None = None  # the models of the last prompt that ran a node
 
 
-def models(thorough: bool = False) -> tuple[list[Model], int]:
-    """Every set of weights once, the largest first, and how many were being moved just now.
+def models(thorough: bool = False) -> tuple[list[Model], dict[str, str]]:
+    """Every set of weights once, the largest first; and those without figures, with the reason.
 
     What ComfyUI manages, what our loaders hold, and what was seen before. ComfyUI lists only models
     that were on a device. `thorough` also looks for those that are only in RAM, among all Python
-    objects, which takes a tenth of a second or more; from then on they are known.
+    objects, which takes a tenth of a second or more; from then on they are known. While a prompt
+    runs its own thread alone does so: who holds an object last is who has to free it.
     """
-    found, moving = [], 0
+    found, why = [], {}
     for patcher, handles in _patchers(thorough):
         try:
             found.append(_model(patcher, handles))
-        except (AttributeError, KeyError, RuntimeError):  # the run's thread builds or deletes it
-            moving += 1
-    return sorted(found, key=lambda model: -model.bytes), moving
+        except Exception as error:  # any custom node's class; the report goes on without this one
+            why[f"model {type(patcher.model).__name__}"] = _reason(error)
+    return sorted(found, key=lambda model: -model.bytes), why
+
+
+def _reason(error: Exception) -> str:
+    """Why a model has no figures: while a prompt runs, its thread may build or delete it."""
+    if BOUNDARY.busy:
+        return "ComfyUI runs a prompt, and may be loading or moving it; ask again."
+    return f"its figures cannot be read ({short(error)})."
+
+
+def note_used() -> None:
+    """Note which models the running prompt uses: ComfyUI forgets it at the end of the prompt.
+
+    Called by the worker when a node has ended. With dynamic VRAM alone ComfyUI keeps this account.
+    """
+    global _used
+    patchers = [patcher for _, patcher in loaded_models.loaded() if patcher.is_dynamic()]
+    _used = weakref.WeakSet(p.model for p in patchers if _in_use(p))
+
+
+def _in_use(patcher: ModelPatcher) -> bool:
+    pins = getattr(patcher.model, "dynamic_pins", {}).get(patcher.load_device, {})
+    return bool(pins.get("current_prompt"))
 
 
 def _patchers(thorough: bool) -> list[tuple[ModelPatcher, int]]:
@@ -59,7 +86,7 @@ def _patchers(thorough: bool) -> list[tuple[ModelPatcher, int]]:
     loaded = [entry.model for entry in list(mm.current_loaded_models)]
     with _lock:
         _seen.update(patcher for patcher in loaded if patcher is not None)
-        if thorough:
+        if thorough and (get_executing_context() is not None or not BOUNDARY.busy):
             _seen.update(_all_patchers())
         seen = list(_seen)
     shared = [(patcher, count) for patcher, count in REGISTRY.live()]
@@ -150,7 +177,7 @@ def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _needed(patcher: ModelPatcher) -> bool | None:
-    """Whether the last prompt used it: with dynamic VRAM alone ComfyUI keeps account of that."""
-    if not patcher.is_dynamic():
+    """Whether the last prompt used it; None while one runs, and where nobody keeps account."""
+    if _used is None or BOUNDARY.busy or not patcher.is_dynamic():
         return None
-    return bool(patcher.model.dynamic_pins[patcher.load_device]["current_prompt"])
+    return patcher.model in _used

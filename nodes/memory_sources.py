@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import threading
+import functools
+import logging
+import time as clock
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,12 +15,12 @@ import psutil
 import torch
 from server import PromptServer
 
-from ..core import memory_report
+from ..core import memory_report, memory_text
 from ..core.fragments import Fragments, fragments
 from ..core.memory_findings import Finding, Ram, findings
 from ..core.memory_report import Allocator, Device, Holding, Probe
 from . import allocator
-from .devices import device_memory, devices
+from .devices import device_memory, devices, short
 from .memory_models import models
 from .store import STORE
 
@@ -32,11 +34,12 @@ NO_BLOCKS = {
     "xpu": "torch tells no blocks of this device.",
 }
 NOT_ASKED = "only asked for on demand, since it takes long: ?fragments=true, or the node."
-MOVING = "ComfyUI is loading or moving it right now; ask again."
 PROBE_BYTES = 16 << 20  # close enough
+MOST_PROBE_SECONDS = 2.0
 
+Heap = Callable[[], Any]  # what torch.cuda.memory_snapshot() gives
+log = logging.getLogger("qwen_vram")
 _at_start: dict[str, tuple[int | None, int | None]] = {}  # of ours, of all: without the allocator
-_probing = threading.Lock()
 
 
 def running() -> bool:
@@ -47,13 +50,22 @@ def running() -> bool:
 def note_start() -> None:
     """Note what the driver counts before anything is loaded: CUDA's context, and others."""
     for device in devices()[:-1]:
-        memory, torchs = device_memory(device), _allocator(device, None)
-        reserved = torchs.reserved if torchs is not None else 0
-        own, used = memory.own_bytes, memory.used_bytes
-        _at_start[str(device)] = (
-            None if own is None else own - reserved,
-            None if used is None or device.type == "mps" else used - reserved,
-        )
+        try:
+            _at_start[str(device)] = _measured_start(device)
+        except Exception as error:  # one broken card must not keep the pack from loading
+            log.warning("The memory of %s cannot be measured: %s.", device, short(error))
+
+
+def _measured_start(device: torch.device) -> tuple[int | None, int | None]:
+    memory, torchs = device_memory(device), _allocator(device, None)
+    if any(reason.startswith("it fails") for reason in memory.why.values()):
+        log.warning("The memory of %s cannot be measured: %s", device, dict(memory.why))
+    reserved = torchs.reserved if torchs is not None else 0
+    own, used = memory.own_bytes, memory.used_bytes
+    return (
+        None if own is None else own - reserved,
+        None if used is None or device.type == "mps" else used - reserved,
+    )
 
 
 def gather(thorough: bool = False, probe: bool = False, only: str | None = None) -> dict[str, Any]:
@@ -62,13 +74,18 @@ def gather(thorough: bool = False, probe: bool = False, only: str | None = None)
     `thorough` also reads the allocator's blocks and looks for models that are only in RAM; `probe`
     tries allocations; `only` names one device.
     """
-    known, moving = models(thorough)
-    told = [_device(device, thorough, probe) for device in devices() if only in (None, str(device))]
-    if moving and told:
-        last = told[-1]
-        told[-1] = Device(**{**vars(last), "why": {**last.why, f"{moving} of the models": MOVING}})
-    doctor = [Finding(*finding) for finding in allocator.diagnosis().findings]
-    found = findings(told, known, _ram(), doctor)
+    known, unread = models(thorough)
+    heap = functools.cache(torch.cuda.memory_snapshot) if thorough else None  # of all cards
+    chosen = [device for device in devices() if only in (None, str(device))]
+    told = [_device(device, heap, probe) for device in chosen]
+    try:
+        doctor, async_by = allocator.for_the_report()
+    except Exception as error:  # whatever the driver of a broken card raises
+        unread["allocator's options"] = f"it fails: {short(error)}."
+        doctor, async_by = (), None
+    if unread and told:
+        told[-1] = Device(**{**vars(told[-1]), "why": {**told[-1].why, **unread}})
+    found = findings(told, known, _ram(), [Finding(*each) for each in doctor], async_by)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     time = now.replace("+00:00", "Z")
     return memory_report.report(told, known, [f._asdict() for f in found], time, running())
@@ -82,10 +99,22 @@ def _ram() -> Ram:
     return Ram(swap, int(mm.TOTAL_PINNED_MEMORY))
 
 
-def _device(device: torch.device, thorough: bool, probe: bool) -> Device:
-    probed = largest_allocation(device) if probe else None
+def _device(device: torch.device, heap: Heap | None, probe: bool) -> Device:
+    """One device; what fails there is not measurable, and the reason is its error."""
+    why: dict[str, str] = {}
+
+    def _try(what: str, ask: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return ask(device, *args)
+        except Exception as error:  # whatever a driver or a custom node's object raises
+            why[what] = f"it fails: {short(error)}."
+            return None
+
+    probed = _try("largest allocation", largest_allocation) if probe else None
     memory = device_memory(device)
-    pieces = _fragments(device) if thorough else None
+    pieces = _try("free blocks", _fragments, heap) if heap is not None else None
+    torchs = _try("allocator", _allocator, pieces)
+    holdings = _try("buffers and kept results", lambda d: list(_holdings(d))) or []
     return Device(
         memory.device,
         memory.name,
@@ -94,10 +123,10 @@ def _device(device: torch.device, thorough: bool, probe: bool) -> Device:
         memory.used_bytes,
         memory.own_bytes,
         memory.other_bytes,
-        memory.why,
-        _allocator(device, pieces),
+        {**memory.why, **why},
+        torchs,
         pieces,
-        tuple(holding for holding in _holdings(device) if holding.bytes),
+        tuple(holding for holding in holdings if holding.bytes),
         *_at_start.get(str(device), (None, None)),
         probed,
     )
@@ -135,11 +164,11 @@ def _no_blocks(backend: str) -> Mapping[str, str]:
     return {"inactive_split": why, "largest_free_block": why}
 
 
-def _fragments(device: torch.device) -> Fragments | None:
+def _fragments(device: torch.device, heap: Heap) -> Fragments | None:
     """Free blocks of torch's own allocator; the others raise when asked for them."""
     if device.type != "cuda" or _backend(device) != "native":
         return None
-    return fragments(torch.cuda.memory_snapshot(), device.index or 0)
+    return fragments(heap(), device.index or 0)
 
 
 # ---------------------------------------------------------------------------------- named holders
@@ -172,7 +201,7 @@ def _kept_results(device: torch.device) -> int:
     sizes: dict[int, int] = {}
     for entry in list(cache.values()):
         for tensor in _tensors_in(entry.outputs):
-            if tensor.device == device:
+            if tensor.device == device and tensor.layout is torch.strided:  # others: no storage
                 sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(sizes.values())
 
@@ -195,22 +224,27 @@ def largest_allocation(device: torch.device) -> Probe:
     if device.type not in ("cuda", "xpu"):
         why = "not tried: an operating system promises more RAM than there is."
         return Probe(None, why if device.type in ("cpu", "mps") else "not tried on this device.")
-    with _probing:
-        before = _pages(device)
-        largest = _largest(lambda size: _fits(device, size), _bound(device))
-        mm.soft_empty_cache()
-    return Probe(largest, _probe_note(before, _pages(device)))
+    before = _pages(device)
+    end = clock.monotonic() + MOST_PROBE_SECONDS
+    largest, done = _largest(lambda size: _fits(device, size), _bound(device), end)
+    mm.soft_empty_cache()
+    return Probe(largest, _probe_note(before, _pages(device), done))
 
 
-def _largest(fits: Callable[[int], bool], bound: int) -> int:
-    """The largest size up to `bound` that fits, to within PROBE_BYTES, by halving."""
+def _largest(fits: Callable[[int], bool], bound: int, end: float) -> tuple[int, bool]:
+    """The largest size up to `bound` that fits, to within PROBE_BYTES, by halving.
+
+    False if the time `end` (by clock.monotonic) came before.
+    """
     if fits(bound):
-        return bound
+        return bound, True
     low, high = 0, bound
     while high - low > PROBE_BYTES:
+        if clock.monotonic() > end:
+            return low, False
         tried = (low + high) // 2
         low, high = (tried, high) if fits(tried) else (low, tried)
-    return low
+    return low, True
 
 
 def _bound(device: torch.device) -> int:
@@ -235,12 +269,14 @@ def _pages(device: torch.device) -> int:
     return sum(model.pages_bytes for model in models()[0] if model.device == str(device))
 
 
-def _probe_note(before: int, after: int) -> str:
+def _probe_note(before: int, after: int, done: bool) -> str:
     note = "Torch's cache went back to the driver."
+    if not done:
+        note += f" After {MOST_PROBE_SECONDS:.0f} s no larger ones were tried."
     if before > after:
-        gone = memory_report.amount(before - after)
+        gone = memory_text.amount(before - after)
         note += f" {gone} of the models' pages had to leave; they come back with the next run."
     if after:
-        more = memory_report.amount(after)
+        more = memory_text.amount(after)
         note += f" Dynamic VRAM would also give up {more} of the models' pages for a run."
     return note

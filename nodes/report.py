@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io as streams
 import json
+import threading
+import time as clock
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,11 +18,13 @@ from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..core import memory_map, memory_report
+from ..core import memory_map, memory_report, memory_text
 from ..core.graph_identity import is_link
+from .boundary import AT_ONCE, BOUNDARY
 from .devices import devices
+from .memory_models import note_used
 from .memory_sources import gather, note_start
-from .requests import refused
+from .requests import json_body, refused
 from .status import shown
 
 PATH = "/qwen_vram/report"
@@ -106,7 +110,7 @@ class Report(io.ComfyNode):
         told = gather(thorough=True, probe=probe)
         picture = as_image(memory_map.draw(told, theme))
         result = shown(
-            value, memory_report.text(told), json.dumps(told), picture, text=headline(told)
+            value, memory_text.text(told), json.dumps(told), picture, text=headline(told)
         )
         result.ui = {**result.ui, **ui.PreviewImage(picture, cls=cls).as_dict()}
         return result
@@ -120,7 +124,7 @@ def as_image(picture: Any) -> torch.Tensor:
 
 def headline(told: Mapping[str, Any]) -> str:
     """What is shown on the node as text: free memory, and the first finding."""
-    amount = memory_report.amount
+    amount = memory_text.amount
     words = [
         f"{d['name'] if d['kind'] == 'cpu' else d['device']}: "
         f"{amount(d['free_bytes'])} free of {amount(d['total_bytes'])}"
@@ -139,22 +143,21 @@ class Wish(NamedTuple):
     format: str = "json"
     theme: str = THEMES[0]
     device: str | None = None
-    probe: bool = False
     fragments: bool = False
 
 
 def wish_of(query: Mapping[str, str]) -> Wish:
     """Read the query of a request. Raises ValueError with a sentence."""
+    if "probe" in query:
+        raise ValueError(f"probe is no part of a GET, since it allocates: POST {PATH} with {{}}.")
     unknown = query.keys() - set(Wish._fields)
     if unknown:
         known = ", ".join(Wish._fields)
         raise ValueError(f"{min(unknown)[:80]} is not known: use {known}, or nothing.")
-    names = [str(device) for device in devices()]
     wish = Wish(
         _one_of(query, "format", FORMATS, FORMATS[0]),
         _one_of(query, "theme", THEMES, THEMES[0]),
-        _one_of(query, "device", names, None),
-        _flag(query, "probe"),
+        _one_of(query, "device", [str(device) for device in devices()], None),
         _flag(query, "fragments"),
     )
     if "theme" in query and wish.format != "png":
@@ -176,15 +179,43 @@ def _flag(query: Mapping[str, str], name: str) -> bool:
     return found
 
 
-def answer(wish: Wish) -> dict[str, Any]:
-    """The report; a probe is only tried while nothing runs, and then nothing starts either."""
-    if not wish.probe:
-        return gather(wish.fragments, False, wish.device)
-    queue = PromptServer.instance.prompt_queue
-    with queue.mutex:  # the worker takes its next prompt under it
-        busy = bool(queue.currently_running)
-        told = gather(wish.fragments, not busy, wish.device)
-    for device in told["devices"] if busy else ():
+class _Shared:
+    """One report at a time; all who wait for it share the next one. None is older than its wish."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: dict[Wish, tuple[float, dict[str, Any]]] = {}
+
+    def report(self, wish: Wish) -> dict[str, Any]:
+        """The report for this wish, begun after it came."""
+        wish = wish._replace(format=FORMATS[0], theme=THEMES[0])
+        came = clock.perf_counter()
+        with self._lock:
+            began, told = self._last.get(wish, (came, {}))
+            if began <= came:
+                began = clock.perf_counter()
+                told = gather(wish.fragments, False, wish.device)
+                self._last = {wish: (began, told)}
+        return told
+
+
+_shared = _Shared()
+
+
+async def probed(only: str | None = None) -> dict[str, Any]:
+    """The report with a probe, which is only tried while no prompt runs.
+
+    ComfyUI's worker tries it, so that a prompt that comes meanwhile waits, and the server goes on.
+    Raises RuntimeError where the worker does not answer.
+    """
+
+    def _unless_running(moment: str) -> dict[str, Any] | None:
+        return gather(False, True, only) if moment == AT_ONCE else None
+
+    if not BOUNDARY.busy and (told := await BOUNDARY.done(_unless_running)):
+        return told
+    told = await asyncio.to_thread(gather, False, False, only)
+    for device in told["devices"]:
         device["largest_allocation"] = memory_report.Probe(None, BUSY)._asdict()
     return told
 
@@ -204,19 +235,37 @@ async def get_report(request: web.Request) -> web.Response:
         wish = wish_of(request.query)
     except ValueError as error:
         return web.json_response({"error": str(error)}, status=400)
-    told = await asyncio.to_thread(answer, wish)
+    told = await asyncio.to_thread(_shared.report, wish)
     if wish.format == "png":
         body = await asyncio.to_thread(_png, told, wish.theme)
         return web.Response(body=body, content_type="image/png", headers=NO_STORE)
     if wish.format == "text":
-        return web.Response(text=memory_report.text(told), headers=NO_STORE)
+        return web.Response(text=memory_text.text(told), headers=NO_STORE)
     return web.json_response(told, headers=NO_STORE)
+
+
+async def post_probe(request: web.Request) -> web.Response:
+    """POST {"device": "cuda:0"}, or {} for all: the report as JSON, with a probe."""
+    refusal = refused(request)
+    if refusal is not None:
+        return refusal
+    try:
+        body = await json_body(request, {"device": str})
+        only = _one_of(body, "device", [str(device) for device in devices()], None)
+    except ValueError as error:
+        return web.json_response({"error": str(error)}, status=400)
+    try:
+        return web.json_response(await probed(only), headers=NO_STORE)
+    except RuntimeError as error:
+        return web.json_response({"error": f"Nothing was probed: {error}"}, status=503)
 
 
 def register() -> None:
     """Serve the report, and note what CUDA itself takes; called when the pack is loaded."""
     note_start()
+    BOUNDARY.after_nodes.append(note_used)
     PromptServer.instance.routes.get(PATH)(get_report)
+    PromptServer.instance.routes.post(PATH)(post_probe)
 
 
 NODES = [Report]

@@ -26,7 +26,8 @@ def refused(request: web.Request) -> web.Response | None:
     foreign = any(
         site not in ("same-origin", "none") for site in headers.getall("Sec-Fetch-Site", [])
     )
-    # A browser may leave out the origin of a GET, not the page that it came from.
+    # A GET says no origin, and a page may have its browser leave out where it came from; then, over
+    # plain HTTP, nothing tells it from a script. So what has effects must not be a GET.
     claimed = headers.getall("Origin", []) or headers.getall("Referer", [])
     if not foreign and all(_same(origin, headers.get("Host", "")) for origin in claimed):
         return None

@@ -43,7 +43,7 @@ def sample(used: float = 12e9) -> dict[str, Any]:
     """A report of a card that is not in this machine."""
     parts = [
         part("other_processes", 1.2e9, "Other processes"),
-        part("model:0", used, "Qwen-Image transformer (fp8)", "12.00 GB of 20.43 GB resident"),
+        part("model:0", used, "Diffusion model qwen_image (fp8)", "12.00 GB of 20.43 GB resident"),
         part("model:1", 0.25e9, HOSTILE_NAME),
         part("context", None, "CUDA context and libraries"),
         part("allocator_cache", 2.1e9, "Allocator: cached"),
@@ -53,7 +53,7 @@ def sample(used: float = 12e9) -> dict[str, Any]:
     why = [{"what": "fragmentation", "why": "cudaMallocAsync keeps no list of its blocks"}]
     device = {"device": "cuda:0", "name": "NVIDIA GeForce RTX 4090", "kind": "cuda"}
     device |= {"total_bytes": 24e9, "free_bytes": parts[-1]["bytes"], "parts": parts}
-    model = {"name": HOSTILE_NAME, "file": None, "kind": "transformer", "dtype": "fp8_e4m3fn"}
+    model = {"name": HOSTILE_NAME, "file": None, "kind": "diffusion model", "dtype": "fp8_e4m3fn"}
     model |= {"device": "cuda:0", "bytes": 20.43e9, "resident_bytes": used, "ram_bytes": None}
     finding = {"id": "duplicate", "severity": "problem", "text": "Two copies of the text encoder."}
     finding |= {"action": "Merge their loaders.", "saves_bytes": 9e9}
@@ -114,7 +114,7 @@ def test_sample_is_drawn_to_scale_and_as_plain_text(editor: Editor, answer) -> N
     panel = open_panel(editor)
     bar = panel.get_by_role("img")
     expect(bar).to_have_attribute(
-        "aria-label", re.compile("^NVIDIA GeForce RTX 4090: 15.75 GB of 24.00 GB in use")
+        "aria-label", re.compile("^cuda:0 - NVIDIA GeForce RTX 4090: 15.75 GB of 24.00 GB in use")
     )
     widths = panel.evaluate(WIDTHS)
     assert widths == pytest.approx([x / 24 for x in (1.2, 12, 0.25, 2.1, 0.2, 8.25)], abs=0.004)
@@ -185,9 +185,13 @@ def test_probe_on_request_only(editor: Editor, answer) -> None:
     asked: list[str] = []
 
     def handler(route: Route) -> None:
-        asked.append(route.request.url.partition("report")[2])
+        asked.append(route.request.method + route.request.url.partition("report")[2])
         report = sample()
-        if asked[-1]:
+        if asked[-1] == "GET?fragments=true":
+            report["devices"][0]["allocator"] = {"backend": "native"}
+            heap = {"largest_bytes": 5e8, "small_bytes": 2e9, "small_count": 7}
+            report["devices"][0]["fragments"] = heap
+        if asked[-1] == "POST":
             report["devices"][0]["largest_allocation"] = {"bytes": 8.1e9, "note": ""}
         route.fulfill(json=report)
 
@@ -196,8 +200,11 @@ def test_probe_on_request_only(editor: Editor, answer) -> None:
     panel.get_by_role("button", name="Probe the largest allocation").click()
     expect(panel.get_by_text("the largest allocation that succeeds now is 8.10 GB")).to_be_visible()
     editor.page.wait_for_timeout(1200)
-    assert asked.count("?probe=true") == 1 and asked[0] == asked[-1] == ""
+    assert asked.count("POST") == 1 and asked[0] == asked[-1] == "GET"
     expect(panel.get_by_text("succeeds now is 8.10 GB")).to_be_visible()
+    panel.get_by_role("button", name="Look at the free blocks").click()
+    expect(panel.get_by_text("2.00 GB lie in 7 fragments smaller than 64 MB")).to_be_visible()
+    assert asked.count("GET?fragments=true") == 1
 
 
 # ------------------------------------------------------------------------------------ bad answers

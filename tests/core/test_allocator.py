@@ -27,7 +27,7 @@ from pack.core.allocator import (
     Origin,
 )
 
-NVIDIA = Machine("2.11.0+cu130", "Linux")
+NVIDIA = Machine("cuda", "Linux")
 POWERS = [1, 2, 4, 8, 16, 32, 64]
 DIVISIONS = st.sampled_from([0, *POWERS])
 SIZES = st.lists(st.sampled_from([2**i for i in range(17)]), min_size=1, max_size=5, unique=True)
@@ -145,6 +145,27 @@ def test_no_valid_value_brings_another_option(name: str, value: str) -> None:
 )
 def test_lists_of_divisions_have_sizes_in_order(value: str) -> None:
     assert not allocator.is_valid("roundup_power2_divisions", value)
+
+
+# ------------------------------------------------------------------------ what torch is built for
+@pytest.mark.parametrize(
+    ("text", "built"),
+    [
+        ("__version__ = '2.8.0a0+nv25.08'\ncuda: Optional[str] = '13.0'\nhip = None\n", "cuda"),
+        ("__version__ = '2.9.1'\ncuda = '12.8'\n", "cuda"),
+        ("cuda: Optional[str] = None\nhip: Optional[str] = '7.0.1'\nrocm = '7'\n", "hip"),
+        ("__version__ = '2.11.0+cu130'\ncuda: Optional[str] = None\nhip = None", ""),
+        ("", ""),
+    ],
+)
+def test_the_version_file_says_what_torch_is_built_for(text: str, built: str) -> None:
+    assert allocator.built_for(text) == built
+
+
+def test_the_version_file_of_this_torch_is_understood() -> None:
+    text = Path(torch.version.__file__).read_text(encoding="utf-8")
+    is_built = "cuda" if torch.version.cuda else "hip" if torch.version.hip else ""
+    assert allocator.built_for(text) == is_built
 
 
 # --------------------------------------------------------------------------------- the settings
@@ -279,11 +300,11 @@ def test_an_empty_choice_changes_nothing_at_all() -> None:
         ({"max_split_size_mb": "64"}, found("backend:native"), "backend:native,max_split_size_mb:64", None),
         ({"max_split_size_mb": "64"}, found("backend:native", flag=ASYNC), f"backend:native,{HOSTS_OWN}", "differ"),
         ({"max_split_size_mb": "64"}, found("nonsense"), f"nonsense,{HOSTS_OWN}", "not an option with a value"),
-        ({"max_split_size_mb": "64"}, found(machine=Machine("2.11.0+cpu", "Linux"), host_added=False), None, "not built for"),
+        ({"max_split_size_mb": "64"}, found(machine=Machine("", "Linux"), host_added=False), None, "not built for"),
         ({"max_split_size_mb": "64"}, found(machine=NVIDIA._replace(cpu=True)), HOSTS_OWN, "--cpu"),
         ({"backend": NATIVE, "expandable_segments": "True"}, found(machine=NVIDIA._replace(system="Windows")), None, "Linux only"),
-        ({"backend": ASYNC}, found(machine=Machine("2.11.0+rocm7", "Linux"), host_added=False), None, "for NVIDIA"),
-        ({"max_split_size_mb": "64"}, found(machine=Machine("2.11.0+rocm7", "Linux"), host_added=False), "max_split_size_mb:64", None),
+        ({"backend": ASYNC}, found(machine=Machine("hip", "Linux"), host_added=False), None, "for NVIDIA"),
+        ({"max_split_size_mb": "64"}, found(machine=Machine("hip", "Linux"), host_added=False), "max_split_size_mb:64", None),
     ],
 )  # fmt: skip
 def test_who_decides(choice, start, text, note) -> None:

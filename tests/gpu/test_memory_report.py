@@ -86,6 +86,8 @@ def test_the_parts_add_up_to_what_nvml_counts(running: tuple[str, str, Server]) 
     assert any(name.startswith("model:") for name in sizes)
     resident = [m for m in told["models"] if m["device"] == "cuda:0" and m["resident_bytes"]]
     assert resident and all(m["file"] for m in resident)
+    needed = {m["needed"] for m in resident}
+    assert needed == ({True} if vram == "dynamic" else {None})  # the prompt used them all
     dynamic = sum(m["pages_bytes"] for m in told["models"])
     assert (dynamic > 0) == (vram == "dynamic") and device["dynamic_vram_bytes"] == dynamic
 
@@ -94,7 +96,7 @@ def test_a_large_allocation_is_seen_and_found_by_probing(
     running: tuple[str, str, Server],
 ) -> None:
     allocator, vram, server = running
-    _, device = card(server, "probe=true")
+    (device,) = server.post_json("/qwen_vram/report", {"device": "cuda:0"})["devices"]
     probe = device["largest_allocation"]
     assert probe["bytes"] is not None
     assert 0.8 * device["free_bytes"] < probe["bytes"] < device["total_bytes"], (probe, device)

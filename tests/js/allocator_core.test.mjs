@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
-import { ALLOCATOR_SETTINGS } from "../../js/allocator_core.js";
+import { ALLOCATOR_SETTINGS, splitProblem } from "../../js/allocator_core.js";
 
 const read = (path) => readFileSync(new URL(`../../${path}`, import.meta.url), "utf8");
 const words = (language) => JSON.parse(read(`locales/${language}/settings.json`));
@@ -28,4 +28,11 @@ test("both languages have every text, the English one as it is in the code", () 
     }
     assert.doesNotMatch(JSON.stringify([english, chinese]).replace(/[{}]/g, ""), /[@|]/);
   }
+});
+
+test("a size that the start refuses is marked in the dialog", () => {
+  const least = Number(read("core/allocator.py").match(/whole number of MB from (\d+)/)[1]);
+  assert.deepEqual([0, least, 128, null].map((value) => splitProblem(value, "en")), [null, null, null, null]);
+  for (const value of [1, least - 1]) assert.match(splitProblem(value, "en"), new RegExp(`at least ${least}`));
+  assert.match(splitProblem(5, "zh"), /至少 21/);
 });

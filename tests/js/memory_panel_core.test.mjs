@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import {
-  bytesText, commandLabel, failureText, memoryWords, parseReport, pauseAfter, poller, probedText, viewOf,
+  blocksText, bytesText, commandLabel, failureText, memoryWords, parseReport, pauseAfter, poller, probedText, viewOf,
 } from "../../js/memory_panel_core.js";
 
 const read = (path) => readFileSync(new URL(`../../${path}`, import.meta.url), "utf-8");
@@ -19,7 +19,7 @@ const REPORT = {
     not_measurable: [{ what: "fragmentation", why: "cudaMallocAsync keeps none" }],
   }],
   models: [{
-    name: "Qwen-Image", file: "q.safetensors", kind: "transformer", dtype: "fp8", device: "cuda:0", bytes: 20e9,
+    name: "Qwen-Image", file: "q.safetensors", kind: "diffusion model", dtype: "fp8", device: "cuda:0", bytes: 20e9,
     resident_bytes: 12e9, ram_bytes: null, pinned_bytes: 2e9, shared_with: 1, duplicate_of: "Qwen-Image (1)",
   }],
   findings: [{ id: "d", severity: "problem", text: "Two copies.", action: "Merge.", saves_bytes: 3.1e9, command: "QwenVRAM.MergeLoaders" }],
@@ -36,9 +36,60 @@ test("bars are to scale, and what cannot be measured has no piece of them", () =
   const sizes = Object.fromEntries(device.rows.map((row) => [row.id, row.size]));
   assert.deepEqual([sizes.context, sizes.unexplained], ["not measurable", "−500.0 MB"]);
   assert.deepEqual(device.unknown, ["fragmentation: cudaMallocAsync keeps none"]);
-  assert.match(device.label, /^NVIDIA: 15\.00 GB of .*Qwen-Image \(fp8\) 12\.00 GB/); // for screen readers
+  assert.match(device.label, /^cuda:0 - NVIDIA: 15\.00 GB of .*Qwen-Image \(fp8\) 12\.00 GB/); // for screen readers
   const colours = device.rows.map((row) => row.colour).filter(Boolean);
   assert.equal(new Set(colours).size, 4);
+});
+
+test("cards of the same name are told apart, and a part has one colour on all devices", () => {
+  const [card] = REPORT.devices;
+  const ram = { device: "cpu", name: "RAM", kind: "cpu", total_bytes: 9e9, parts: [part("model:1", 1e9), part("model:7", 1e9)] };
+  const { devices } = viewOf({ devices: [card, { ...card, device: "cuda:1" }, ram] }, "en");
+  assert.deepEqual(devices.map(({ name }) => name), ["cuda:0 - NVIDIA", "cuda:1 - NVIDIA", "RAM"]);
+  const colours = devices.flatMap(({ rows }) => rows.filter(({ id }) => id.startsWith("model")).map(({ id, colour }) => [id, colour]));
+  assert.equal(new Set(colours.map(String)).size, 3); // three models, each of one colour
+  assert.equal(new Set(colours.map(([, colour]) => colour)).size, 3);
+});
+
+test("colours are those of the picture", () => {
+  const table = read("core/memory_map.py").split("OTHER_COLOURS = {")[1].split("}")[0];
+  const known = [...table.matchAll(/"(\w+)": "(#\w+)"/g)].filter(([, id]) => !["unexplained", "smaller"].includes(id));
+  const parts_ = [...known.map(([, id]) => part(id, 1e6)), part("model:0", 1e6)];
+  const rows = viewOf({ devices: [{ name: "x", parts: parts_ }] }, "en").devices[0].rows;
+  const first = read("core/memory_map.py").match(/MODEL_COLOURS = \("(#\w+)"/)[1];
+  assert.deepEqual(rows.map(({ id, colour }) => [id, colour]), [...known.map(([, id, colour]) => [id, colour]), ["model:0", first]]);
+});
+
+test("the allocator and dynamic VRAM are told, and a look at the blocks", () => {
+  const allocator = { backend: "native", allocated_bytes: 2e9, reserved_bytes: 3e9, largest_free_block_bytes: null, inactive_split_bytes: 1e8 };
+  const device = { device: "cuda:0", name: "G", allocator, dynamic_vram_bytes: 33.7e6 };
+  assert.deepEqual(viewOf({ devices: [device] }, "en").devices[0].notes, [
+    "Dynamic VRAM: 33.7 MB in pages of 32 MiB",
+    "Allocator native: 2.00 GB allocated, 3.00 GB reserved, largest free block not measurable, free between live blocks 100.0 MB",
+  ]);
+  const fragments = { largest_bytes: 5e8, small_bytes: 2e9, small_count: 7 };
+  assert.equal(blocksText({ devices: [{ ...device, fragments }] }, "en"),
+    "cuda:0 - G: the largest free block of the allocator has 500.0 MB; 2.00 GB lie in 7 fragments smaller than 64 MB.");
+  const why = [{ what: "largest free block", why: "nobody keeps one." }];
+  assert.equal(blocksText({ devices: [{ ...device, not_measurable: why }] }, "en"), "cuda:0 - G: not measurable: nobody keeps one.");
+  assert.equal(blocksText({ devices: [{ name: "RAM", kind: "cpu", allocator: null }] }, "en"), en.noDevice);
+});
+
+test("parts, findings and reasons that the server words are there in Chinese", () => {
+  const zh = memoryWords("zh");
+  const ids = ["core/memory_report.py", "nodes/memory_sources.py"].flatMap((path) =>
+    [...read(path).matchAll(/(?:Part|Holding)\(\s*"(\w+)"/g)].map((match) => match[1]));
+  assert.ok(ids.includes("outputs") && ids.includes("stream_buffers"));
+  for (const id of ids.concat("others_at_start")) assert.match(zh.parts[id] ?? "", /[\u4e00-\u9fff]/, id);
+  const found = [...read("core/memory_findings.py").matchAll(/Finding\(\s*"(\w+)"/g)].map((match) => match[1]);
+  for (const id of found.concat("duplicate_vae", "duplicate_text_encoder", "duplicate_diffusion_model")) assert.ok(zh.told[id], id);
+  assert.ok(found.length >= 8);
+  const sources = ["core/memory_report.py", "nodes/memory_sources.py", "nodes/nvml.py"].map(read).join("").replace(/"\s*\n\s*f?"/g, "").replace('{ASYNC}', "cudaMallocAsync");
+  for (const reason of [...Object.keys(zh.why), ...Object.keys(zh.what)]) assert.ok(sources.includes(reason), reason);
+  const finding = { id: "other_processes", text: "Other ...", action: "Close ...", about: "cuda:1", saves_bytes: 2e9 };
+  const [told] = viewOf({ devices: [], findings: [finding, { ...finding, id: "constructor" }] }, "zh").findings;
+  assert.deepEqual([told.text, told.action.slice(0, 2)], ["其他程序占用了 cuda:1 的 2.00 GB。", "关闭"]);
+  assert.equal(viewOf({ devices: [], findings: [{ ...finding, id: "constructor" }] }, "zh").findings[0].text, "Other ...");
 });
 
 test("parts that overlap still fit into the bar", () => {
@@ -52,7 +103,7 @@ test("a model tells where it is, and a missing figure is never 0", () => {
   assert.equal(model.onDevice, "12.00 GB of 20.00 GB");
   assert.equal(model.inRam, "RAM: not measurable");
   assert.equal(viewOf({ ...REPORT, models: [{ ...REPORT.models[0], device: "cpu" }] }, "en").models[0].inRam, "");
-  assert.equal(model.notes, "q.safetensors · transformer · fp8 · cuda:0 · 2.00 GB pinned · shared with 1 more");
+  assert.equal(model.notes, "q.safetensors · diffusion model · fp8 · cuda:0 · 2.00 GB pinned · shared with 1 more");
   assert.equal(model.duplicate, "second copy of Qwen-Image (1)");
   const [none] = viewOf({ devices: [], models: [{}] }, "en").models;
   assert.deepEqual([none.onDevice, none.inRam], ["not measurable", "RAM: not measurable"]);
@@ -92,7 +143,7 @@ test("hostile reports give bounded plain texts", () => {
   for (let round = 0; round < 100; round += 1) {
     const many = (keys) => (any() ? Array.from({ length: 150 }, () => thing(keys)) : any());
     const devices = Array.from({ length: 3 }, () => ({
-      ...thing(["device", "name", "total_bytes", "free_bytes", "largest_allocation"]),
+      ...thing(["device", "name", "total_bytes", "free_bytes", "largest_allocation", "allocator", "fragments", "kind", "dynamic_vram_bytes"]),
       parts: many(["id", "label", "bytes", "detail"]), not_measurable: many(["what", "why"]),
     }));
     const report = {
@@ -107,6 +158,8 @@ test("hostile reports give bounded plain texts", () => {
     }
     for (const finding of view.findings) for (const said of Object.values(finding)) assert.ok(said === null || said.length < 500);
     assert.equal(typeof probedText(report, "zh"), "string");
+    assert.equal(typeof blocksText(report, "zh"), "string");
+    assert.ok(viewOf(report, "zh").findings);
   }
 });
 
@@ -217,7 +270,7 @@ test("failures are told, asked less and less often, and forgotten", async () => 
 });
 
 test("words exist in both languages, and so do the texts of the tab", () => {
-  const keys = (value) => Object.entries(value).flatMap(([k, v]) => (typeof v === "object" && k !== "parts" ? keys(v).map((x) => `${k}.${x}`) : [k]));
+  const keys = (value) => Object.entries(value).flatMap(([k, v]) => (typeof v === "object" && !["parts", "what", "why", "told"].includes(k) ? keys(v).map((x) => `${k}.${x}`) : [k]));
   assert.deepEqual(keys(memoryWords("zh")), keys(en));
   for (const language of ["en", "zh"]) {
     const load = (name) => JSON.parse(read(`locales/${language}/${name}.json`));

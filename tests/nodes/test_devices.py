@@ -64,8 +64,9 @@ def fake(host, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeNvml]:
     fake = FakeNvml()
     host.part("nodes.nvml")._module.cache_clear()
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    properties = types.SimpleNamespace(uuid="1234")
+    properties = types.SimpleNamespace(uuid="1234", total_memory=8 * GB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda index: True, raising=False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GB + 7, 8 * GB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: GB)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
@@ -142,3 +143,37 @@ def test_a_library_that_fails_is_asked_again(fake: FakeNvml, measured: Any) -> N
     fake.nvmlInit = start
     fake.compute = [Process(os.getpid(), 2 * GB)]
     assert measured().own_bytes == 2 * GB
+
+
+def test_a_card_that_comfyui_does_not_use_is_asked_without_taking_memory_of_it(
+    host, fake: FakeNvml, measured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda index: False, raising=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", asked.append)
+    found = measured()
+    assert found[3:7] == (8 * GB, 3 * GB, 0, 3 * GB) and not asked
+    host.part("nodes.nvml")._module.cache_clear()
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    found = measured()
+    assert found[3:7] == (8 * GB, None, 0, None) and not asked
+    assert "does not use this card" in found.why["used_bytes"]
+
+
+def test_a_broken_card_has_no_figures_and_the_pack_loads(
+    fake: FakeNvml, measured: Any, host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(device: torch.device) -> Any:
+        raise RuntimeError("CUDA error: an illegal\nmemory access")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", failing)
+    monkeypatch.setattr(torch.cuda, "get_device_name", failing)
+    found = measured()
+    assert found[1:7] == ("cuda", "cuda", None, None, None, None)
+    assert "it fails: RuntimeError: CUDA error: an illegal memory access." in found.why.values()
+    sources = host.part("nodes.memory_sources")
+    monkeypatch.setattr(sources, "devices", lambda: [CARD, torch.device("cpu")])
+    monkeypatch.setattr(torch.cuda, "memory_stats", failing)
+    monkeypatch.setattr(sources, "_at_start", {})
+    sources.note_start()
+    assert sources._at_start == {}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import os
+import threading
 import time
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -94,13 +98,29 @@ def test_two_loaders_of_one_file_that_do_not_share_are_two_copies(fresh, sources
     assert finding["command"] == "QwenVRAM.MergeLoaders" and finding["saves_bytes"] > 0
 
 
-def test_a_model_that_is_only_in_ram_is_found_on_demand(fresh, sources) -> None:
+@pytest.fixture
+def every_object() -> Iterator[None]:
+    """Python's collector sees all objects, as in a server: tests/host.py freezes those that stay."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+def test_a_model_that_is_only_in_ram_is_found_on_demand(fresh, sources, every_object) -> None:
+    assert len(gc.get_objects()) > 100_000
     graph = {"vae": node("VAELoader", vae_name=VAE), "out": node("PreviewAny", source=["vae", 0])}
     run, name = fresh.run(graph), VAE.partition(".")[0]  # nothing has computed with it yet
     assert not named(sources.gather(), name)
     (vae,) = named(sources.gather(thorough=True), name)
     assert vae["kind"] == "VAE" and vae["ram_bytes"] + vae["mapped_bytes"] > 1e5
     assert named(sources.gather(), name)  # known from now on
+    sources.models.__globals__["_seen"].clear()
+    boundary = fresh.part("nodes.boundary").BOUNDARY
+    boundary._running.add("a prompt")  # then its own thread alone looks for them
+    try:
+        assert not named(sources.gather(thorough=True), name)
+    finally:
+        boundary._running.discard("a prompt")
     del run
     fresh.restart()
     assert not named(sources.gather(), name)
@@ -140,10 +160,217 @@ def test_gathering_is_quick_once_models_are_known(fresh, sources) -> None:
     assert sorted(seconds)[4] < 0.05  # a panel asks every second; usual are 1 to 2 ms
 
 
+# ----------------------------------------------------------------------------- a card that is not here
+CARD = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def asked(sources, host, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A card with torch's own allocator; counts what takes long."""
+    asked = {"snapshot": 0, "settings": 0, "blocks": 0}
+
+    def count(name: str, answer: Any) -> Any:
+        def ask(*args: Any, **more: Any) -> Any:
+            asked[name] += 1
+            return answer
+
+        return ask
+
+    names = ("allocated_bytes", "reserved_bytes", "inactive_split_bytes")
+    stats = {f"{name}.all.current": size for name, size in zip(names, (5, 9, 1), strict=True)}
+    memory = host.part("nodes.devices").DeviceMemory("cuda:0", "A", "cuda", 99, 9, 9, 0, {})
+    monkeypatch.setattr(sources, "devices", lambda: [CARD, torch.device("cuda", 1)])
+    monkeypatch.setattr(
+        sources, "device_memory", lambda device: memory._replace(device=str(device))
+    )
+    part = host.part("nodes.allocator")
+    monkeypatch.setattr(part, "_devices", lambda machine: ([CARD], ""))
+    monkeypatch.setattr(part, "_backend", lambda machine: "native")
+    monkeypatch.setattr(part, "_options_read", {})
+    monkeypatch.setattr(part.allocator, "read_settings", count("settings", ({}, "")))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A")
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", count("blocks", []))
+    settings = {"allocator_settings": {"PYTORCH_CUDA_ALLOC_CONF": ""}}
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", count("snapshot", settings))
+    return asked
+
+
+def test_a_panel_that_asks_each_second_takes_no_snapshots(fresh, sources, asked) -> None:
+    for _ in range(3):
+        (card, _) = sources.gather()["devices"]
+    assert card["allocator"]["inactive_split_bytes"] == 1
+    assert asked == {"snapshot": 1, "settings": 0, "blocks": 0}
+    sources.gather(thorough=True)  # two cards
+    assert asked == {"snapshot": 1, "settings": 0, "blocks": 1}
+    fresh.part("nodes.allocator").diagnosis()  # the doctor looks anew
+    assert (asked["snapshot"], asked["settings"]) == (2, 1)
+
+
+def test_what_fails_is_not_measurable_and_the_report_goes_on(
+    fresh, sources, asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise NotImplementedError("Cannot access storage of\nSparseTensorImpl")
+
+    for name in ("_holdings", "_allocator", "_fragments", "_fits"):
+        monkeypatch.setattr(sources, name, failing)
+    monkeypatch.setattr(fresh.part("nodes.allocator"), "for_the_report", failing)
+    for device in sources.gather(thorough=True, probe=True)["devices"]:
+        unread = {each["what"]: each["why"] for each in device["not_measurable"]}
+        assert unread.keys() >= {
+            *("largest allocation", "free blocks", "allocator", "buffers and kept results")
+        }
+        why = "it fails: NotImplementedError: Cannot access storage of SparseTensorImpl."
+        assert set(unread.values()) == {why} and device["allocator"] is None
+    assert "allocator's options" in unread
+
+
+def test_results_without_a_storage_are_left_out(sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cache:
+        """As ComfyUI's, with one result."""
+
+        def __init__(self) -> None:
+            plain = torch.zeros(100, dtype=torch.uint8)
+            outputs = [[torch.eye(3).to_sparse(), plain, plain]]
+            self.cache = {"a": types.SimpleNamespace(outputs=outputs)}
+
+        def release(self) -> None:
+            """What ComfyUI leaves where memory pressure can call it."""
+
+    release = Cache().release
+    monkeypatch.setattr(sources.comfy.memory_management, "extra_ram_release_callback", release)
+    assert sources._kept_results(torch.device("cpu")) == 100
+
+
+def test_the_worker_probes_and_the_server_goes_on(
+    fresh, host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, queue = fresh.part("nodes.report"), host.server.prompt_queue
+    boundary, seen = report.BOUNDARY, []
+
+    def gather(thorough: bool, probe: bool, only: str | None) -> dict[str, Any]:
+        asked = threading.Thread(target=queue.get_current_queue, daemon=True)
+        asked.start()
+        asked.join(5)
+        assert not asked.is_alive()  # the server can still tell of its queue
+        seen.append((probe, threading.current_thread().name))
+        return {"devices": [{}]}
+
+    def work() -> None:
+        """As main.py does between two prompts."""
+        while not (flags := queue.get_flags()):
+            time.sleep(0.01)
+        assert not flags.get("unload_models", flags.get("free_memory", False))
+
+    monkeypatch.setattr(report, "gather", gather)
+    worker = threading.Thread(target=work, name="worker")
+    worker.start()
+    assert asyncio.run(report.probed()) == {"devices": [{}]}
+    worker.join()
+    boundary._running.add("a prompt")
+    try:
+        told = asyncio.run(report.probed())
+        assert "a prompt runs" in told["devices"][0]["largest_allocation"]["note"]
+    finally:
+        boundary._running.discard("a prompt")
+    assert seen[0] == (True, "worker") and seen[1][0] is False
+
+
+def test_reports_for_many_are_made_once(fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, made = fresh.part("nodes.report"), []
+
+    def gather(*wish: Any) -> dict[str, Any]:
+        made.append(wish)
+        time.sleep(0.05)
+        return {"number": len(made)}
+
+    monkeypatch.setattr(report, "gather", gather)
+    shared, got = report._Shared(), []
+    work = [
+        threading.Thread(target=lambda: got.append(shared.report(report.Wish()))) for _ in range(9)
+    ]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert len(got) == 9 and len(made) <= 3  # the first, one for who came meanwhile
+    before = len(made)
+    for number in (1, 2):  # nobody gets one from before
+        assert shared.report(report.Wish()) == {"number": before + number}
+
+
+# ---------------------------------------------------------------------------------- what is needed
+def test_models_that_the_last_prompt_did_not_use_are_told_apart(fresh, sources) -> None:
+    """With dynamic VRAM ComfyUI marks the models of the running prompt, and only while it runs."""
+    graph = {"vae": loader("VAE", VAE), "image": node("EmptyImage", width=64, height=64)}
+    graph["image"]["inputs"] |= {"batch_size": 1, "color": 0}
+    graph["e"] = node("VAEEncode", pixels=["image", 0], vae=["vae", 0])
+    run = fresh.run({**graph, "out": node("PreviewAny", source=["e", 0])})
+    patcher = fresh.executor.caches.outputs.get_local("vae").outputs[0][0].patcher
+    assert needed(sources) is None and run.executed
+    pins = {"current_prompt": False}
+    patcher.model.dynamic_pins = {patcher.load_device: pins}
+    patcher.model.dynamic_vbars = {}
+    patcher.is_dynamic = lambda: True
+    patcher.set_in_use_by_current_prompt = lambda used: pins.update(current_prompt=used)
+    patcher.loaded_ram_size = patcher.pinned_memory_size = lambda: 0
+    try:
+        fresh.run({**graph, "shown": node("PreviewAny", source=["vae", 0])}, ["shown"])
+        assert pins == {"current_prompt": False} and needed(sources) is True
+        fresh.run({"image": graph["image"], **preview_image("image")})
+        assert needed(sources) is False
+    finally:
+        fresh.forget_everything()
+
+
+def preview_image(name: str) -> dict[str, Any]:
+    """A node that shows a picture."""
+    return {"shown": node("PreviewImage", images=[name, 0])}
+
+
+def needed(sources) -> bool | None:
+    """Of the VAE."""
+    (vae,) = [m for m in sources.gather()["models"] if m["name"].startswith(VAE[:8])]
+    return vae["needed"]
+
+
+def test_a_model_that_cannot_be_read_is_named_with_the_reason(
+    fresh, sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh.run(graph(**preview("e")))
+    models = fresh.part("nodes.memory_models")
+
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(models, "_model", failing)
+    unread = sources.gather()["devices"][-1]["not_measurable"]
+    (why,) = {each["why"] for each in unread}
+    assert why == "its figures cannot be read (RuntimeError: no such thing)."
+    assert unread[0]["what"].startswith("model ")
+    models.BOUNDARY._running.add("a prompt")
+    try:
+        (each, *_) = sources.gather()["devices"][-1]["not_measurable"]
+        assert "may be loading or moving it" in each["why"]
+    finally:
+        models.BOUNDARY._running.discard("a prompt")
+
+
 def test_probing_is_not_tried_in_ram(sources) -> None:
     (ram,) = sources.gather(probe=True)["devices"]
     assert ram["largest_allocation"]["bytes"] is None
     assert ram["largest_allocation"]["note"].startswith("not tried: an operating system promises")
+
+
+def test_the_probe_ends_in_time(sources) -> None:
+    assert sources._largest(lambda size: size < 10, 40_000_000_000, time.monotonic() - 1) == (
+        0,
+        False,
+    )
+    assert "After 2 s no larger ones were tried." in sources._probe_note(0, 0, False)
 
 
 @pytest.mark.parametrize("room", [0, 5 << 20, 3_000_000_001, 40_000_000_000])
@@ -154,8 +381,8 @@ def test_the_probe_halves_its_way_to_the_largest_that_fits(sources, room: int) -
         tried.append(size)
         return size <= room
 
-    found = sources._largest(fits, bound)
-    assert room - sources.PROBE_BYTES <= found <= room and len(tried) < 16
+    found, done = sources._largest(fits, bound, time.monotonic() + 60)
+    assert done and room - sources.PROBE_BYTES <= found <= room and len(tried) < 16
 
 
 @pytest.mark.parametrize("backend", ["native", "cudaMallocAsync"])
@@ -180,7 +407,7 @@ def test_the_node_passes_the_very_object_on_and_draws(fresh, sources) -> None:
     value, text, data, picture = (output[0] for output in run.outputs["report"])
     assert value is run.outputs["e"][0][0]
     told = json.loads(data)
-    assert told["running"] in (True, False) and text == _core(fresh).text(told)
+    assert told["running"] is False and text == _core(fresh).text(told)
     assert (
         picture.shape[0] == 1 and picture.shape[2:] == (800, 3) and picture.dtype == torch.float32
     )
@@ -192,7 +419,7 @@ def test_the_node_passes_the_very_object_on_and_draws(fresh, sources) -> None:
 
 
 def _core(fresh) -> types.ModuleType:
-    return fresh.part("core.memory_report")
+    return fresh.part("core.memory_text")
 
 
 def test_the_node_works_alone_and_the_themes_differ(fresh) -> None:

@@ -20,10 +20,11 @@ PATH = "/qwen_vram/report"
 
 
 def ask(
-    server: Server, query: str = "", method: str = "GET", **headers: str
+    server: Server, query: str = "", method: str = "GET", body: str | None = None, **headers: str
 ) -> tuple[int, bytes, str]:
     """Status, body and type of an answer."""
-    request = urllib.request.Request(f"{server.url}{PATH}?{query}", method=method, headers=headers)
+    data = None if body is None else body.encode()
+    request = urllib.request.Request(f"{server.url}{PATH}?{query}", data, headers, method=method)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=60) as response:
@@ -67,9 +68,9 @@ def test_the_picture_comes_in_both_themes(server: Server) -> None:
         ("theme=blue&format=png", "theme must be one of: dark, light."),
         ("theme=dark", "theme is only for format=png."),
         ("device=cuda:7", "device must be one of: cpu."),
-        ("probe=perhaps", "probe must be true or false."),
+        ("probe=true", "probe is no part of a GET, since it allocates: POST /qwen_vram/report"),
         ("fragments=", "fragments must be true or false."),
-        ("fragment=true", "fragment is not known: use format, theme, device, probe, fragments"),
+        ("fragment=true", "fragment is not known: use format, theme, device, fragments"),
     ],
 )
 def test_what_is_not_known_is_refused_with_a_sentence(
@@ -80,7 +81,15 @@ def test_what_is_not_known_is_refused_with_a_sentence(
 
 
 def test_other_methods_and_other_origins_are_refused(server: Server) -> None:
-    assert ask(server, method="POST")[0] == ask(server, method="DELETE")[0] == 405
+    assert ask(server, method="DELETE")[0] == 405
+    assert ask(server, method="POST", body="{}", Origin="null")[0] == 403
+    for body, sentence in (
+        ("", "The body is not JSON"),
+        ('{"probe": true}', "probe is not known: use device."),
+        ('{"device": "cuda:7"}', "device must be one of: cpu."),
+    ):
+        status, told, _ = ask(server, method="POST", body=body)
+        assert status == 400 and json.loads(told)["error"].startswith(sentence)
     assert ask(server, Origin="http://evil.example")[0] == 403
     assert ask(server, **{"Sec-Fetch-Site": "cross-site"})[0] == 403
     # The host's own middleware lets this one pass.
@@ -98,7 +107,12 @@ def test_reports_come_while_a_prompt_runs_and_the_probe_is_refused(server: Serve
     during, probes, slowest = 0, [], 0.0
     while work.is_alive():
         start = time.perf_counter()
-        told = asked(server, "probe=true" if during == 1 else "fragments=true")
+        if during == 1:
+            status, body, _ = ask(server, method="POST", body="{}")
+            assert status == 200
+            told = json.loads(body)
+        else:
+            told = asked(server, "fragments=true")
         slowest = max(slowest, time.perf_counter() - start)
         (ram,) = told["devices"]
         assert sum(part["bytes"] for part in ram["parts"]) == ram["total_bytes"]

@@ -16,13 +16,12 @@ from pack.tests.conftest import ROOT
 # What main.py has done when it runs the script, and how it runs it (execute_prestartup_script).
 START = """
 import importlib.util, json, logging, os, sys
-sys.path.insert(0, sys.argv.pop(1))
+sys.path[:0] = [sys.argv.pop(1), os.environ["TEST_TORCH"]]
 script, user = sys.argv.pop(1), sys.argv.pop(1)
 import comfy.options
 comfy.options.enable_args_parsing()
 from comfy.cli_args import args
 import folder_paths, cuda_malloc
-cuda_malloc.get_torch_version_noimport = lambda: "2.11.0+cu130"  # also where torch has no CUDA
 before = args.cuda_malloc = not args.disable_cuda_malloc
 for name in filter(None, [os.environ.pop("TEST_TEXT", None)] if before else []):
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = name
@@ -52,13 +51,18 @@ class Installation:
         self.comfyui, self.user = comfyui, base
         self.file = base / "default" / "comfy.settings.json"
         self.file.parent.mkdir()
+        self.torch = base / "torch"  # as NVIDIA's own builds are called, without +cu
+        self.torch.mkdir()
+        (self.torch / "__init__.py").touch()
+        version = "__version__ = '2.8.0a0+nv25.08'\ncuda: Optional[str] = '13.0'\n"
+        (self.torch / "version.py").write_text(f"from typing import Optional\n{version}")
 
     def start(self, *args: str, outside: str | None = None, **more: str) -> Started:
         """Run the script on NVIDIA's torch, after ComfyUI has appended its own to `outside`."""
         own = [] if "--disable-cuda-malloc" in args else [HOSTS_OWN]
         environment = {k: v for k, v in os.environ.items() if k not in (*VARIABLES, MARKER)}
         text = ",".join([*([] if outside is None else [outside]), *own])
-        environment |= {"TEST_TEXT": text, **more}
+        environment |= {"TEST_TEXT": text, "TEST_TORCH": str(self.user), **more}
         script = str(ROOT / "prestartup_script.py")
         command = [sys.executable, "-c", START, str(self.comfyui), script, str(self.user), *args]
         run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)

@@ -73,6 +73,14 @@ def test_nothing_is_pickled_printed_fetched_or_evaluated(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_refers_to_files_that_are_not_in_the_repository(path: Path) -> None:
+    named = re.findall(
+        r"\b(?:shared|benchmarks|core|nodes)/[\w/.]+\.(?:md|py)\b", path.read_text("utf-8")
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_function_is_typed_and_short_and_every_public_one_explained(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree), f"{path.name} has no docstring"
