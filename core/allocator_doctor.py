@@ -170,9 +170,9 @@ def _suggestion(seen: Observed) -> str:
         )
     if seen.backend == ASYNC:
         return (
-            f"Leave it alone as long as memory suffices. {ASYNC} is NVIDIA's own, has no options, "
-            "and without dynamic VRAM it was 24 % slower than native on an H200 held down to "
-            "23.5 GiB. Native may be worth a try; compare, since cards and workflows differ."
+            f"Leave it alone as long as memory suffices. {ASYNC} is NVIDIA's own and has no "
+            "options. Without dynamic VRAM, on an H200 held down to 23.5 GiB, it was as fast as "
+            "native in one run and 24 % slower in another: if speed matters, try both and compare."
         )
     return (
         "Leave it alone as long as memory suffices. If it runs out although enough is free, the "
