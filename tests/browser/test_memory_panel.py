@@ -156,7 +156,7 @@ def test_focus_folds_and_scroll_stay_while_figures_change(editor: Editor, answer
 
 def test_tab_and_panel_speak_the_users_language(editor: Editor, answer) -> None:
     tab = editor.page.locator(f".{TAB}-tab-button")
-    expect(tab).to_have_attribute("aria-label", "Who holds the memory (Qwen VRAM)")
+    expect(tab).to_have_attribute("aria-label", "Memory: who holds it (Qwen VRAM)")
     answer(with_json(sample()))
     editor.page.evaluate(SETTING, ["Comfy.Locale", "zh"])
     try:
