@@ -54,7 +54,7 @@ const WORDS = {
     now: (bytes) => `, ComfyUI still uses ${bytes}`,
     unloaded: (names) => `Unloaded: ${names}`,
     inRam:
-      "Nothing to unload: the models are in RAM. Unload all models and forget node outputs frees them.",
+      'Nothing to unload: the models are in RAM. "Unload all models and forget node outputs" frees them.',
     none: "No model was loaded in VRAM.",
     kept: (names, why) => `Kept, because ${why}: ${names}`,
     why: {},
