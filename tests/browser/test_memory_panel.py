@@ -160,7 +160,7 @@ def test_tab_and_panel_speak_the_users_language(editor: Editor, answer) -> None:
     answer(with_json(sample()))
     editor.page.evaluate(SETTING, ["Comfy.Locale", "zh"])
     try:
-        expect(tab).to_have_attribute("aria-label", "谁占用了内存（Qwen VRAM）")
+        expect(tab).to_have_attribute("aria-label", "内存：谁在占用（Qwen VRAM）")
         tab.click()
         panel = editor.page.locator(PANEL)
         expect(panel.get_by_role("button", name="探测最大可分配量")).to_be_visible()
