@@ -175,7 +175,8 @@ export function detailOf(answer, locale) {
   const names = (models) => models.map(({ name }) => String(name)).join(comma);
   const lines = objects(answer.devices).map((device) => deviceLine(device, words));
   const [unloaded, kept, left] = [answer.unloaded, answer.kept, answer.left].map(objects);
-  if (unloaded.length && answer.level === "models" && staysInRam(answer)) lines.push(words.inRam);
+  const inRam = answer.level === "models" && !kept.length && staysInRam(answer);
+  if (unloaded.length && inRam) lines.push(words.inRam);
   else if (unloaded.length) lines.push(words.unloaded(names(unloaded)));
   else if (answer.level !== "cache" && !kept.length) lines.push(words.none);
   for (const why of new Set(kept.map((model) => String(model.why))))

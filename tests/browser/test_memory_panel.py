@@ -167,7 +167,7 @@ def test_tab_and_panel_speak_the_users_language(editor: Editor, answer) -> None:
         expect(panel.locator("tbody tr", has_text="CUDA 上下文和库")).to_contain_text("无法测量")
     finally:
         editor.page.evaluate(SETTING, ["Comfy.Locale", "en"])
-    expect(tab).to_have_attribute("aria-label", re.compile("^Who holds"))
+    expect(tab).to_have_attribute("aria-label", re.compile("^Memory: who holds"))
 
 
 def test_buttons_run_commands(editor: Editor, answer) -> None:
