@@ -276,6 +276,8 @@ def _is_dead(name: str, value: str, seen: Observed) -> bool:
 def text_of(found: Diagnosis) -> str:
     """For people: a few lines per subject."""
     seen = found.seen
+    if _unused(seen):
+        return "\n".join([_headline(seen), *_sources(seen)])
     lines = [
         _headline(seen),
         *_sources(seen),
@@ -295,23 +297,33 @@ def text_of(found: Diagnosis) -> str:
 
 def status_of(found: Diagnosis) -> str:
     """For the node: one line."""
+    count = len(found.seen.problems)
+    first = [f"{count} setting{'' if count == 1 else 's'} not understood"] if count else []
+    head = _headline(found.seen).rstrip(".")
+    if _unused(found.seen):
+        return " · ".join([*first, head])
     states = [f"{v.name}: {v.state}" for v in found.verdicts[1:] if v.value]
     advice = found.suggestion.partition(". ")[0].rstrip(".")
-    return " · ".join([_headline(found.seen).rstrip("."), *states, advice])
+    return " · ".join([*first, head, *states, advice])
+
+
+def _unused(seen: Observed) -> str:
+    """Why PyTorch's GPU allocator serves nothing in this process; "" if it does."""
+    return seen.machine.reason_for_nothing() or ("" if seen.device else seen.why)
 
 
 def _headline(seen: Observed) -> str:
+    if reason := _unused(seen):
+        return f"CUDA is not used: {reason}. No option of its allocator counts here."
     if seen.backend is None:
         return f"Backend: {UNKNOWN} ({seen.why})."
-    if not seen.device:
-        return f"Backend: {seen.backend}, not in use."
     dynamic = "on" if seen.dynamic_vram else "off"
     return f"Backend: {seen.backend}, on {seen.device}, dynamic VRAM {dynamic}."
 
 
 def _sources(seen: Observed) -> list[str]:
     """Who set what."""
-    lines = [f"In effect: {seen.text or 'no option'}."]
+    lines = [] if _unused(seen) else [f"In effect: {seen.text or 'no option'}."]
     if seen.origin.variable:
         lines.append(f"Set outside ComfyUI: {seen.origin.variable}={seen.origin.text}")
     if seen.added:

@@ -210,7 +210,7 @@ def _process_part(device: Device, ours: list[Part]) -> list[Part]:
     if left < 0:
         return []
     label = "The rest of ComfyUI"
-    return [Part("process", label, left, "Python, libraries, results that nodes keep")]
+    return [Part("process", label, left, "Python, libraries, other results")]
 
 
 def _allocator_parts(device: Device, models: Sequence[Model]) -> list[Part]:

@@ -55,12 +55,14 @@ app.registerExtension({
     {
       id: CHOSEN,
       label: "Clear VRAM, as chosen in the settings (Qwen VRAM)",
+      menubarLabel: "Clear VRAM, as chosen in the settings",
       icon: "pi pi-eraser",
       function: () => clear(chosenLevel()),
     },
     ...Object.entries(LABELS).map(([level, label]) => ({
       id: idOf(level),
       label,
+      menubarLabel: label.replace(" (Qwen VRAM)", ""), // the submenu has the name
       icon: ICONS[level],
       function: () => clear(level),
     })),

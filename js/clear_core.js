@@ -16,15 +16,15 @@ export const CLEAR_SETTING = {
   name: "What the button Clear VRAM frees",
   type: "combo",
   options: [
-    { text: "caches only", value: "cache" },
+    { text: "caches", value: "cache" },
     { text: "all models", value: "models" },
-    { text: "models that the open workflow does not need", value: "needed" },
-    { text: "all models and node outputs", value: "everything" },
+    { text: "unneeded models", value: "needed" },
+    { text: "models and outputs", value: "everything" },
   ],
   defaultValue: USUAL,
   category: ["Qwen VRAM", "Memory", SETTING],
   tooltip:
-    "Also for its key binding, Ctrl+Alt+M. Models stay in RAM and are loaded again when they are used.",
+    "Also for its key binding, Ctrl+Alt+M. Unneeded: those that the open workflow does not use. Models stay in RAM and are loaded again when they are used.",
 };
 
 /** What the button and the commands offer, by the level that the server knows. */
@@ -51,8 +51,10 @@ const WORDS = {
     more: (name, bytes, now) => `${name}: ${bytes} more in use${now}`,
     same: (name, now) => `${name}: nothing freed${now}`,
     unknown: (name) => `${name}: not measurable`,
-    now: (bytes) => `, ${bytes} in use`,
+    now: (bytes) => `, ComfyUI still uses ${bytes}`,
     unloaded: (names) => `Unloaded: ${names}`,
+    inRam:
+      'Nothing to unload: the models are in RAM. "Unload all models and forget node outputs" frees them.',
     none: "No model was loaded in VRAM.",
     kept: (names, why) => `Kept, because ${why}: ${names}`,
     why: {},
@@ -94,8 +96,9 @@ const WORDS = {
     more: (name, bytes, now) => `${name}：占用增加了 ${bytes}${now}`,
     same: (name, now) => `${name}：没有释放${now}`,
     unknown: (name) => `${name}：无法测量`,
-    now: (bytes) => `，仍占用 ${bytes}`,
+    now: (bytes) => `，ComfyUI 仍占用 ${bytes}`,
     unloaded: (names) => `已卸载：${names}`,
+    inRam: "没有可卸载的：模型在内存中。“卸载所有模型并丢弃节点输出”会释放它们。",
     none: "显存中没有已加载的模型。",
     kept: (names, why) => `保留（${why}）：${names}`,
     why: {
@@ -172,13 +175,21 @@ export function detailOf(answer, locale) {
   const names = (models) => models.map(({ name }) => String(name)).join(comma);
   const lines = objects(answer.devices).map((device) => deviceLine(device, words));
   const [unloaded, kept, left] = [answer.unloaded, answer.kept, answer.left].map(objects);
-  if (unloaded.length) lines.push(words.unloaded(names(unloaded)));
+  const inRam = answer.level === "models" && !kept.length && staysInRam(answer);
+  if (unloaded.length && inRam) lines.push(words.inRam);
+  else if (unloaded.length) lines.push(words.unloaded(names(unloaded)));
   else if (answer.level !== "cache" && !kept.length) lines.push(words.none);
   for (const why of new Set(kept.map((model) => String(model.why))))
     lines.push(words.kept(names(kept.filter((model) => String(model.why) === why)), words.why[why] ?? why));
   const told = left.map((part) => partText(part, words));
   if (told.length) lines.push(words.left(told.join(comma)));
   return lines.join("\n");
+}
+
+/** Whether there is no card that a model could leave, and nothing was freed. */
+function staysInRam(answer) {
+  const devices = objects(answer.devices);
+  return devices.length > 0 && devices.every(({ kind, freed_bytes: freed }) => kind === "cpu" && !(freed >= NOISE_BYTES));
 }
 
 function deviceLine({ device, kind, freed_bytes: freed, after }, words) {
@@ -190,10 +201,9 @@ function deviceLine({ device, kind, freed_bytes: freed, after }, words) {
   return (freed < 0 ? words.more : words.freed)(name, sizeText(Math.abs(freed)), now);
 }
 
-function partText({ id, bytes, text, device }, words) {
+function partText({ id, bytes, text }, words) {
   const name = words.parts[id] ?? String(text ?? id);
-  const where = device === "cpu" && id === "other_processes" ? " (RAM)" : "";
-  return Number.isFinite(bytes) ? `${name}${where} ${sizeText(bytes)}` : name;
+  return Number.isFinite(bytes) ? `${name} ${sizeText(bytes)}` : name;
 }
 
 /** The toast for an open workflow that cannot be sent. */

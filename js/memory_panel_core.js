@@ -13,7 +13,7 @@ const WORDS = {
     of: (part, whole) => `${part} of ${whole}`, pinned: (size) => `${size} pinned`,
     mapped: (size) => `${size} only mapped from the file`,
     shared: (count) => `shared with ${count} more`, duplicate: (name) => `second copy of ${name}`,
-    noModels: "ComfyUI holds no model.", noFindings: "Nothing to do.",
+    noModels: "ComfyUI holds no model.", noFindings: "Nothing stands out.",
     saves: (size) => `about ${size}`, run: "Do it",
     severities: { problem: "Problem", warning: "Warning", info: "Note" },
     probe: "Probe the largest allocation", probing: "Probing ...",

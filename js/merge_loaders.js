@@ -125,6 +125,7 @@ app.registerExtension({
     {
       id: COMMAND,
       label: "Merge duplicate loaders (Qwen VRAM)",
+      menubarLabel: "Merge duplicate loaders",
       icon: "pi pi-sitemap",
       function: mergeLoaders,
     },

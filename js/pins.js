@@ -177,12 +177,14 @@ app.registerExtension({
     {
       id: "QwenVRAM.PinOutput",
       label: "Pin output of the selected nodes (Qwen VRAM)",
+      menubarLabel: "Pin output of the selected nodes",
       icon: "pi pi-thumbtack",
       function: () => forSelected(pin),
     },
     {
       id: "QwenVRAM.UnpinOutput",
       label: "Unpin output of the selected nodes (Qwen VRAM)",
+      menubarLabel: "Unpin output of the selected nodes",
       icon: "pi pi-thumbtack",
       function: () => forSelected(unpin),
     },

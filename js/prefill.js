@@ -92,6 +92,7 @@ app.registerExtension({
     {
       id: COMMAND,
       label: "Encode a list of prompts (Qwen VRAM)",
+      menubarLabel: "Encode a list of prompts",
       icon: "pi pi-list-check",
       function: prefill,
     },

@@ -40,6 +40,7 @@ app.registerExtension({
     {
       id: COMMAND,
       label: "Run without keeping anything (Qwen VRAM)",
+      menubarLabel: "Run without keeping anything",
       icon: "pi pi-eye-slash",
       function: queuePrivate,
     },

@@ -12,6 +12,7 @@ app.registerExtension({
     {
       id: REMOVE,
       label: "Remove everything, pins too (Qwen VRAM)",
+      menubarLabel: "Remove everything, pins too",
       icon: "pi pi-trash",
       function: () => removeEverything(),
     },

@@ -3,8 +3,8 @@ import { wordsOf } from "./text_core.js";
 
 const DEEPEST = 32; // sub-graphs inside of each other
 const NOT_RUN = {
-  en: "not run again: ComfyUI still had the result",
-  zh: "未重新运行：ComfyUI 仍保有结果",
+  en: "not run: not needed, or ComfyUI still had the result",
+  zh: "未运行：不需要，或 ComfyUI 仍保有结果",
 };
 
 /** The sentence in the frontend's language, English where there is no translation. */

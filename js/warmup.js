@@ -168,7 +168,15 @@ app.registerExtension({
     SETTING,
   ],
   actionBarButtons: [button],
-  commands: [{ id: COMMAND, label: "Warm up (silent) (Qwen VRAM)", icon: "pi pi-bolt", function: press }],
+  commands: [
+    {
+      id: COMMAND,
+      label: "Warm up (silent) (Qwen VRAM)",
+      menubarLabel: "Warm up (silent)",
+      icon: "pi pi-bolt",
+      function: press,
+    },
+  ],
   menuCommands: [{ path: ["Extensions", "Qwen VRAM"], commands: [COMMAND] }],
   keybindings: [
     { commandId: COMMAND, combo: { alt: true, key: "w" } }, // no letter of a text: see clear.js

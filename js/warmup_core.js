@@ -4,6 +4,7 @@ import { sizeText, wordsOf } from "./text_core.js";
 
 const STATES = new Set(["waiting", "running", "done", "failed", "cancelled"]);
 const ACTIVE = new Set(["waiting", "running"]);
+const LEAST_SECONDS = 0.1; // what is less is not worth a sentence
 export const OPENED = "workflow opened";
 
 /** As nodes/settings.py reads it. */
@@ -13,8 +14,8 @@ export const SETTING = {
   type: "combo",
   options: [
     { text: "never", value: "off" },
-    { text: "when a workflow is opened", value: OPENED },
-    { text: "when ComfyUI starts", value: "ComfyUI starts" },
+    { text: "on opening", value: OPENED },
+    { text: "at start", value: "ComfyUI starts" },
   ],
   defaultValue: "off",
   category: ["Qwen VRAM", "Warm up", "QwenVRAM.WarmUp.Automatic"],
@@ -50,9 +51,7 @@ const WORDS = {
     noModels: "No model stays loaded.",
     prompts: (encoded, known) => `Prompts and pictures: ${encoded} encoded now, ${known} known already.`,
     notStored: (count) => `${count} of them not kept for later.`,
-    saved: (seconds) =>
-      `The next run takes over results that took ${seconds} s. What it gains at its first step and ` +
-      "decode cannot be told from one pass.",
+    saved: (seconds) => `The next run takes over results that took ${seconds} s.`,
     classic: "ComfyUI runs with --cache-classic: results of your last run are dropped, its nodes run again.",
     none: "ComfyUI runs with --cache-none: results of nodes are not taken over, only loaded models stay.",
     kinds: { "diffusion model": "diffusion model", "text encoder": "text encoder", VAE: "VAE", other: "model" },
@@ -83,7 +82,7 @@ const WORDS = {
     noModels: "没有模型留在内存中。",
     prompts: (encoded, known) => `提示词和图片：本次编码 ${encoded} 个，已知 ${known} 个。`,
     notStored: (count) => `其中 ${count} 个不会保留。`,
-    saved: (seconds) => `下次运行直接使用耗时 ${seconds} 秒的结果。第一步采样和解码能省多少，一次预热无法得知。`,
+    saved: (seconds) => `下次运行直接使用耗时 ${seconds} 秒的结果。`,
     classic: "ComfyUI 以 --cache-classic 运行：上次运行的结果已被丢弃，其节点会重新运行。",
     none: "ComfyUI 以 --cache-none 运行：节点的结果不会被沿用，只有已加载的模型会保留。",
     kinds: { "diffusion model": "扩散模型", "text encoder": "文本编码器", VAE: "VAE", other: "模型" },
@@ -165,12 +164,13 @@ function resultText(result, words) {
     models.length ? words.models(models.join(words.list)) : words.noModels,
     result.encoded || result.known ? words.prompts(result.encoded, result.known) : "",
     missing > 0 ? words.notStored(missing) : "",
-    result.cache === "none" ? words.none : words.saved(seconds(result.kept_seconds)),
+    result.cache === "none" ? words.none : savedText(result.kept_seconds, words),
     result.cache === "classic" ? words.classic : "",
   ];
   return texts.filter(Boolean).join(words.space);
 }
 
+const savedText = (value, words) => (value < LEAST_SECONDS ? "" : words.saved(seconds(value)));
 const seconds = (value) => value.toFixed(1);
 
 function modelText(model, words) {

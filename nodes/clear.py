@@ -186,6 +186,12 @@ async def post_clear(request: web.Request) -> web.Response:
     return web.json_response(answer, status=500 if "error" in answer else 200)
 
 
+async def get_clear(request: web.Request) -> web.Response:
+    """GET: 405. Without it ComfyUI would look for a file of that name, and answer 404."""
+    sentence = "Freeing memory takes a POST, see the help of the node Clear VRAM."
+    return web.json_response({"error": sentence}, status=405, headers={"Allow": "POST"})
+
+
 def _begin(wish: Wish, names: frozenset[str]) -> _Clearing:
     """Begin it, or find the same one that still waits: a button may be pressed many times."""
     key = wish, names
@@ -252,8 +258,9 @@ async def _everything(wish: Wish) -> dict[str, Any]:
 
 
 def register() -> None:
-    """Add the route; called when the pack is loaded."""
+    """Add the routes; called when the pack is loaded."""
     PromptServer.instance.routes.post(PATH)(post_clear)
+    PromptServer.instance.routes.get(PATH)(get_clear)
 
 
 NODES = [Clear]

@@ -175,7 +175,7 @@ def _left_on(figures: Figures, wish: Wish, unloaded: int) -> list[Left]:
     memory = figures.memory
     in_ram = memory.kind == "cpu"
     parts = _left_in_ram(wish, unloaded) if in_ram else _left_on_card(figures, wish)
-    if memory.other_bytes:
+    if memory.other_bytes and not in_ram:  # in the RAM there are always some
         text = "Other programs take it. Qwen VRAM never touches them: close them yourself."
         parts.append(Left("other_processes", memory.device, memory.other_bytes, text))
     return [p for p in parts if p.bytes is None or p.bytes >= WORTH_TELLING_BYTES]

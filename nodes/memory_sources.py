@@ -222,8 +222,8 @@ def largest_allocation(device: torch.device) -> Probe:
     them is tried; pages that went all the same are counted in the note.
     """
     if device.type not in ("cuda", "xpu"):
-        why = "not tried: an operating system promises more RAM than there is."
-        return Probe(None, why if device.type in ("cpu", "mps") else "not tried on this device.")
+        why = "Not tried: an operating system promises more RAM than there is."
+        return Probe(None, why if device.type in ("cpu", "mps") else "Not tried on this device.")
     before = _pages(device)
     end = clock.monotonic() + MOST_PROBE_SECONDS
     largest, done = _largest(lambda size: _fits(device, size), _bound(device), end)

@@ -32,7 +32,7 @@ FORMATS = ("json", "text", "png")
 THEMES = tuple(memory_map.THEMES)
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 NO_STORE = {"Cache-Control": "no-store"}
-BUSY = "not tried: a prompt runs, and it needs the memory. Ask again when nothing runs."
+BUSY = "Not tried: a prompt runs, and it needs the memory. Ask again when nothing runs."
 ANY = io.MatchType.Template("value")
 
 

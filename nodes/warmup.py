@@ -222,6 +222,8 @@ def keep(prompt: dict[str, Any]) -> None:
     partial = SAVED.with_suffix(".partial")
     try:
         SAVED.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        partial.touch(0o600, exist_ok=False)  # before the prompts are in it
         partial.write_text(json.dumps({"version": 1, "prompt": prompt}), encoding="utf-8")
         os.replace(partial, SAVED)
     except OSError as error:

@@ -225,7 +225,7 @@ class WarmUp:
             "state": self.state,
             "cancelling": self.cancelling and self.state not in ENDED,
             "ahead": self._ahead() if self.state == WAITING else 0,
-            "percent": self._percent() if running else 0,
+            "percent": self._percent(),
             "node": self._name(self._current) if running and self._current else None,
             "step": self._step if running else None,
             "seconds": seconds,
@@ -248,6 +248,8 @@ class WarmUp:
 
     def _percent(self) -> int:
         """Nodes that are through, of those to run; a node with steps counts by its steps."""
+        if self.state != RUNNING:
+            return 100 if self.state == DONE else 0
         total = len(self.form.prompt.keys() - self._cached) or 1
         through = len(self._spent) - bool(self._current)
         if self._step and self._step[1]:

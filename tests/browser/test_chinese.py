@@ -45,7 +45,9 @@ def test_the_panel_and_the_menu_speak_chinese(chinese: Editor) -> None:
     labels = json.loads((ROOT / "locales/zh/commands.json").read_text(encoding="utf-8"))
     commands = {key: entry["label"] for key, entry in labels.items()}
     ours = {label for key, label in commands.items() if key.startswith("QwenVRAM_")}
-    assert menu_items(chinese) == ours
+    offered = menu_items(chinese)
+    assert {label.removesuffix("（Qwen VRAM）") for label in ours} <= offered
+    assert not ours & offered  # the name of the pack stands above them
 
 
 def menu_items(editor: Editor) -> set[str]:
@@ -56,6 +58,6 @@ def menu_items(editor: Editor) -> set[str]:
     page.get_by_role("menuitem", name="Qwen VRAM", exact=True).first.hover()
     page.wait_for_timeout(SETTLE_MS)
     screenshot(page, "menu_chinese")
-    items = page.get_by_role("menuitem", name="（Qwen VRAM）").all_inner_texts()
+    items = page.get_by_role("menuitem").all_inner_texts()
     page.keyboard.press("Escape")
-    return {item.strip().splitlines()[0] for item in items}  # without the shortcut
+    return {item.strip().splitlines()[0] for item in items if item.strip()}  # without the shortcut

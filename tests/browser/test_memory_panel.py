@@ -156,18 +156,18 @@ def test_focus_folds_and_scroll_stay_while_figures_change(editor: Editor, answer
 
 def test_tab_and_panel_speak_the_users_language(editor: Editor, answer) -> None:
     tab = editor.page.locator(f".{TAB}-tab-button")
-    expect(tab).to_have_attribute("aria-label", "Who holds the memory (Qwen VRAM)")
+    expect(tab).to_have_attribute("aria-label", "Memory: who holds it (Qwen VRAM)")
     answer(with_json(sample()))
     editor.page.evaluate(SETTING, ["Comfy.Locale", "zh"])
     try:
-        expect(tab).to_have_attribute("aria-label", "谁占用了内存（Qwen VRAM）")
+        expect(tab).to_have_attribute("aria-label", "内存：谁在占用（Qwen VRAM）")
         tab.click()
         panel = editor.page.locator(PANEL)
         expect(panel.get_by_role("button", name="探测最大可分配量")).to_be_visible()
         expect(panel.locator("tbody tr", has_text="CUDA 上下文和库")).to_contain_text("无法测量")
     finally:
         editor.page.evaluate(SETTING, ["Comfy.Locale", "en"])
-    expect(tab).to_have_attribute("aria-label", re.compile("^Who holds"))
+    expect(tab).to_have_attribute("aria-label", re.compile("^Memory: who holds"))
 
 
 def test_buttons_run_commands(editor: Editor, answer) -> None:

@@ -17,25 +17,34 @@ const DONE = {
   left: [
     { id: "tensors", device: "cuda:0", bytes: 1e9, text: "Tensors" },
     { id: "weights", device: "cpu", bytes: null, text: "Unloaded models" },
-    { id: "other_processes", device: "cpu", bytes: 3e9, text: "Others" },
+    { id: "other_processes", device: "cuda:0", bytes: 3e9, text: "Others" },
     { id: "new", device: "cpu", bytes: 2e6, text: "Something of a newer version" },
   ],
 };
 
 test("the answer is told in lines", () => {
   assert.deepEqual(detailOf(DONE, "en").split("\n"), [
-    "cuda:0: 14.20 GB freed, 5.90 GB in use",
-    "RAM: 2.0 MB more in use, 2.00 GB in use",
+    "cuda:0: 14.20 GB freed, ComfyUI still uses 5.90 GB",
+    "RAM: 2.0 MB more in use, ComfyUI still uses 2.00 GB",
     "Unloaded: a.safetensors",
     "Kept, because the workflow needs it: b.safetensors",
     "Still taken: node outputs and other tensors 1.00 GB, unloaded models in RAM (not measurable), " +
-      "other programs (RAM) 3.00 GB, Something of a newer version 2.0 MB",
+      "other programs 3.00 GB, Something of a newer version 2.0 MB",
   ]);
-  assert.match(detailOf({ ...DONE, devices: [{ ...RAM, freed_bytes: -4096 }] }, "en"), /^RAM: nothing freed, 2.00 GB/);
+  assert.match(detailOf({ ...DONE, devices: [{ ...RAM, freed_bytes: -4096 }] }, "en"), /^RAM: nothing freed, ComfyUI still uses 2.00 GB/);
   const unknown = { ...DONE, devices: [{ ...CARD, freed_bytes: null }], unloaded: [], kept: [], left: [] };
   assert.equal(detailOf(unknown, "en"), "cuda:0: not measurable\nNo model was loaded in VRAM.");
-  assert.match(detailOf(DONE, "zh-TW"), /释放了 14.20 GB，仍占用 5.90 GB/);
+  assert.match(detailOf(DONE, "zh-TW"), /释放了 14.20 GB，ComfyUI 仍占用 5.90 GB/);
   assert.match(detailOf(DONE, "zh"), /保留（工作流需要）：b\.safetensors/);
+});
+
+test("without a card there is nothing that models could leave", () => {
+  const ram = { ...DONE, devices: [{ ...RAM, freed_bytes: 0 }], kept: [], left: [] };
+  assert.match(detailOf(ram, "en"), /\nNothing to unload: the models are in RAM\. "Unload all models and forget node outputs" frees/);
+  assert.match(detailOf(ram, "zh"), /\n没有可卸载的：/);
+  const gone = { ...ram, devices: [{ ...RAM, freed_bytes: 5e9 }] };
+  for (const told of [{ ...ram, level: "everything" }, { ...ram, kept: DONE.kept }, gone, { ...ram, devices: [CARD, RAM] }])
+    assert.match(detailOf(told, "en"), /\nUnloaded: a\.safetensors/);
 });
 
 test("what will be done later says when", () => {

@@ -59,10 +59,15 @@ test("every command has its label in both languages, in the menu too", () => {
   assert.ok(labels.length >= 5);
   assert.deepEqual(labels.filter((label) => !known.includes(label)), []);
   assert.deepEqual(Object.keys(chinese), Object.keys(english));
-  // The menu translates the English label, and the palette the id.
+  // The menu translates the English label, and the palette the id. In the pack's own submenu the
+  // labels go without its name.
+  const inMenu = (text, key) => (key.startsWith("QwenVRAM_") ? text.replace(/ ?[(（]Qwen VRAM[)）]$/, "") : text);
+  const menuLabels = files.flatMap((name) => [...read(`js/${name}`).matchAll(/ menubarLabel: "(.*)",/g)].map(([, label]) => label));
+  const written = labels.map((label) => label.replace(" (Qwen VRAM)", ""));
+  assert.deepEqual(menuLabels, written.filter((label) => menuLabels.includes(label)));
   for (const [key, { label }] of Object.entries(chinese)) {
     assert.match(label, /[\u4e00-\u9fff]/);
-    assert.equal(locale("zh", "main").menuLabels[english[key].label.replaceAll(".", "_")], label);
+    assert.equal(locale("zh", "main").menuLabels[inMenu(english[key].label, key)], inMenu(label, key));
   }
 });
 

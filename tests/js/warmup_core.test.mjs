@@ -61,6 +61,12 @@ test("the message in the end says what is loaded, cached and saved", () => {
   ])
     assert.ok(detail.includes(part), `${part} / ${detail}`);
   assert.ok(!detail.includes("not kept"));
+  assert.ok(detail.endsWith("results that took 8.1 s."));
+  for (const locale of ["en", "zh"]) {
+    const short = endOf(done({ kept_seconds: 0.09 }), locale).detail;
+    assert.doesNotMatch(short, /takes over|直接使用/);
+    assert.match(endOf(done({ kept_seconds: 0.1 }), locale).detail, /takes over|直接使用/);
+  }
 });
 
 test("it says what the start options of ComfyUI and a private run change", () => {

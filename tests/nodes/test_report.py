@@ -362,7 +362,7 @@ def test_a_model_that_cannot_be_read_is_named_with_the_reason(
 def test_probing_is_not_tried_in_ram(sources) -> None:
     (ram,) = sources.gather(probe=True)["devices"]
     assert ram["largest_allocation"]["bytes"] is None
-    assert ram["largest_allocation"]["note"].startswith("not tried: an operating system promises")
+    assert ram["largest_allocation"]["note"].startswith("Not tried: an operating system promises")
 
 
 def test_the_probe_ends_in_time(sources) -> None:

@@ -124,6 +124,6 @@ def test_reports_come_while_a_prompt_runs_and_the_probe_is_refused(server: Serve
     assert results[0].status == "success" and during > 1, (during, results)
     assert [probe["note"] for probe in probes if probe] in (
         [],
-        ["not tried: a prompt runs, and it needs the memory. Ask again when nothing runs."],
+        ["Not tried: a prompt runs, and it needs the memory. Ask again when nothing runs."],
     )
     assert any(probes) and slowest < 5

@@ -61,6 +61,11 @@ def sampling(server: Server) -> Iterator[None]:
     assert results[0].status == "success", results[0].error
 
 
+def test_a_get_frees_nothing_and_says_what_to_send(server: Server) -> None:
+    status, answer = post(server, b"", "GET")
+    assert status == 405 and "POST" in answer["error"]
+
+
 def test_models_are_unloaded_at_once_when_nothing_runs(server: Server) -> None:
     graph = text_to_image(text=str(uuid.uuid4()), seed=11)
     run(server, graph)
@@ -162,6 +167,6 @@ def test_a_request_that_makes_no_sense_gets_a_sentence(server: Server, body, sen
     assert status == 400 and sentence in answer["error"]
 
 
-@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
 def test_other_methods_are_refused(server: Server, method: str) -> None:
     assert post(server, {"level": "cache"}, method)[0] in (404, 405)
