@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from contextlib import suppress
 from pathlib import Path
-from tempfile import mkstemp
 from typing import NamedTuple
+
+from .atomic_file import write_atomically
 
 
 class Totals(NamedTuple):
@@ -52,7 +52,7 @@ class Savings:
             return
         total = _sum(self._stored(), pending)
         try:
-            self._write(json.dumps(total._asdict()))
+            write_atomically(self.path, json.dumps(total._asdict()))
         except OSError:
             self._add_pending(pending)
             raise
@@ -80,18 +80,6 @@ class Savings:
             return Totals(hits, misses, float(content["seconds"]))
         except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: counted anew
             return Totals()
-
-    def _write(self, text: str) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = mkstemp(dir=self.path.parent, suffix=".writing")
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(name, self.path)
-        except OSError:
-            with suppress(OSError):
-                os.unlink(name)
-            raise
 
 
 def _sum(one: Totals, other: Totals) -> Totals:

@@ -1,0 +1,50 @@
+"""Live bytes of tensors while something runs, and their peak: what a device's allocator sees."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operations make, until they die. `peak` is in bytes.
+
+    What an operator allocates inside itself, and hands to nobody, it does not see.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.where = ""
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, and count the storages that come out of it and did not go in."""
+        for value in tree_iter((args, kwargs)):
+            if isinstance(value, torch.Tensor):
+                self._alive.add(id(value.untyped_storage()))  # made outside: not counted
+        out = func(*args, **(kwargs or {}))
+        for value in tree_iter(out):
+            if isinstance(value, torch.Tensor):
+                self._count(value.untyped_storage(), str(func))
+        return out
+
+    def _count(self, storage: torch.UntypedStorage, where: str) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self.where = self.now, where
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size
