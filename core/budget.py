@@ -80,30 +80,23 @@ Factor = float | Callable[[Plan], float]  # one correction for all plans, or one
 _Change = dict[str, int | float | bool]
 
 # In the order of what they cost the user. Slices are few, since weights that are not resident
-# stream again for each; between 4 and 16 the peak falls by about a fifth, beyond by next to nothing.
-_LADDER: tuple[tuple[str, str, str, _Change], ...] = (
-    ("feed-forward-4", "feed-forward in 4 slices", EXACT, {"feed_forward": 4}),
-    (
-        "attention-4",
-        "feed-forward and attention in 4 slices",
-        ROUNDING,
-        {"feed_forward": 4, "projections": 4, "attention": 4},
-    ),
-    (
-        "attention-16",
-        "feed-forward and attention in 16 slices",
-        ROUNDING,
-        {"feed_forward": 16, "projections": 16, "attention": 16},
-    ),
-    ("apart", "pictures and both sides of CFG one at a time", ROUNDING, {"apart": True}),
-    ("release", "caches of other patches emptied", EXACT, {}),
-    ("references-75", "references at 75 % of their size", APPROXIMATE, {"reference_scale": 0.75}),
-    ("references-50", "references at half their size", APPROXIMATE, {"reference_scale": 0.5}),
-    ("tiles-2", "2 x 2 overlapping tiles", APPROXIMATE, {"tiles": 2}),
-    ("tiles-4", "4 x 4 overlapping tiles", APPROXIMATE, {"tiles": 4}),
-    ("settings", "other settings and a smaller picture", CHANGED, {}),
+# stream again for each: from 4 to 16 the peak falls by about a fifth, beyond by next to nothing.
+_LADDER: tuple[tuple[str, str, _Change], ...] = (
+    ("feed-forward-4", EXACT, {"feed_forward": 4}),
+    ("attention-4", ROUNDING, {"feed_forward": 4, "projections": 4, "attention": 4}),
+    ("attention-16", ROUNDING, {"feed_forward": 16, "projections": 16, "attention": 16}),
+    ("apart", ROUNDING, {"apart": True}),
+    ("release", EXACT, {}),
+    ("references-75", APPROXIMATE, {"reference_scale": 0.75}),
+    ("references-50", APPROXIMATE, {"reference_scale": 0.5}),
+    ("tiles-2", APPROXIMATE, {"tiles": 2}),
+    ("tiles-4", APPROXIMATE, {"tiles": 4}),
+    ("settings", CHANGED, {}),
 )
-_ALWAYS = {"release", "settings"}  # they change something else than the plan
+_ALWAYS = {  # they change something else than the plan; what they add to its text
+    "release": "what other patches hold released",
+    "settings": "a smaller picture with other settings",
+}
 _ORDER = (EXACT, ROUNDING, APPROXIMATE, CHANGED)
 _ALLOWED = dict(zip(POLICIES, (ROUNDING, APPROXIMATE, CHANGED), strict=True))
 
@@ -125,7 +118,7 @@ def need(work: Work, plan: Plan, factor: float = 1.0) -> int:
         _feed_forward_peak(picture, text, plan, work.timestep_zero and references > 0),
         _attention_peak(picture, text, plan, batch),
     )
-    # The table of positions, all the time: cos, -sin, sin and cos for each pair of a head's numbers.
+    # The table of positions, all the time: cos, -sin, sin, cos for each pair of a head's numbers.
     positions = 2 * ceil((picture + text) / work.heads)
     return round(factor * (peak + positions)) + work.fixed
 
@@ -176,19 +169,37 @@ def ladder(work: Work, policy: str) -> tuple[Rung, ...]:
         raise ValueError(f"policy must be one of: {', '.join(POLICIES)}; not {policy}.")
     rungs = [
         Rung("as-asked", "as asked", EXACT, Plan(), False, False, False),
-        Rung("free-others", "other models unloaded", EXACT, Plan(), True, False, False),
-        Rung("headroom", "more of the model streamed", EXACT, Plan(), True, True, False),
+        Rung("free-others", "as asked, other models unloaded", EXACT, Plan(), True, False, False),
+        Rung("headroom", "as asked, more of the model streamed", EXACT, Plan(), True, True, False),
     ]
-    for name, text, exactness, change in _LADDER:
+    extra: list[str] = []
+    for name, exactness, change in _LADDER:
         before = rungs[-1]
         plan = replace(before.plan, **change)
         worst = max(before.exactness, exactness, key=_ORDER.index)
         if _ORDER.index(worst) > _ORDER.index(_ALLOWED[policy]):
             break
         if name in _ALWAYS or need(work, plan) < need(work, before.plan):
-            release = before.release or name == "release"
-            rungs.append(Rung(name, text, worst, plan, True, True, release))
+            extra += [_ALWAYS[name]] if name in _ALWAYS else []
+            text = ", ".join([plan_text(plan), *extra])
+            rungs.append(Rung(name, text, worst, plan, True, True, _ALWAYS["release"] in extra))
     return tuple(rungs)
+
+
+def plan_text(plan: Plan) -> str:
+    """What a plan does, for people."""
+    parts = []
+    if plan.attention > 1:
+        parts.append(f"feed-forward and attention in {plan.attention} slices")
+    elif plan.feed_forward > 1:
+        parts.append(f"feed-forward in {plan.feed_forward} slices")
+    if plan.apart:
+        parts.append("pictures and sides of CFG one at a time")
+    if plan.reference_scale < 1:
+        parts.append(f"references at {plan.reference_scale:.0%} of their size")
+    if plan.tiles > 1:
+        parts.append(f"{plan.tiles} x {plan.tiles} overlapping tiles")
+    return ", ".join(parts) or "as asked"
 
 
 def room(rung: Rung, memory: Memory) -> int:
@@ -209,8 +220,8 @@ def choose(
     Deliberately optimistic: an attempt that fails costs less than a second, once, while slices that
     were not needed cost a few per cent of every step; so a card on which the host itself completes
     stays on the first rung. A rung is passed over only if what it needs exceeds the memory by more
-    than the prediction may be wrong (OPTIMISM). Before the next rung would change the picture, the
-    doubt is larger still (DOUBT): rather a vain attempt than a picture that needed no approximation.
+    than the prediction may be wrong (OPTIMISM). Where the next rung would change the picture, the
+    doubt is larger still (DOUBT): rather one attempt in vain than an approximation without need.
     """
     for index in range(start, len(rungs) - 1):
         rung, following = rungs[index], rungs[index + 1]

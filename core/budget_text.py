@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .budget import Memory, Rung, Work
+from .budget import POLICIES, TOKEN_SIDE, Memory, Rung, Work, ladder, need
 from .units import size_text
 
 
 class Attempt(NamedTuple):
-    """A rung that was tried and ran out of memory: bytes predicted, and bytes it could have."""
+    """A rung that ran out of memory: bytes that it needs as predicted, and that it could have."""
 
     rung: Rung
     needed: int
@@ -18,15 +18,54 @@ class Attempt(NamedTuple):
 
 
 def failure_text(
-    work: Work, attempts: Sequence[Attempt], memory: Memory, largest: int, policy: str
+    work: Work,
+    attempts: Sequence[Attempt],
+    memory: Memory,
+    largest: int,
+    policy: str = POLICIES[0],
 ) -> str:
-    """Say what was tried, what it needed, what there was, what would fit, and one remedy."""
-    tried = "; ".join(
-        f"{a.rung.text} (needs about {size_text(a.needed)}, {size_text(a.available)} could be used)"
-        for a in attempts
+    """Say what was tried, what each rung needed, what was free, what would fit, and one remedy.
+
+    `largest` is from `largest_side`, for the same policy. Raises ValueError for an unknown policy.
+    """
+    tried = {attempt.rung.id for attempt in attempts}
+    others = [rung for rung in ladder(work, policy) if rung.id not in tried]
+    lines = [
+        f'There is not enough memory, with everything done that the policy "{policy}" permits.',
+        "Tried, one after the other:",
+        *(f"- {_attempt_text(attempt)}" for attempt in attempts),
+        *(["Not tried, because they need more than there was:"] if others else []),
+        *(f"- {rung.text}: about {size_text(need(work, rung.plan))}" for rung in others),
+        f"Free now: {size_text(memory.free)}.",
+        _remedy(work, memory, largest, policy),
+    ]
+    return "\n".join(lines)
+
+
+def _attempt_text(attempt: Attempt) -> str:
+    return (
+        f"{attempt.rung.text}: needs about {size_text(attempt.needed)}, "
+        f"{size_text(attempt.available)} could be had"
     )
-    fits = f"The largest square picture that should fit is {largest}x{largest}."
-    return f"Out of memory. Free: {size_text(memory.free)}. Tried: {tried}. {fits}"
+
+
+def _remedy(work: Work, memory: Memory, largest: int, policy: str) -> str:
+    """The size that would fit and the one thing to do; by a size only if it is smaller."""
+    side = round(work.tokens**0.5) * TOKEN_SIDE
+    references = " with the same references" if work.reference_tokens else ""
+    if 0 < largest < side:
+        return (
+            f"The largest square picture that should fit is {largest} x {largest} px{references}: "
+            "make the picture no larger than that."
+        )
+    if largest >= side:
+        return (
+            f"A square picture of {largest} x {largest} px should fit{references}, so something "
+            "else takes memory at the same time: close it, and run again."
+        )
+    if policy == POLICIES[0]:
+        return f'No picture of any size would fit{references}: set the policy to "{POLICIES[1]}".'
+    return f"No picture of any size would fit{references}: close what else uses the device."
 
 
 def done_text(
@@ -37,8 +76,13 @@ def done_text(
     step: int | None = None,
     steps: int | None = None,
 ) -> str:
-    """One line of what was really done; `measured` in bytes, or why it is not measurable."""
-    after = f" after {retries} {'retry' if retries == 1 else 'retries'}" if retries else ""
-    at = f" at step {step} of {steps}" if retries and step is not None else ""
+    """One line of what was really done; `measured` in bytes, or why it is not measurable.
+
+    `step` (from 1) of `steps` is where the last retry was, if it is known.
+    """
+    text = rung.text
+    if retries:
+        text += f" after {retries} {'retry' if retries == 1 else 'retries'}"
+        text += f" at step {step} of {steps}" if step is not None else ""
     took = size_text(measured) if isinstance(measured, int) else f"not measurable ({measured})"
-    return f"{rung.text}{after}{at}, peak predicted {size_text(predicted)}, measured {took}"
+    return f"{text}, peak predicted {size_text(predicted)}, measured {took}"

@@ -1,0 +1,72 @@
+"""What people read about memory: what was done, and why nothing could be done."""
+
+from __future__ import annotations
+
+import pytest
+from pack.core.budget import Memory, Plan, Rung, Work, ladder, need
+from pack.core.budget_text import Attempt, done_text, failure_text
+
+WORK = Work(2, 65536, 0, 100, 3072, 24, 60, 2)
+RUNGS = ladder(WORK, "allow approximations")
+FREE = Memory(1_500_000_000, 0, 0, 0)
+
+
+def rung(name: str) -> Rung:
+    return next(rung for rung in RUNGS if rung.id == name)
+
+
+def test_what_was_done_is_one_line() -> None:
+    sliced = Rung("feed-forward-4", "feed-forward in 4 slices", "exact", Plan(4), True, True, False)
+    assert done_text(sliced, 3_100_000_000, 2_900_000_000, 1, 3, 8) == (
+        "feed-forward in 4 slices after 1 retry at step 3 of 8, "
+        "peak predicted 3.10 GB, measured 2.90 GB"
+    )
+    assert done_text(RUNGS[0], 3_100_000, "the CPU counts no peak") == (
+        "as asked, peak predicted 3.1 MB, measured not measurable (the CPU counts no peak)"
+    )
+    assert "after 2 retries, peak" in done_text(RUNGS[0], 1, 1, 2)
+
+
+def test_the_text_of_a_rung_tells_all_that_its_plan_does() -> None:
+    assert rung("tiles-2").text == (
+        "feed-forward and attention in 16 slices, pictures and sides of CFG one at a time, "
+        "2 x 2 overlapping tiles, what other patches hold released"
+    )
+    with_references = Work(1, 65536, 100, 100, 3072, 24, 60, 2)
+    last = ladder(with_references, "allow changed settings")[-1]
+    assert last.text == (
+        "feed-forward and attention in 16 slices, references at 50% of their size, "
+        "4 x 4 overlapping tiles, what other patches hold released, "
+        "a smaller picture with other settings"
+    )
+
+
+def test_a_failure_tells_everything_and_one_remedy() -> None:
+    attempts = [Attempt(rung(name), 9_000_000_000, 2_000_000_000) for name in ("as-asked", "apart")]
+    text = failure_text(WORK, attempts, FREE, 2048, "exact only")
+    tried, others = text.split("Not tried, because they need more than there was:\n")
+    assert 'with everything done that the policy "exact only" permits' in tried
+    assert "- as asked: needs about 9.00 GB, 2.00 GB could be had\n" in tried
+    assert "- feed-forward and attention in 16 slices, pictures and sides of CFG one at" in tried
+    wanted = need(WORK, rung("attention-4").plan) / 1e9
+    assert f"- feed-forward and attention in 4 slices: about {wanted:.2f} GB\n" in others
+    assert "overlapping tiles" not in text
+    assert text.endswith(
+        "Free now: 1.50 GB.\nThe largest square picture that should fit is 2048 x 2048 px: make "
+        "the picture no larger than that."
+    )
+
+
+@pytest.mark.parametrize(
+    ("largest", "policy", "remedy"),
+    [
+        (4096, "exact only", "A square picture of 4096 x 4096 px should fit, so something else "),
+        (0, "exact only", 'would fit: set the policy to "allow approximations".'),
+        (0, "allow approximations", "would fit: close what else uses the device."),
+    ],
+)
+def test_the_remedy_is_one_that_helps(largest: int, policy: str, remedy: str) -> None:
+    attempts = [Attempt(rung, 1, 1) for rung in ladder(WORK, policy)]
+    text = failure_text(WORK, attempts, FREE, largest, policy)
+    assert remedy in text.splitlines()[-1]
+    assert "Not tried" not in text

@@ -1,0 +1,173 @@
+"""What earlier runs took corrects predictions: robustly, bounded, whatever happens to the file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pack.core.budget import Plan
+from pack.core.measured import HIGHEST, KEYS, LOWEST, SAMPLES, Measured, key_of
+
+KEY = key_of("Qwen-Image", "bfloat16", "a card", Plan())
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "folder" / "peaks.json"
+
+
+def test_nothing_known_corrects_nothing(path: Path) -> None:
+    assert Measured(path).factor(KEY) == 1
+    assert not path.exists()
+
+
+def test_one_run_is_believed_by_half_and_two_that_agree_decide(path: Path) -> None:
+    measured = Measured(path)
+    measured.learn(KEY, 1000, 1400)
+    assert measured.factor(KEY) == pytest.approx(1.2)
+    measured.learn(KEY, 500, 700)
+    assert measured.factor(KEY) == pytest.approx(1.4)
+    assert measured.factor(KEY + "another") == 1
+    assert Measured(path).factor(KEY) == pytest.approx(1.4)
+
+
+def test_a_disturbed_run_does_not_move_what_many_agree_on(path: Path) -> None:
+    measured = Measured(path)
+    for took in (1100, 1110, 1090, 9000, 1100):
+        measured.learn(KEY, 1000, took)
+    assert measured.factor(KEY) == pytest.approx(1.1)
+
+
+def test_the_last_runs_count(path: Path) -> None:
+    measured = Measured(path)
+    for took in [1900] * SAMPLES + [1100] * SAMPLES:
+        measured.learn(KEY, 1000, took)
+    assert measured.factor(KEY) == pytest.approx(1.1)
+    assert len(json.loads(path.read_text())[KEY]) == SAMPLES
+
+
+def test_running_out_tells_that_more_was_needed_than_there_was(path: Path) -> None:
+    measured = Measured(path)
+    measured.ran_out(KEY, 1000, 900)  # no news: more was predicted than there was
+    assert measured.factor(KEY) == 1
+    measured.ran_out(KEY, 1000, 1600)
+    assert measured.factor(KEY) == pytest.approx(1.3)
+
+
+@given(st.lists(st.tuples(st.integers(1, 1 << 40), st.integers(1, 1 << 40)), max_size=20))
+def test_the_factor_is_bounded_and_saved(runs: list[tuple[int, int]]) -> None:
+    with TemporaryDirectory() as folder:
+        measured = Measured(Path(folder) / "peaks.json")
+        for predicted, took in runs:
+            measured.learn(KEY, predicted, took)
+        assert LOWEST <= measured.factor(KEY) <= HIGHEST
+        assert Measured(measured.path).factor(KEY) == measured.factor(KEY)
+
+
+@pytest.mark.parametrize(("predicted", "took"), [(0, 5), (5, 0), (-1, 5), (5, -1)])
+def test_what_was_not_measured_is_refused(path: Path, predicted: int, took: int) -> None:
+    with pytest.raises(ValueError, match="must be above 0"):
+        Measured(path).learn(KEY, predicted, took)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"a": 1}',
+        '{"a": []}',
+        '{"a": ["1"]}',
+        '{"a": [NaN]}',
+        '{"a": [9]}',
+        '{"a": [[1]]}',
+        "\ud800",
+    ],
+)
+def test_a_damaged_file_is_told_once_and_replaced(
+    path: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content.encode("utf-8", "surrogatepass"))
+    measured = Measured(path)
+    with caplog.at_level(logging.WARNING, "qwen_vram"):
+        assert measured.factor(KEY) == measured.factor(KEY) == 1
+    assert [record.getMessage().count("is learned anew") for record in caplog.records] == [1]
+    measured.learn(KEY, 1000, 1400)
+    measured.learn(KEY, 1000, 1400)
+    assert Measured(path).factor(KEY) == pytest.approx(1.4)
+
+
+def test_a_folder_that_cannot_be_written_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")  # where a folder is needed; root may write everywhere else
+    measured = Measured(tmp_path / "file" / "peaks.json")
+    for _ in range(3):
+        measured.learn(KEY, 1000, 1400)
+    told = [r.getMessage() for r in caplog.records if "cannot be saved" in r.getMessage()]
+    assert len(told) == 1
+    assert "Make the folder writable." in told[0]
+    assert measured.factor(KEY) == pytest.approx(1.4)
+    (tmp_path / "file").unlink()
+    measured.learn(KEY, 1000, 1400)
+    assert len(json.loads(measured.path.read_text())[KEY]) == 4
+
+
+def test_processes_share_one_file(path: Path) -> None:
+    one, other = Measured(path), Measured(path)
+    assert other.factor(KEY) == 1
+    one.learn(KEY, 1000, 1400)
+    other.learn(KEY, 1000, 1400)
+    assert other.factor(KEY) == pytest.approx(1.4)
+
+
+def test_threads_lose_nothing_and_leave_no_halves(path: Path) -> None:
+    measured = Measured(path)
+
+    def work(number: int) -> None:
+        for _ in range(5):
+            measured.learn(f"{KEY} {number}", 1000, 1400)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {len(ratios) for ratios in json.loads(path.read_text()).values()} == {5}
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_the_file_stays_small(path: Path) -> None:
+    measured = Measured(path)
+    path.parent.mkdir()
+    path.write_text(json.dumps({f"old {number}": [1.5] for number in range(KEYS)}))
+    measured.learn("old 0", 1000, 1500)  # used again: now the newest
+    measured.learn(KEY, 1000, 1500)
+    known = json.loads(path.read_text())
+    assert len(known) == KEYS
+    assert {"old 0", KEY} <= known.keys()
+    assert "old 1" not in known
+
+
+def test_keys_tell_apart_what_is_predicted_differently() -> None:
+    plans = [
+        Plan(),
+        Plan(4),
+        Plan(16, 16, 16),
+        Plan(4, 4, 4, apart=True),
+        Plan(apart=True),
+        Plan(tiles=2),
+    ]
+    keys = [key_of("m", "d", "c", plan) for plan in plans]
+    assert keys[2:] == [keys[2], keys[2], keys[0], keys[0]]
+    assert len({*keys, key_of("n", "d", "c", Plan()), key_of("m", "d", "e", Plan())}) == 5
