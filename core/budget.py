@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, sqrt
 from typing import NamedTuple
 
 EXACT, ROUNDING = "exact", "exact up to rounding"
@@ -12,6 +12,7 @@ APPROXIMATE, CHANGED = "approximate", "changed settings"
 POLICIES = ("exact only", "allow approximations", "allow changed settings")
 TOKEN_SIDE = 16  # px: 8 of the VAE, times patches of 2 latent pixels
 LARGEST_SIDE = 16384  # px: where largest_side stops looking
+TILE_OVERLAP = 16  # latent pixels that neighbouring tiles share
 OPTIMISM, DOUBT = 0.85, 0.6  # see choose
 
 
@@ -21,7 +22,7 @@ class Work:
 
     `fixed` is what no plan lowers: latents, hints of ControlNets, buffers that weights are cast
     into; the table of positions is no part of it. `host_estimate` is the host's memory_required
-    for a model that is no Qwen-Image, else None: then only `batch` and `tokens` matter beside it.
+    for a model that is no Qwen-Image, else None: then only batch and tokens matter beside it.
     """
 
     batch: int  # halves of CFG times images
@@ -35,6 +36,7 @@ class Work:
     fixed: int = 0
     host_estimate: int | None = None
     timestep_zero: bool = False  # references are modulated on their own: Qwen-Image-Edit-2511
+    aspect: float = 1.0  # longer side of the picture by the shorter
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,14 @@ def need(work: Work, plan: Plan, factor: float = 1.0) -> int:
     from how the slices of this pack run it.
     """
     batch = 1 if plan.apart else work.batch
-    if work.host_estimate is not None:  # it grows with the batch; nothing else of it is known
-        return round(factor * work.host_estimate * batch / work.batch) + work.fixed
     references = ceil(work.reference_tokens * plan.reference_scale**2)
+    tokens = _tile_tokens(work, plan.tiles) + references
+    if work.host_estimate is not None:
+        # It grows with the tokens of the whole batch; nothing else is known of it.
+        part = batch * tokens / (work.batch * (work.tokens + work.reference_tokens))
+        return round(factor * round(work.host_estimate * part)) + work.fixed
     row = batch * work.width * work.element_size
-    picture = (_tile_tokens(work.tokens, plan.tiles) + references) * row
-    text = work.text_tokens * row
+    picture, text = tokens * row, work.text_tokens * row
     peak = max(
         _feed_forward_peak(picture, text, plan, work.timestep_zero and references > 0),
         _attention_peak(picture, text, plan, batch),
@@ -123,41 +127,48 @@ def need(work: Work, plan: Plan, factor: float = 1.0) -> int:
     return round(factor * (peak + positions)) + work.fixed
 
 
-def _tile_tokens(tokens: int, tiles: int) -> int:
-    """Tokens of one tile of a square picture."""
-    return ceil(tokens / tiles**2)
+def _tile_tokens(work: Work, tiles: int) -> int:
+    """Tokens of one of the tiles that TileGrid.along makes of a picture of these tokens."""
+    if tiles == 1:
+        return work.tokens
+    shorter = 2 * sqrt(work.tokens / work.aspect)  # latent pixels, two of a token
+    longer = work.aspect * shorter
+    shared = min(TILE_OVERLAP, longer // (2 * tiles))
+    tile = 4 * ceil((longer + shared * (tiles - 1)) / tiles / 4)
+    return min(work.tokens, ceil(min(tile, longer) * min(tile, shorter) / 4))
 
 
 def _feed_forward_peak(picture: int, text: int, plan: Plan, timestep_zero: bool) -> int:
     """Bytes while a block's second half runs; `picture` and `text` are one tensor of a stream.
 
-    The picture's stream: what the caller still holds of it, what attention made of it, and its
-    modulated form. In each slice, four times as wide: before and after the GELU. The text's: what
-    the caller holds and what attention made of it. Then its own feed-forward, never sliced.
+    Of the picture: what the caller holds, what attention made of it, and that modulated (3); then
+    what is four times as wide, before and after the GELU (8). Of the text: the first two.
     """
-    picture_half = 3 * picture + 2 * text + 8 * ceil(picture / plan.feed_forward)
-    # The output, written over the modulated form, is gated; with references at timestep zero in
-    # two parts, which are joined before they are added.
+    whole = 3 * picture + 2 * text + 8 * picture
+    # The output is written over the modulated form; that of the slice before is still there (1).
+    sliced = 3 * picture + 2 * text + 9 * ceil(picture / plan.feed_forward)
+    # The sum with the gated output; with references at timestep zero, gated in two parts which
+    # are joined before.
     gate = (5 if timestep_zero else 4) * picture + 2 * text
+    # The text's own feed-forward is never sliced; the modulated picture is still there.
     text_half = 3 * picture + 3 * text + 8 * text
-    return max(picture_half, gate, text_half)
+    return max(whole if plan.feed_forward == 1 else sliced, gate, text_half)
 
 
 def _attention_peak(picture: int, text: int, plan: Plan, batch: int) -> int:
-    """Bytes while a block's attention runs.
-
-    Both streams, and both modulated (2). Whole: query, key and value apart and joined (6), what
-    attention returns (1), and what `to_out` makes of the picture's part of it (1), which is copied
-    if a batch has its parts between those of the text.
-    """
+    """Bytes while a block's attention runs: first of all both streams, and both modulated (2)."""
     joint = picture + text
     if plan.attention > 1:
-        # Joined key and value (2); of a slice: query, normed, turned, attended, projected.
-        return 4 * joint + 5 * ceil(picture / plan.attention)
+        # Key and value, joined (2), the text's parts of them and its result (3); of slices: query
+        # and result of the one before, and of this one the projection, normed, turned (5).
+        return 4 * joint + 3 * text + 5 * ceil(picture / plan.attention)
+    # What attention returns, and that with its heads side by side (2); or that, what `to_out`
+    # makes of the picture's part, and in a batch its copy, since the text lies between.
+    after = max(2 * joint, joint + (picture if batch == 1 else 2 * picture))
     if plan.projections > 1:
-        # Joined query, key and value (3), what attention returns, and `to_out` of it.
-        return 6 * joint + picture + (picture if batch > 1 else 0)
-    return 9 * joint + picture + (picture if batch > 1 else 0)
+        # Query, key and value, joined (3), the text's parts (2); `to_out` comes after them.
+        return 5 * joint + 2 * text + max(2 * joint, 3 * ceil(picture / plan.projections))
+    return 8 * joint + after  # query, key and value, apart and joined (6)
 
 
 def ladder(work: Work, policy: str) -> tuple[Rung, ...]:

@@ -39,6 +39,7 @@ works = st.builds(
     fixed=st.integers(0, GIB),
     host_estimate=st.one_of(st.none(), st.integers(0, 1 << 36)),
     timestep_zero=st.booleans(),
+    aspect=st.floats(1, 4),
 )
 amounts = st.integers(0, 1 << 36)
 memories = st.builds(Memory, amounts, amounts, amounts, amounts)
@@ -94,6 +95,7 @@ def test_rungs_that_change_nothing_are_left_out() -> None:
         "apart",
         "release",
     ]
+    assert ids(ladder(foreign, "allow approximations"))[5:] == ["tiles-2", "tiles-4"]
 
 
 @given(works, policies)
