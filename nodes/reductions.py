@@ -1,0 +1,242 @@
+"""Runs one forward pass as several smaller ones, inside the APPLY_MODEL wrapper.
+
+Items of the batch apart: the same items, exact up to what the kernels round otherwise for fewer
+rows. Smaller references and tiled diffusion change the picture.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrapperExecutor
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ..core.budget import Plan
+from ..core.tiling import PATCH, Tile, TileGrid, window
+
+log = logging.getLogger("qwen_vram")
+
+OVERLAP = 16  # latent pixels that neighbouring tiles share at least: 128 px
+WHOLE_PATCHES = "Another node's patch looks at the whole picture ({}): no tiles."
+WHOLE_HINTS = "The hints of the ControlNet do not lie on the picture's grid: no tiles."
+NO_PICTURE = "The latent is no single picture: no tiles."
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one APPLY_MODEL call; `x` is (batch, channels, [frames,] height, width)."""
+
+    x: Tensor
+    t: Tensor
+    c_concat: Tensor | None
+    c_crossattn: Tensor | None
+    control: dict[str, Any] | None
+    transformer_options: dict[str, Any]
+    extra: dict[str, Any]
+
+    def run(self, executor: WrapperExecutor) -> Tensor:
+        """What the model predicts, like `x`."""
+        return executor(
+            self.x,
+            self.t,
+            self.c_concat,
+            self.c_crossattn,
+            self.control,
+            self.transformer_options,
+            **self.extra,
+        )
+
+
+def forward(
+    executor: WrapperExecutor,
+    plan: Plan,
+    x: Tensor,
+    t: Tensor,
+    c_concat: Tensor | None = None,
+    c_crossattn: Tensor | None = None,
+    control: dict[str, Any] | None = None,
+    transformer_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """One forward pass by `plan`: one plain call of `executor`, or several smaller ones.
+
+    Slices are not its matter: they are the model's own (slicing.py). What `possible` finds in the
+    way of tiles is logged, and the pass runs without them.
+    """
+    call = Call(x, t, c_concat, c_crossattn, control, transformer_options or {}, kwargs)
+    plan, reason = possible(plan, x, control, call.transformer_options)
+    if reason:
+        log.warning(reason)
+    items = _apart(call) if plan.apart and x.shape[0] > 1 else [call]
+    results = [_one(executor, plan, item) for item in items]
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def possible(
+    plan: Plan, x: Tensor, control: dict[str, Any] | None, transformer_options: dict[str, Any]
+) -> tuple[Plan, str]:
+    """The plan, without tiles where they cannot be, and the reason for that or ""."""
+    if plan.tiles == 1:
+        return plan, ""
+    patches = sorted(
+        name for name, found in transformer_options.get("patches", {}).items() if found
+    )
+    if patches:
+        return replace(plan, tiles=1), WHOLE_PATCHES.format(", ".join(patches))
+    if x.ndim not in (4, 5) or (x.ndim == 5 and x.shape[2] != 1):
+        return replace(plan, tiles=1), NO_PICTURE
+    if not _hints_fit(control, *x.shape[-2:]):
+        return replace(plan, tiles=1), WHOLE_HINTS
+    return plan, ""
+
+
+def _one(executor: WrapperExecutor, plan: Plan, call: Call) -> Tensor:
+    """One item of the batch, or the batch as it came."""
+    if plan.reference_scale != 1.0:
+        call = _with_smaller_references(call, plan.reference_scale)
+    if plan.tiles == 1:
+        return call.run(executor)
+    height, width = call.x.shape[-2:]
+    tiles = TileGrid.along(height, width, plan.tiles, OVERLAP).tiles()
+    return call.run(executor) if len(tiles) == 1 else _tiled(executor, call, tiles)
+
+
+# ------------------------------------------------------------------------------ apart
+def _apart(call: Call) -> list[Call]:
+    """A call for each item: the sides of CFG, and within them the pictures."""
+    batch = call.x.shape[0]
+    return [
+        Call(
+            *(_item(value, index, batch) for value in (call.x, call.t)),
+            *(_item(value, index, batch) for value in (call.c_concat, call.c_crossattn)),
+            _item(call.control, index, batch),
+            _item_options(call.transformer_options, index, batch),
+            {name: _item(value, index, batch) for name, value in call.extra.items()},
+        )
+        for index in range(batch)
+    ]
+
+
+def _item(value: Any, index: int, batch: int) -> Any:
+    """Of whatever has the batch as its first dimension, also in lists and dicts."""
+    if isinstance(value, Tensor):
+        return value[index : index + 1] if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, list):
+        return [_item(part, index, batch) for part in value]
+    if isinstance(value, dict):
+        return {name: _item(part, index, batch) for name, part in value.items()}
+    return value
+
+
+def _item_options(options: dict[str, Any], index: int, batch: int) -> dict[str, Any]:
+    """What tells about the batch, for one item; patches ask which side of CFG they see."""
+    sides = len(options.get("cond_or_uncond", ())) or 1
+    pictures = batch // sides
+    side, picture = divmod(index, pictures)
+    own = dict(options)
+    for name in ("cond_or_uncond", "uuids"):
+        if name in options:
+            own[name] = options[name][side : side + 1]
+    if "sigmas" in options:
+        own["sigmas"] = _item(options["sigmas"], picture, pictures)
+    return own
+
+
+# ------------------------------------------------------------------------------ references
+def _with_smaller_references(call: Call, scale: float) -> Call:
+    """The same call with the sides of every reference latent times `scale`."""
+    references = call.extra.get("ref_latents")
+    if not references:
+        return call
+    smaller = [_smaller(reference, scale) for reference in references]
+    return replace(call, extra={**call.extra, "ref_latents": smaller})
+
+
+def _smaller(latent: Tensor, scale: float) -> Tensor:
+    """By the mean over areas, to even sides of at least one token."""
+    height, width = (max(PATCH, round(side * scale / PATCH) * PATCH) for side in latent.shape[-2:])
+    pictures = latent.reshape(-1, 1, *latent.shape[-2:])
+    resized = interpolate(pictures, size=(height, width), mode="area")
+    return resized.reshape(*latent.shape[:-2], height, width)
+
+
+# ------------------------------------------------------------------------------ tiles
+def _tiled(executor: WrapperExecutor, call: Call, tiles: tuple[Tile, ...]) -> Tensor:
+    """MultiDiffusion (arXiv 2302.08113): the mean of what overlapping tiles predict.
+
+    The model sees each tile as a picture of its own: its positions begin in its own middle.
+    """
+    x = call.x
+    total = x.new_zeros(x.shape, dtype=torch.float32)
+    weights = x.new_zeros(x.shape[-2:], dtype=torch.float32)
+    for tile in tiles:
+        weight = window(tile).to(x.device)
+        predicted = _crop_call(call, tile).run(executor)
+        _crop(total, tile).add_(predicted.float() * weight)
+        _crop(weights, tile).add_(weight)
+    return (total / weights).to(predicted.dtype)
+
+
+def _crop(value: Tensor, tile: Tile) -> Tensor:
+    """The tile's part of the last two dimensions, as a view."""
+    rows = slice(tile.top, tile.top + tile.height)
+    return value[..., rows, tile.left : tile.left + tile.width]
+
+
+def _crop_call(call: Call, tile: Tile) -> Call:
+    """The same call for one tile; text and references are whole in each."""
+    sides = call.x.shape[-2:]
+
+    def own(value: Any) -> Any:
+        picture = isinstance(value, Tensor) and value.ndim >= 4 and value.shape[-2:] == sides
+        return _crop(value, tile) if picture else value
+
+    return replace(
+        call,
+        x=_crop(call.x, tile),
+        c_concat=own(call.c_concat),
+        control=_crop_hints(call.control, tile, *sides),
+        extra={name: own(value) for name, value in call.extra.items()},
+    )
+
+
+def _tokens(side: int) -> int:
+    """Along a side of so many latent pixels; the model fills an odd one up."""
+    return -(-side // PATCH)
+
+
+def _hints(control: dict[str, Any] | None) -> list[Tensor]:
+    """What a ControlNet adds to the blocks, (batch, tokens, width) each."""
+    parts = (control or {}).values()
+    return [hint for part in parts for hint in part if hint is not None]
+
+
+def _hints_fit(control: dict[str, Any] | None, height: int, width: int) -> bool:
+    """Whether each hint has one row for each token of a picture with even sides."""
+    hints = _hints(control)
+    if not hints:
+        return True
+    tokens = _tokens(height) * _tokens(width)
+    even = height % PATCH == width % PATCH == 0
+    return even and all(hint.ndim == 3 and hint.shape[1] == tokens for hint in hints)
+
+
+def _crop_hints(
+    control: dict[str, Any] | None, tile: Tile, height: int, width: int
+) -> dict[str, Any] | None:
+    """The tile's tokens of every hint."""
+    if not _hints(control):
+        return control
+    place = Tile(*(side // PATCH for side in tile))
+
+    def own(hint: Tensor | None) -> Tensor | None:
+        if hint is None:
+            return None
+        grid = hint.unflatten(1, (height // PATCH, width // PATCH)).movedim(3, 1)
+        return _crop(grid, place).flatten(2).movedim(1, 2)
+
+    return {name: [own(hint) for hint in part] for name, part in control.items()}
