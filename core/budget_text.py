@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .budget import POLICIES, TOKEN_SIDE, Memory, Rung, Work, ladder, need
+from .budget import CHANGED, POLICIES, TOKEN_SIDE, Memory, Rung, Work, ladder, need
 from .units import size_text
 
 
@@ -29,7 +29,11 @@ def failure_text(
     `largest` is from `largest_side`, for the same policy. Raises ValueError for an unknown policy.
     """
     tried = {attempt.rung.id for attempt in attempts}
-    others = [rung for rung in ladder(work, policy) if rung.id not in tried]
+    others = [
+        rung
+        for rung in ladder(work, policy)
+        if rung.id not in tried and rung.exactness != CHANGED  # which needs as much
+    ]
     lines = [
         f'There is not enough memory, with everything done that the policy "{policy}" permits.',
         "Tried, one after the other:",

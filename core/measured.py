@@ -14,6 +14,7 @@ from .budget import Plan
 log = logging.getLogger("qwen_vram")
 
 LOWEST, HIGHEST = 0.5, 2.0  # what lies outside was not measured but disturbed
+LEAST = 256_000_000  # bytes
 SAMPLES = 15
 KEYS = 256
 
@@ -56,10 +57,13 @@ class Measured:
     def learn(self, key: str, predicted: int, measured: int) -> None:
         """Note what a run took (bytes), beside the prediction before any correction (factor 1).
 
-        Raises ValueError for figures that were not measured.
+        A pass of less than LEAST tells nothing: one weight that is cast outweighs it. Raises
+        ValueError for figures that were not measured.
         """
         if predicted <= 0 or measured <= 0:
             raise ValueError(f"predicted ({predicted}) and measured ({measured}) must be above 0.")
+        if predicted < LEAST:
+            return
         ratio = min(max(measured / predicted, LOWEST), HIGHEST)
         with self._lock:
             known = self._ratios if self._unsaved else None
@@ -67,11 +71,6 @@ class Measured:
             ratios[key] = [*ratios.pop(key, []), round(ratio, 4)][-SAMPLES:]  # now the newest key
             self._ratios = dict(list(ratios.items())[-KEYS:])
             self._save(self._ratios)
-
-    def ran_out(self, key: str, predicted: int, available: int) -> None:
-        """Note a run that failed though it was predicted (with factor 1) to fit: it takes more."""
-        if available > predicted > 0:
-            self.learn(key, predicted, available)
 
     def _save(self, ratios: dict[str, list[float]]) -> None:
         try:

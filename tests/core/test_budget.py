@@ -13,6 +13,7 @@ from pack.core.budget import (
     EXACT,
     POLICIES,
     ROUNDING,
+    TILE_OVERLAP,
     TOKEN_SIDE,
     Memory,
     Plan,
@@ -24,6 +25,7 @@ from pack.core.budget import (
     need,
     room,
 )
+from pack.core.tiling import TileGrid
 
 GIB = 1 << 30
 works = st.builds(
@@ -121,6 +123,22 @@ def test_each_rung_needs_no_more_than_the_one_before_and_includes_it(
         assert one.tiles <= other.tiles
 
 
+def test_slices_do_not_promise_the_same_bits() -> None:
+    found = {rung.id: rung.exactness for rung in ladder(picture(2048), "allow changed settings")}
+    assert found == {
+        "as-asked": EXACT,
+        "free-others": EXACT,
+        "headroom": EXACT,
+        "feed-forward-4": ROUNDING,
+        "attention-4": ROUNDING,
+        "attention-16": ROUNDING,
+        "release": ROUNDING,
+        "tiles-2": APPROXIMATE,
+        "tiles-4": APPROXIMATE,
+        "settings": CHANGED,
+    }
+
+
 @given(works)
 def test_the_policies_permit_what_they_say(work: Work) -> None:
     exact, approximate, changed = (ladder(work, policy) for policy in POLICIES)
@@ -166,17 +184,6 @@ def test_a_prediction_that_may_be_wrong_does_not_slow_a_card_down() -> None:
     assert rungs[choose(rungs, work, close)].id == "as-asked"
     assert rungs[choose(rungs, work, close, factor=1.1)].id == "feed-forward-4"
     assert rungs[choose(rungs, work, close, lambda plan: 1.1)].id == "feed-forward-4"
-
-
-def test_a_picture_is_approximated_only_where_the_exact_ways_surely_fail() -> None:
-    work = picture(4096, reference_tokens=4096)
-    rungs = ladder(work, "allow approximations")
-    last_exact = ids(rungs).index("release")
-    needed = need(work, rungs[last_exact].plan)
-    assert choose(rungs, work, Memory(round(0.7 * needed), 0, 0, 0)) == last_exact
-    assert rungs[choose(rungs, work, Memory(round(0.5 * needed), 0, 0, 0))].id == "tiles-2"
-    after_it_failed = choose(rungs, work, Memory(10 * needed, 0, 0, 0), start=last_exact + 1)
-    assert rungs[after_it_failed].id == "references-75"
 
 
 @pytest.mark.parametrize(
@@ -234,6 +241,16 @@ def test_more_memory_never_means_a_smaller_picture(
 ) -> None:
     both = Memory(*(a + b for a, b in zip(memory, more, strict=True)))
     assert largest_side(work, policy, memory) <= largest_side(work, policy, both)
+
+
+@pytest.mark.parametrize("sides", [(4096, 4096), (3072, 3072), (4096, 2048), (1328, 1328)])
+@pytest.mark.parametrize("count", [2, 4])
+def test_tiles_are_those_that_will_be_made(sides: tuple[int, int], count: int) -> None:
+    height, width = (side // 8 for side in sides)
+    tile = TileGrid.along(height, width, count, TILE_OVERLAP).tiles()[0]
+    tokens = -(-tile.height // 2) * -(-tile.width // 2)
+    work = picture(16, tokens=height * width // 4, aspect=height / width)
+    assert need(work, Plan(tiles=count)) == need(replace(work, tokens=tokens), Plan())
 
 
 @given(works, factors)
