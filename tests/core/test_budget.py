@@ -100,6 +100,21 @@ def test_rungs_that_change_nothing_are_left_out() -> None:
     assert ids(ladder(foreign, "allow approximations"))[5:] == ["tiles-2", "tiles-4"]
 
 
+def test_each_rung_frees_what_it_says() -> None:
+    rungs = ladder(picture(2048), "allow changed settings")
+    freed = {rung.id: (rung.free_others, rung.headroom, rung.release) for rung in rungs}
+    assert freed["as-asked"] == (False, False, False)
+    assert freed["free-others"] == (True, False, False)
+    assert freed["headroom"] == freed["attention-16"] == (True, True, False)
+    assert freed["release"] == freed["tiles-2"] == freed["settings"] == (True, True, True)
+
+
+def test_references_of_half_the_sides_have_a_quarter_of_the_tokens() -> None:
+    whole, quarter = (picture(1024, reference_tokens=tokens) for tokens in (4096, 1024))
+    assert need(whole, Plan(reference_scale=0.5)) == need(quarter, Plan())
+    assert need(replace(whole, batch=3), Plan(apart=True)) == need(whole, Plan())
+
+
 @given(works, policies)
 def test_each_rung_needs_no_more_than_the_one_before_and_includes_it(
     work: Work, policy: str
