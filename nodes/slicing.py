@@ -203,6 +203,14 @@ def _each(tokens: int, wanted: int) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
+def _part(x: Tensor, start: int, stop: int) -> Tensor:
+    """A slice of the tokens, (batch, stop - start, width), without gaps.
+
+    Torch adds the bias in one step only where the rows lie side by side, as they did whole.
+    """
+    return x[:, start:stop].contiguous()
+
+
 class SlicedFeedForward(FeedForward):
     """The feed-forward over slices of tokens, each written over the input that it came from.
 
@@ -215,8 +223,8 @@ class SlicedFeedForward(FeedForward):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(batch, tokens, width) to the same, in the same memory."""
         for start, stop in _each(hidden_states.shape[1], self.plan.feed_forward):
-            part = super().forward(hidden_states[:, start:stop], *args, **kwargs)
-            hidden_states[:, start:stop] = part
+            part = _part(hidden_states, start, stop)
+            hidden_states[:, start:stop] = super().forward(part, *args, **kwargs)
         return hidden_states
 
 
@@ -254,7 +262,7 @@ class SlicedAttention(Attention):
 
         def image_query(start: int, stop: int) -> Tensor:
             own_pe = pe[:, :, length + start : length + stop]
-            return self._rotated(image[:, start:stop], self.to_q, self.norm_q, own_pe)
+            return self._rotated(_part(image, start, stop), self.to_q, self.norm_q, own_pe)
 
         if self.plan.attention == 1:
             out = attend(self._joint(query, tokens, image_query))
@@ -272,10 +280,10 @@ class SlicedAttention(Attention):
 
         def image_key(start: int, stop: int) -> Tensor:
             own_pe = pe[:, :, length + start : length + stop]
-            return self._rotated(image[:, start:stop], self.to_k, self.norm_k, own_pe)
+            return self._rotated(_part(image, start, stop), self.to_k, self.norm_k, own_pe)
 
         def image_value(start: int, stop: int) -> Tensor:
-            return self._heads(self.to_v(image[:, start:stop]))
+            return self._heads(self.to_v(_part(image, start, stop)))
 
         text_key = self._rotated(text, self.add_k_proj, self.norm_added_k, pe[:, :, :length])
         key = self._joint(text_key, tokens, image_key)
