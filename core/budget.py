@@ -109,7 +109,8 @@ def need(work: Work, plan: Plan, factor: float = 1.0) -> int:
     """Peak bytes of the activations of this forward pass; `factor` corrects the prediction.
 
     Counted from comfy/ldm/qwen_image/model.py of ComfyUI 0.33, where each block peaks alike, and
-    from how the slices of this pack run it.
+    from how the slices of this pack run it. Scores of attention are no part of it: the usual
+    kernels keep none, and ComfyUI's own (sub-quadratic, split) as many as there is room for.
     """
     batch = 1 if plan.apart else work.batch
     references = ceil(work.reference_tokens * plan.reference_scale**2)

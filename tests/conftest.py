@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from pack.demo.server import Server
     from pack.tests.host import Host
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# How long an example takes tells of the machine; the first one reads the sources of ComfyUI.
+settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any")
 
 
 def _register_pack() -> None:

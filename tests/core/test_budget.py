@@ -229,6 +229,26 @@ def test_cards_as_people_have_them() -> None:
     assert rungs[choose(rungs, work, Memory(2 * GIB, 0, 0, 0))].id == "attention-4"
 
 
+@pytest.mark.parametrize(
+    ("side", "batch", "references", "units"),
+    [
+        (1328, 1, 0, 11.13),
+        (2048, 1, 0, 11.09),
+        (3072, 1, 0, 11.09),
+        (4096, 1, 0, 11.09),
+        (1328, 2, 0, 11.17),
+        (3072, 1, 3 * 4096, 11.08),
+    ],
+)
+def test_whole_passes_need_what_was_measured_on_a_card(
+    side: int, batch: int, references: int, units: float
+) -> None:
+    """In units of the picture's stream; one H200, torch 2.11, bf16 and fp8, 60 text tokens."""
+    work = picture(side, batch=batch, reference_tokens=references, text_tokens=60)
+    unit = batch * (work.tokens + references) * 3072 * 2
+    assert need(work, Plan()) / unit == pytest.approx(units, abs=0.04)
+
+
 @given(works, policies, memories, factors)
 @example(picture(4096), "exact only", Memory(2 * GIB, 0, 0, 0), 1.0)
 def test_the_largest_side_fits_and_the_next_one_does_not(

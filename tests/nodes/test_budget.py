@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from pack.core.budget import TILE_OVERLAP, Plan, Work, need
+from pack.demo.tiny_checkpoints import LAYERS, TEXT_HIDDEN
 from pack.tests.host import Host
 from pack.tests.live_bytes import LiveBytes
+from pack.tests.nodes.slicing_models import transformer
 
-HEAD, BLOCKS, TEXT_WIDTH, REFERENCE = 128, 2, 64, 32  # width of a head as in the real model
+HEADS, HEAD_DIM = 2, 128  # a head as wide as in the real model
+REFERENCE = 32  # side in latent pixels
 PLANS = [Plan(), Plan(feed_forward=4), Plan(4, 4), Plan(4, 4, 4), Plan(16, 16, 16)]
 
 
@@ -22,32 +25,13 @@ def slicing(host: Host) -> ModuleType:
     return importlib.import_module(f"{host.pack.__name__}.nodes.slicing")
 
 
-def transformer(heads: int, dtype: torch.dtype, method: str) -> Any:
-    """A random Qwen-Image transformer of two blocks: each peaks alike."""
-    import comfy.ops
-    from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
-
-    model = QwenImageTransformer2DModel(
-        num_layers=BLOCKS,
-        num_attention_heads=heads,
-        attention_head_dim=HEAD,
-        joint_attention_dim=TEXT_WIDTH,
-        default_ref_method=method,
-        dtype=dtype,
-        operations=comfy.ops.disable_weight_init,
-    )
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    return model.eval().requires_grad_(False)
-
-
 def peak_of(model: Any, options: dict[str, Any], work: Work, sides: tuple[int, int]) -> int:
     """Bytes that one forward pass of `sides` latent pixels really holds at its worst."""
     dtype = model.dtype
     x = torch.randn(work.batch, 16, 1, *sides, dtype=dtype)
     reference = torch.randn(work.batch, 16, 1, REFERENCE, REFERENCE, dtype=dtype)
     count = work.reference_tokens * 4 // REFERENCE**2
-    text = torch.randn(work.batch, work.text_tokens, TEXT_WIDTH, dtype=dtype)
+    text = torch.randn(work.batch, work.text_tokens, TEXT_HIDDEN, dtype=dtype)
     time = torch.full((work.batch,), 0.5, dtype=dtype)
     with torch.no_grad(), LiveBytes() as live:
         model(x, time, text, ref_latents=[reference] * count or None, transformer_options=options)
@@ -76,7 +60,6 @@ def test_what_is_predicted_is_what_the_block_holds(
     dtype: torch.dtype,
     method: str,
 ) -> None:
-    heads = 2
     plans = slicing.Plans()
     plans.set(torch.device("cpu"), plan)
     options = {"wrappers": {"diffusion_model": {"test": [partial(slicing._run, plans)]}}}
@@ -85,13 +68,14 @@ def test_what_is_predicted_is_what_the_block_holds(
         tokens=sides[0] * sides[1] // 4,
         reference_tokens=references * REFERENCE**2 // 4,
         text_tokens=text,
-        width=heads * HEAD,
-        heads=heads,
-        blocks=BLOCKS,
+        width=HEADS * HEAD_DIM,
+        heads=HEADS,
+        blocks=LAYERS,
         element_size=dtype.itemsize,
         timestep_zero=method == "index_timestep_zero",
     )
-    peak = peak_of(transformer(heads, dtype, method), options, work, sides)
+    model = transformer(dtype, HEADS, HEAD_DIM, method)
+    peak = peak_of(model, options, work, sides)
     assert plans.reasons() == ()
     assert 0.85 <= peak / need(work, plan) <= 1.15
 
