@@ -82,11 +82,13 @@ Factor = float | Callable[[Plan], float]  # one correction for all plans, or one
 _Change = dict[str, int | float | bool]
 
 # In the order of what they cost the user. Slices are few, since weights that are not resident
-# stream again for each: from 4 to 16 the peak falls by about a fifth, beyond by next to nothing.
-# Every token is computed by the same formula from the same numbers, and most slices give the same
-# bits. "Up to rounding", since libraries choose by the number of rows in which order they add up.
+# stream again for each: from 4 to 16 the peak falls by about a sixth, beyond by next to nothing.
+# In slices every token is computed by the same formula from the same numbers. All but those of
+# attention gave the same bits in nearly every size that was tried on a card and on a CPU; none
+# promises it, since libraries choose by the number of rows in which order they add up.
 _LADDER: tuple[tuple[str, str, _Change], ...] = (
     ("feed-forward-4", ROUNDING, {"feed_forward": 4}),
+    ("projections-4", ROUNDING, {"feed_forward": 4, "projections": 4}),
     ("attention-4", ROUNDING, {"feed_forward": 4, "projections": 4, "attention": 4}),
     ("attention-16", ROUNDING, {"feed_forward": 16, "projections": 16, "attention": 16}),
     ("apart", ROUNDING, {"apart": True}),
@@ -121,9 +123,10 @@ def need(work: Work, plan: Plan, factor: float = 1.0) -> int:
         return round(factor * round(work.host_estimate * part)) + work.fixed
     row = batch * work.width * work.element_size
     picture, text = tokens * row, work.text_tokens * row
+    copied = 1 if batch > 1 else 0  # slices of a batch do not lie together, so they are copied
     peak = max(
-        _feed_forward_peak(picture, text, plan, work.timestep_zero and references > 0),
-        _attention_peak(picture, text, plan, batch),
+        _feed_forward_peak(picture, text, plan, copied, work.timestep_zero and references > 0),
+        _attention_peak(picture, text, plan, copied),
     )
     # The table of positions, all the time: cos, -sin, sin, cos for each pair of a head's numbers.
     positions = 2 * ceil((picture + text) / work.heads)
@@ -141,36 +144,37 @@ def _tile_tokens(work: Work, tiles: int) -> int:
     return min(work.tokens, ceil(min(tile, longer) * min(tile, shorter) / 4))
 
 
-def _feed_forward_peak(picture: int, text: int, plan: Plan, timestep_zero: bool) -> int:
+def _feed_forward_peak(
+    picture: int, text: int, plan: Plan, copied: int, timestep_zero: bool
+) -> int:
     """Bytes while a block's second half runs; `picture` and `text` are one tensor of a stream.
 
     Of the picture: what the caller holds, what attention made of it, and that modulated (3); then
     what is four times as wide, before and after the GELU (8). Of the text: the first two.
     """
-    whole = 3 * picture + 2 * text + 8 * picture
-    # The output is written over the modulated form; that of the slice before is still there (1).
-    sliced = 3 * picture + 2 * text + 9 * ceil(picture / plan.feed_forward)
-    # The sum with the gated output; with references at timestep zero, gated in two parts which
-    # are joined before.
+    wide = 8 if plan.feed_forward == 1 else 8 + copied
+    picture_half = 3 * picture + 2 * text + wide * ceil(picture / plan.feed_forward)
+    # The output, written over the modulated form, is added by its gate; with references at
+    # timestep zero in two parts, which are joined first.
     gate = (5 if timestep_zero else 4) * picture + 2 * text
     # The text's own feed-forward is never sliced; the modulated picture is still there.
     text_half = 3 * picture + 3 * text + 8 * text
-    return max(whole if plan.feed_forward == 1 else sliced, gate, text_half)
+    return max(picture_half, gate, text_half)
 
 
-def _attention_peak(picture: int, text: int, plan: Plan, batch: int) -> int:
+def _attention_peak(picture: int, text: int, plan: Plan, copied: int) -> int:
     """Bytes while a block's attention runs: first of all both streams, and both modulated (2)."""
     joint = picture + text
     if plan.attention > 1:
-        # Key and value, joined (2), the text's parts of them and its result (3); of slices: query
-        # and result of the one before, and of this one the projection, normed, turned (5).
-        return 4 * joint + 3 * text + 5 * ceil(picture / plan.attention)
+        # Key and value, joined (2), the text's query and result (2); of a slice: query, what
+        # attention returns, and that with its heads side by side (3).
+        return 4 * joint + 2 * text + (3 + copied) * ceil(picture / plan.attention)
     # What attention returns, and that with its heads side by side (2); or that, what `to_out`
     # makes of the picture's part, and in a batch its copy, since the text lies between.
-    after = max(2 * joint, joint + (picture if batch == 1 else 2 * picture))
+    after = max(2 * joint, joint + (1 + copied) * picture)
     if plan.projections > 1:
-        # Query, key and value, joined (3), the text's parts (2); `to_out` comes after them.
-        return 5 * joint + 2 * text + max(2 * joint, 3 * ceil(picture / plan.projections))
+        # Query, key and value, joined (3), and the text's query; `to_out` comes after them.
+        return 5 * joint + text + max(2 * joint, 3 * ceil(picture / plan.projections))
     return 8 * joint + after  # query, key and value, apart and joined (6)
 
 
@@ -205,6 +209,8 @@ def plan_text(plan: Plan) -> str:
     parts = []
     if plan.attention > 1:
         parts.append(f"feed-forward and attention in {plan.attention} slices")
+    elif plan.projections > 1:
+        parts.append(f"feed-forward and projections in {plan.projections} slices")
     elif plan.feed_forward > 1:
         parts.append(f"feed-forward in {plan.feed_forward} slices")
     if plan.apart:

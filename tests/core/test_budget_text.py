@@ -32,6 +32,7 @@ def test_the_text_of_a_rung_tells_all_that_its_plan_does() -> None:
         "feed-forward and attention in 16 slices, pictures and sides of CFG one at a time, "
         "2 x 2 overlapping tiles, what other patches hold released"
     )
+    assert rung("projections-4").text == "feed-forward and projections in 4 slices"
     with_references = Work(1, 65536, 100, 100, 3072, 24, 60, 2)
     last = ladder(with_references, "allow changed settings")[-1]
     assert last.text == (

@@ -77,7 +77,9 @@ def test_what_is_predicted_is_what_the_block_holds(
     model = transformer(dtype, HEADS, HEAD_DIM, method)
     peak = peak_of(model, options, work, sides)
     assert plans.reasons() == ()
-    assert 0.85 <= peak / need(work, plan) <= 1.15
+    # On a CPU the norms of bfloat16 go through float32, which a card does inside the kernel.
+    most = 1.06 if dtype == torch.float32 else 1.2
+    assert 0.98 <= peak / need(work, plan) <= most
 
 
 def test_tiles_overlap_as_predicted(host: Host) -> None:
