@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from .atomic_file import write_atomically
-from .budget import Plan
+from .budget import OPTIMISM, Plan
 
 log = logging.getLogger("qwen_vram")
 
@@ -45,6 +45,7 @@ class Measured:
         self.path = path
         self._lock = threading.Lock()
         self._ratios: dict[str, list[float]] | None = None  # None: not read yet
+        self._failures: dict[str, list[float]] = {}
         self._unsaved = False
 
     def factor(self, key: str) -> float:
@@ -52,7 +53,7 @@ class Measured:
         with self._lock:
             if self._ratios is None:
                 self._ratios = self._stored()
-            return median([1.0, *self._ratios.get(key, [])])
+            return median([1.0, *self._ratios.get(key, []), *self._failures.get(key, [])])
 
     def learn(self, key: str, predicted: int, measured: int) -> None:
         """Note what a run took (bytes), beside the prediction before any correction (factor 1).
@@ -71,6 +72,18 @@ class Measured:
             ratios[key] = [*ratios.pop(key, []), round(ratio, 4)][-SAMPLES:]  # now the newest key
             self._ratios = dict(list(ratios.items())[-KEYS:])
             self._save(self._ratios)
+
+    def ran_out(self, key: str, predicted: int, available: int) -> None:
+        """Note that a pass did not fit (bytes; `predicted` with factor 1), until ComfyUI ends.
+
+        Memory may be in pieces, which no peak shows; so the ratio is one with which `choose` would
+        have passed over the attempt. Not in the file: another day there may be no pieces.
+        """
+        ratio = available / OPTIMISM * 1.05 / predicted if predicted >= LEAST else 0.0
+        if ratio > 1:
+            with self._lock:
+                known = self._failures.get(key, [])
+                self._failures[key] = [*known, min(ratio, HIGHEST)][-SAMPLES:]
 
     def _save(self, ratios: dict[str, list[float]]) -> None:
         try:

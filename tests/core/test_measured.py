@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pack.core.budget import Plan
+from pack.core.budget import Memory, Plan, Work, choose, ladder, need
 from pack.core.measured import HIGHEST, KEYS, LOWEST, SAMPLES, Measured, key_of
 
 MB = 1_000_000
@@ -52,6 +52,34 @@ def test_the_last_runs_count(path: Path) -> None:
         measured.learn(KEY, 1000 * MB, took * MB)
     assert measured.factor(KEY) == pytest.approx(1.1)
     assert len(json.loads(path.read_text())[KEY]) == SAMPLES
+
+
+def test_what_ran_out_twice_is_not_tried_a_third_time_until_a_restart(path: Path) -> None:
+    work = Work(1, 65536, 0, 60, 3072, 24, 60, 2)
+    predicted, memory = need(work, Plan()), Memory(round(1.2 * need(work, Plan())), 0, 0, 0)
+    rungs = ladder(work, "exact only")
+    measured = Measured(path)
+    tried = []
+    for _ in range(3):
+        tried.append(rungs[choose(rungs, work, memory, measured.factor(KEY))].id)
+        measured.ran_out(KEY, predicted, memory.free)
+    assert tried[0] == "as-asked" and tried[2] == "feed-forward-4"
+    assert Measured(path).factor(KEY) == 1
+    assert not path.exists()
+    for _ in range(4):  # unless it then fits after all
+        measured.learn(KEY, predicted, predicted)
+    assert choose(rungs, work, memory, measured.factor(KEY)) == 0
+
+
+def test_running_out_of_less_than_was_predicted_tells_nothing(path: Path) -> None:
+    measured = Measured(path)
+    for _ in range(3):
+        measured.ran_out(KEY, 1000 * MB, 700 * MB)
+        measured.ran_out(KEY, 100 * MB, 700 * MB)
+    assert measured.factor(KEY) == 1
+    for _ in range(3):
+        measured.ran_out(KEY, 1000 * MB, 70_000 * MB)
+    assert measured.factor(KEY) == HIGHEST
 
 
 def test_small_passes_tell_nothing(path: Path) -> None:
