@@ -117,6 +117,13 @@ def test_references_of_half_the_sides_have_a_quarter_of_the_tokens() -> None:
     assert need(replace(whole, batch=3), Plan(apart=True)) == need(whole, Plan())
 
 
+def test_what_the_host_reserves_for_other_models_is_not_all_needed() -> None:
+    foreign = picture(4096, batch=2, host_estimate=8 * GIB)
+    rungs = ladder(foreign, "exact only")
+    assert rungs[choose(rungs, foreign, Memory(4 * GIB, 0, 0, 0))].id == "as-asked"
+    assert rungs[choose(rungs, foreign, Memory(2 * GIB, 0, 0, 0))].id == "apart"
+
+
 @given(works, policies)
 def test_each_rung_needs_no_more_than_the_one_before_and_includes_it(
     work: Work, policy: str
