@@ -6,7 +6,6 @@ rows. Smaller references and tiled diffusion change the picture.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +16,7 @@ from torch.nn.functional import interpolate
 
 from ..core.budget import Plan
 from ..core.tiling import PATCH, Tile, TileGrid, window
-
-log = logging.getLogger("qwen_vram")
+from .slicing import COMPILED, compiled, sliced
 
 OVERLAP = 16  # latent pixels that neighbouring tiles share at least: 128 px
 WHOLE_PATCHES = "Another node's patch looks at the whole picture ({}): no tiles."
@@ -64,13 +62,11 @@ def forward(
 ) -> Tensor:
     """One forward pass by `plan`: one plain call of `executor`, or several smaller ones.
 
-    Slices are not its matter: they are the model's own (slicing.py). What `possible` finds in the
-    way of tiles is logged, and the pass runs without them.
+    Slices are not its matter: they are the model's own (slicing.py). What `possible` finds to be
+    in the way is left out; the caller tells it.
     """
     call = Call(x, t, c_concat, c_crossattn, control, transformer_options or {}, kwargs)
-    plan, reason = possible(plan, x, control, call.transformer_options)
-    if reason:
-        log.warning(reason)
+    plan, _ = possible(plan, x, control, call.transformer_options)
     items = _apart(call) if plan.apart and x.shape[0] > 1 else [call]
     results = [_one(executor, plan, item) for item in items]
     return results[0] if len(results) == 1 else torch.cat(results)
@@ -79,19 +75,25 @@ def forward(
 def possible(
     plan: Plan, x: Tensor, control: dict[str, Any] | None, transformer_options: dict[str, Any]
 ) -> tuple[Plan, str]:
-    """The plan, without tiles where they cannot be, and the reason for that or ""."""
-    if plan.tiles == 1:
-        return plan, ""
-    patches = sorted(
-        name for name, found in transformer_options.get("patches", {}).items() if found
-    )
-    if patches:
-        return replace(plan, tiles=1), WHOLE_PATCHES.format(", ".join(patches))
+    """The plan without what cannot be done here, and the reasons for that, or ""."""
+    reasons = []
+    if sliced(plan) and compiled(transformer_options):
+        plan = replace(plan, feed_forward=1, projections=1, attention=1)
+        reasons.append(COMPILED)
+    if plan.tiles > 1 and (reason := _untiled(x, control, transformer_options)):
+        plan = replace(plan, tiles=1)
+        reasons.append(reason)
+    return plan, " ".join(reasons)
+
+
+def _untiled(x: Tensor, control: dict[str, Any] | None, transformer_options: dict[str, Any]) -> str:
+    """What is in the way of tiles, or ""."""
+    found = transformer_options.get("patches", {})
+    if patches := sorted(name for name in found if found[name]):
+        return WHOLE_PATCHES.format(", ".join(patches))
     if x.ndim not in (4, 5) or (x.ndim == 5 and x.shape[2] != 1):
-        return replace(plan, tiles=1), NO_PICTURE
-    if not _hints_fit(control, *x.shape[-2:]):
-        return replace(plan, tiles=1), WHOLE_HINTS
-    return plan, ""
+        return NO_PICTURE
+    return "" if _hints_fit(control, *x.shape[-2:]) else WHOLE_HINTS
 
 
 def _one(executor: WrapperExecutor, plan: Plan, call: Call) -> Tensor:
@@ -192,6 +194,7 @@ def _crop_call(call: Call, tile: Tile) -> Call:
     sides = call.x.shape[-2:]
 
     def own(value: Any) -> Any:
+        """Whatever has the picture's sides."""
         picture = isinstance(value, Tensor) and value.ndim >= 4 and value.shape[-2:] == sides
         return _crop(value, tile) if picture else value
 
@@ -234,6 +237,7 @@ def _crop_hints(
     place = Tile(*(side // PATCH for side in tile))
 
     def own(hint: Tensor | None) -> Tensor | None:
+        """(batch, tokens of the picture, width) to (batch, tokens of the tile, width)."""
         if hint is None:
             return None
         grid = hint.unflatten(1, (height // PATCH, width // PATCH)).movedim(3, 1)

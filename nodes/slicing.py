@@ -10,8 +10,8 @@ the projections in slices are therefore bit-identical wherever a product of matr
 depend on its number of rows. Measured on a CPU: always, in float32 and bfloat16, at widths up to
 1024; at Qwen-Image's own 3072 a library may add up in another order (2e-2 of values around 4 in
 bfloat16, 1e-6 in float32). Queries in slices are exact up to the attention kernel's rounding:
-its blocks lie elsewhere. A format that scales a layer's input by its largest value (nvfp4
-without a stored input scale) scales each slice by its own.
+its blocks lie elsewhere. Layers that scale their whole input by its largest value (fp8 and nvfp4
+matrix products without a stored scale) scale each slice by its own: that is told.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ COMPILED = "The model runs under torch.compile, which slices would compile anew:
 TRAINING = "Training needs what slices write over: the model runs whole."
 REPLACED = "Another node replaced the {}: it runs whole."
 WHOLE_QUERIES = "Another node's patch (attn1_patch) wants whole queries: attention runs whole."
+OWN_SCALES = (
+    "This file's layers scale their input by its largest value. Each slice has its own, so the "
+    "picture differs slightly from the one without slices."
+)
+SCALED_WHOLE = ("float8_e4m3fn", "float8_e5m2", "nvfp4")  # mxfp8 has a scale for every 32 values
 
 M = TypeVar("M", bound=Module)
 
@@ -74,12 +79,12 @@ class Plans:
             self._reasons.clear()
 
     def stepped_aside(self, reason: str) -> None:
-        """Remember why a part ran whole although the plan cuts it."""
+        """Remember why a part ran whole although the plan cuts it, or what else is to be told."""
         with self._lock:
             self._reasons[reason] = None
 
     def reasons(self) -> tuple[str, ...]:
-        """Why parts ran whole since the last reset, as sentences."""
+        """What was to be told since the last reset, as sentences."""
         with self._lock:
             return tuple(self._reasons)
 
@@ -104,10 +109,10 @@ def install(patcher: ModelPatcher, plans: Plans) -> str:
 
 def _run(plans: Plans, executor: WrapperExecutor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The wrapper: the same forward pass, by a sliced copy if the plan has slices."""
-    if torch.compiler.is_compiling():  # told by `compiled`: under dynamo nothing may be noted
+    if torch.compiler.is_compiling():  # told by reductions.possible: dynamo would trace a note
         return executor(x, *args, **kwargs)
     plan = plans.of(x.device)
-    if max(plan.feed_forward, plan.projections, plan.attention) == 1:
+    if not sliced(plan):
         return executor(x, *args, **kwargs)
     if comfy.model_management.in_training:
         plans.stepped_aside(TRAINING)
@@ -118,6 +123,11 @@ def _run(plans: Plans, executor: WrapperExecutor, x: Tensor, *args: Any, **kwarg
         model._forward, model, executor.wrappers, executor.idx + 1
     )
     return inner.execute(x, *args, **kwargs)
+
+
+def sliced(plan: Plan) -> bool:
+    """Whether the plan has slices at all."""
+    return max(plan.feed_forward, plan.projections, plan.attention) > 1
 
 
 def compiled(transformer_options: dict[str, Any]) -> bool:
@@ -170,13 +180,27 @@ def _sliced_model(
         if not _is_stock(block, QwenImageTransformerBlock):
             plans.stepped_aside(REPLACED.format("transformer block"))
             continue
-        blocks._modules[name] = sliced = _copy(block)
+        if any(map(_scales_its_input, block.modules())):
+            plans.stepped_aside(OWN_SCALES)
+        blocks._modules[name] = own = _copy(block)
         if plan.feed_forward > 1:
-            _slice_part(sliced, "img_mlp", SlicedFeedForward, plan, plans)
+            _slice_part(own, "img_mlp", SlicedFeedForward, plan, plans)
         if attention:
-            _slice_part(sliced, "attn", SlicedAttention, plan, plans)
+            _slice_part(own, "attn", SlicedAttention, plan, plans)
     copied._modules["transformer_blocks"] = blocks
     return copied
+
+
+def _scales_its_input(module: Module) -> bool:
+    """Whether the host quantises this layer's input by one scale that it takes from the input.
+
+    As comfy.ops.mixed_precision_ops decides it (ComfyUI 0.33).
+    """
+    return (
+        getattr(module, "quant_format", None) in SCALED_WHOLE
+        and not module._full_precision_mm
+        and getattr(module, "input_scale", None) is None
+    )
 
 
 def _slice_part(
@@ -191,8 +215,8 @@ def _slice_part(
     if not _is_stock(module, stock):
         plans.stepped_aside(REPLACED.format({"attn": "attention"}.get(name, "feed-forward")))
         return
-    block._modules[name] = sliced = _copy(module, kind)
-    sliced.plan = plan
+    block._modules[name] = own = _copy(module, kind)
+    own.plan = plan
 
 
 # ------------------------------------------------------------------------------ the modules

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import logging
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -234,13 +233,20 @@ def test_hints_of_a_controlnet_are_cut_to_the_tile(reductions) -> None:
     ],
 )
 def test_what_cannot_be_tiled_runs_whole_and_says_so(
-    reductions, caplog, shape: tuple[int, ...], control: Any, patches: Any, reason: str
+    reductions, shape: tuple[int, ...], control: Any, patches: Any, reason: str
 ) -> None:
     plan, options, x = reductions.Plan(tiles=2, apart=True), {"patches": patches}, random(*shape)
     left, told = reductions.possible(plan, x, control, options)
     assert left == reductions.Plan(apart=True) and reason in told
     recorder = Recorder()
-    with caplog.at_level(logging.WARNING, logger="qwen_vram"):
-        reductions.forward(recorder, plan, x, torch.ones(1), None, None, control, options)
+    reductions.forward(recorder, plan, x, torch.ones(1), None, None, control, options)
     assert [args[0] is x for args, _ in recorder.calls] == [True]
-    assert caplog.messages == [told]
+
+
+def test_slices_of_a_compiled_model_are_left_out_and_it_says_so(reductions) -> None:
+    options = {"wrappers": {"apply_model": {"torch.compile": [print]}}}
+    plan, x = reductions.Plan(feed_forward=4, tiles=2, attention=2, projections=2), random(1, 4, 9)
+    left, told = reductions.possible(plan, x, None, options)
+    assert left == reductions.Plan()
+    assert told == f"{reductions.COMPILED} {reductions.NO_PICTURE}"
+    assert reductions.possible(left, x, None, options) == (left, "")

@@ -348,23 +348,35 @@ def test_a_patch_of_whole_blocks_goes_on(slicing, load) -> None:
     assert plans.reasons() == () and max(seen) < 360
 
 
-def test_a_compiled_model_runs_whole(slicing, load) -> None:
+def test_a_compiled_model_runs_whole(slicing, load, monkeypatch) -> None:
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    clone, plans = patched(slicing, load(), **EVERYTHING)
+    clone, _ = patched(slicing, load(), **EVERYTHING)
     set_torch_compile_wrapper(clone, backend="eager")
     seen = []
-    clone.add_wrapper_with_key(
-        "apply_model",
-        "test",
-        lambda executor, *args, **kwargs: (
-            seen.append(slicing.compiled(args[5])),
-            executor(*args, **kwargs),
-        )[1],
-    )
+
+    def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(slicing.compiled(args[5]))
+        return executor(*args, **kwargs)
+
+    clone.add_wrapper_with_key("apply_model", "test", wrapper)
     stock = sample(load(), steps=1)
+    monkeypatch.setattr(slicing, "_sliced_model", None)  # nobody may call it
     assert torch.allclose(sample(clone, steps=1), stock, atol=1e-2)
     assert seen == [True]
+
+
+def test_layers_that_scale_their_input_by_its_largest_value_are_told(slicing) -> None:
+    model, plans = transformer(torch.bfloat16), slicing.Plans()
+    layer = model.transformer_blocks[1].img_mlp.net[2]
+    layer.quant_format, layer._full_precision_mm = "nvfp4", False
+    layer.input_scale = torch.ones(())
+    plan = slicing.Plan(**QUARTERS)
+    slicing._sliced_model(model, plan, {}, plans)
+    assert plans.reasons() == ()
+    layer.input_scale = None
+    slicing._sliced_model(model, plan, {}, plans)
+    assert plans.reasons() == (slicing.OWN_SCALES,)
 
 
 def test_a_run_stops_in_the_middle_of_a_forward_pass(slicing, load) -> None:
@@ -383,6 +395,26 @@ def test_a_run_stops_in_the_middle_of_a_forward_pass(slicing, load) -> None:
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(clone)
     assert len(calls) == 3
+
+
+def test_each_slice_looks_whether_the_user_stops_the_run(slicing) -> None:
+    import comfy.model_management
+    from comfy.ldm.qwen_image.model import FeedForward
+
+    whole = FeedForward(8, operations=torch.nn)  # layers that do not look, unlike the host's own
+    sliced = slicing._copy(whole, slicing.SlicedFeedForward)
+    sliced.plan = slicing.Plan(**QUARTERS)
+    rows = []
+
+    def stops(_: Any, args: Any) -> None:
+        rows.append(args[0].shape[1])
+        if len(rows) == 2:
+            comfy.model_management.interrupt_current_processing()
+
+    whole.net[0].proj.register_forward_pre_hook(stops)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sliced(random(1, 256, 8))
+    assert rows == [64, 64]
 
 
 def test_training_runs_whole(slicing, monkeypatch) -> None:
