@@ -26,17 +26,15 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operation, and count the storages that come out of it and did not go in."""
-        for value in tree_iter((args, kwargs)):
-            if isinstance(value, torch.Tensor):
-                self._alive.add(id(value.untyped_storage()))  # made outside: not counted
+        given = {storage._cdata for storage in _storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for value in tree_iter(out):
-            if isinstance(value, torch.Tensor):
-                self._count(value.untyped_storage(), str(func))
+        for storage in _storages(out):
+            if storage._cdata not in given:
+                self._count(storage, str(func))
         return out
 
     def _count(self, storage: torch.UntypedStorage, where: str) -> None:
-        key, size = id(storage), storage.nbytes()
+        key, size = storage._cdata, storage.nbytes()
         if key in self._alive:
             return
         self._alive.add(key)
@@ -48,3 +46,7 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._alive.discard(key)
         self.now -= size
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [v.untyped_storage() for v in tree_iter(values) if isinstance(v, torch.Tensor)]

@@ -14,11 +14,10 @@ import pytest
 import torch
 from pack.tests.graphs import LORA, UNET
 from pack.tests.host import Host
+from pack.tests.live_bytes import LiveBytes
 from pack.tests.nodes.slicing_models import inputs, random, sample, transformer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 CPU = torch.device("cpu")
 QUARTERS = {"feed_forward": 4}
@@ -130,35 +129,6 @@ def test_a_scaled_fp8_file_gives_the_same_bits(slicing, load, host) -> None:
 
 
 # ------------------------------------------------------------------------------ memory
-class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that live, and keeps the highest count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.peak = 0
-        self._sizes: dict[int, tuple[Any, int]] = {}
-
-    def _gone(self, key: int, _: Any) -> None:
-        self.bytes -= self._sizes.pop(key)[1]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        storages = [t.untyped_storage() for t in tree_leaves((args, kwargs)) if _is_tensor(t)]
-        given = {storage._cdata for storage in storages}
-        out = func(*args, **(kwargs or {}))
-        for tensor in filter(_is_tensor, tree_leaves(out)):
-            storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            if key not in given and key not in self._sizes:
-                self._sizes[key] = (weakref.ref(storage, partial(self._gone, key)), size)
-                self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-        return out
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
 @pytest.mark.parametrize(
     ("plan", "expected"),
     [
@@ -178,7 +148,7 @@ def test_slices_lower_the_peak_of_a_block(slicing, plan: dict[str, int], expecte
             random(*shape).bfloat16()
             for shape in ((1, 2048, 256), (1, 64, 256), (1, 256), (1, 1, 2112, 16, 2, 2))
         )
-        with Live() as live:
+        with LiveBytes() as live:
             sliced.transformer_blocks[0](x, text, None, temb, pe)
     unit = x.numel() * x.element_size()
     assert 1 + live.peak / unit == pytest.approx(expected, abs=0.1)
