@@ -117,12 +117,14 @@ def _run(plans: Plans, executor: WrapperExecutor, x: Tensor, *args: Any, **kwarg
     if comfy.model_management.in_training:
         plans.stepped_aside(TRAINING)
         return executor(x, *args, **kwargs)
+    if getattr(executor.original, "__func__", None) is not QwenImageTransformer2DModel._forward:
+        plans.stepped_aside(REPLACED.format("transformer"))
+        return executor(x, *args, **kwargs)
     options = _transformer_options(args, kwargs)
     model = _sliced_model(executor.class_obj, plan, options, plans)
-    inner = WrapperExecutor.new_class_executor(
-        model._forward, model, executor.wrappers, executor.idx + 1
-    )
-    return inner.execute(x, *args, **kwargs)
+    forward = partial(QwenImageTransformer2DModel._forward, model)
+    rest = WrapperExecutor.new_class_executor(forward, model, executor.wrappers, executor.idx + 1)
+    return rest.execute(x, *args, **kwargs)
 
 
 def sliced(plan: Plan) -> bool:
@@ -180,8 +182,6 @@ def _sliced_model(
         if not _is_stock(block, QwenImageTransformerBlock):
             plans.stepped_aside(REPLACED.format("transformer block"))
             continue
-        if any(map(_scales_its_input, block.modules())):
-            plans.stepped_aside(OWN_SCALES)
         blocks._modules[name] = own = _copy(block)
         if plan.feed_forward > 1:
             _slice_part(own, "img_mlp", SlicedFeedForward, plan, plans)
@@ -215,6 +215,8 @@ def _slice_part(
     if not _is_stock(module, stock):
         plans.stepped_aside(REPLACED.format({"attn": "attention"}.get(name, "feed-forward")))
         return
+    if any(map(_scales_its_input, module.modules())):
+        plans.stepped_aside(OWN_SCALES)
     block._modules[name] = own = _copy(module, kind)
     own.plan = plan
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.core.slicing import ROWS, slices
 
 
+@settings(deadline=None)
 @given(
     tokens=st.integers(0, 200_000), wanted=st.integers(1, 300), rows=st.sampled_from([1, 8, ROWS])
 )

@@ -11,6 +11,7 @@ from pack.core.tiling import PATCH, STEP, Tile, TileGrid, hann, window
 sides = st.integers(1, 300)
 
 
+@settings(deadline=None)
 @given(height=sides, width=sides, steps=st.integers(2, 40), data=st.data())
 def test_tiles_cover_all_with_the_overlap_and_one_size(height, width, steps, data) -> None:
     tile = steps * STEP
@@ -25,6 +26,7 @@ def test_tiles_cover_all_with_the_overlap_and_one_size(height, width, steps, dat
         assert all(start % PATCH == 0 for start in starts[:-1])
 
 
+@settings(deadline=None)
 @given(height=sides, width=sides, count=st.integers(1, 12), overlap=st.integers(0, 64))
 def test_as_many_tiles_along_the_longer_side_as_asked_at_most(
     height, width, count, overlap

@@ -304,6 +304,25 @@ def test_a_module_that_another_node_patched_runs_whole_until_it_is_stock_again(
     assert plans.reasons() == () and max(seen) < 360
 
 
+def test_a_transformer_that_another_node_patched_runs_whole_until_it_is_stock_again(
+    slicing, load
+) -> None:
+    model = load()
+    stock = sample(model)
+    theirs = model.clone()
+    own = type(model.model.diffusion_model)._forward
+    halved = partial(own, model.model.diffusion_model)
+    theirs.add_object_patch("diffusion_model._forward", lambda *a, **k: halved(*a, **k) * 0.5)
+    expected = sample(theirs)
+    clone, plans = patched(slicing, theirs, **QUARTERS)
+    assert torch.equal(sample(clone), expected) and not torch.equal(expected, stock)
+    assert plans.reasons() == (slicing.REPLACED.format("transformer"),)
+    clone, plans = patched(slicing, model, **QUARTERS)
+    seen = watch(clone)
+    assert torch.equal(sample(clone), stock)
+    assert plans.reasons() == () and max(seen) < 360
+
+
 def test_a_patch_of_whole_blocks_goes_on(slicing, load) -> None:
     def patch(args: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
         out = more["original_block"](args)
