@@ -9,9 +9,10 @@ Every token is computed by the same formula from the same numbers. The feed-forw
 the projections in slices are therefore bit-identical wherever a product of matrices does not
 depend on its number of rows. Measured on a CPU: always, in float32 and bfloat16, at widths up to
 1024; at Qwen-Image's own 3072 a library may add up in another order (2e-2 of values around 4 in
-bfloat16, 1e-6 in float32). Queries in slices are exact up to the attention kernel's rounding:
-its blocks lie elsewhere. Layers that scale their whole input by its largest value (fp8 and nvfp4
-matrix products without a stored scale) scale each slice by its own: that is told.
+bfloat16, 1e-6 in float32). Queries in slices are exact up to the attention kernel's rounding: its
+blocks lie elsewhere (CUDA's flash kernel: the same bits from 4,096 rows a slice on). Layers that
+scale their whole input by its largest value (fp8 and nvfp4 matrix products without a stored scale)
+scale each slice by its own: that is told.
 """
 
 from __future__ import annotations
@@ -295,9 +296,17 @@ class SlicedAttention(Attention):
             for start, stop in _each(tokens, self.plan.projections):
                 image[:, start:stop] = self._out(out[:, length + start : length + stop])
             return image, self.to_add_out(out[:, :length])
-        text_out = self.to_add_out(attend(query))
+        # The text's few queries go with the first slice: kernels treat a few rows otherwise.
         for start, stop in _each(tokens, self.plan.attention):
-            image[:, start:stop] = self._out(attend(image_query(start, stop)))
+            part = image_query(start, stop)
+            if start == 0:
+                part = torch.cat([query, part], dim=2)
+            out = attend(part)
+            del part
+            if start == 0:
+                text_out, out = self.to_add_out(out[:, :length]), out[:, length:]
+            image[:, start:stop] = self._out(out)
+            del out
         return image, text_out
 
     def _keys_and_values(self, image: Tensor, text: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:

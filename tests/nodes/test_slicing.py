@@ -282,7 +282,7 @@ def test_an_override_of_attention_gets_slices_with_all_keys(slicing, load) -> No
 
     clone.model_options["transformer_options"]["optimized_attention_override"] = override
     sample(clone, steps=1)
-    assert [q for q, _, _ in shapes[:6]] == [13, 64, 64, 64, 64, 104]
+    assert [q for q, _, _ in shapes[:6]] == [77, 64, 64, 64, 104, 77]
     assert {(k, v) for _, k, v in shapes} == {(373, 373)}
 
 
