@@ -16,6 +16,7 @@ from . import (
     queue_time,
     report,
     routes,
+    sampler,
     warmup,
 )
 
@@ -24,6 +25,7 @@ NODES += allocator.NODES
 NODES += clear.NODES
 NODES += warmup.NODES
 NODES += report.NODES
+NODES += sampler.NODES
 
 
 async def start() -> None:

@@ -1,0 +1,141 @@
+"""What a run really did: for the node, its report and the metadata of the picture."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import comfyui_version
+import torch
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+
+from ..core.budget import Rung
+from ..core.units import size_text
+
+METADATA = "qwen_vram"
+NO_WORKFLOW = "not in the picture's metadata: the client sent no workflow"
+
+
+@dataclass
+class Record:
+    """What happened in one run of a sampler; several GPUs' threads add to it under a lock."""
+
+    policy: str
+    limit: int = 0  # bytes, 0 without
+    rung: Rung | None = None  # the last one on the ladder that was used
+    position: int = -1  # of it on the ladder
+    need: int = 0  # bytes that it was predicted to need
+    repeated: int = 0  # forward passes
+    calculated_again: int = 0  # steps' calculations, for something else than a forward pass
+    restarts: int = 0  # of the whole run
+    waited: float = 0.0  # seconds
+    previews_skipped: int = 0
+    asked: dict[str, Any] = field(default_factory=dict)  # settings
+    used: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, sentence: str) -> None:
+        """Say something once."""
+        if sentence and sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def use(self, position: int, rung: Rung, need: int) -> None:
+        """A forward pass runs on this rung."""
+        if position > self.position:
+            self.position, self.rung, self.need = position, rung, need
+
+    def changed(self) -> dict[str, tuple[Any, Any]]:
+        """Settings that are not what was asked: name -> (asked, used)."""
+        pairs = ((name, (value, self.used.get(name))) for name, value in self.asked.items())
+        return {name: pair for name, pair in pairs if pair[0] != pair[1]}
+
+    def exactness(self) -> str:
+        """How the picture relates to the one that was asked for."""
+        if self.changed():
+            return "changed settings"
+        return self.rung.exactness if self.rung else "exact"
+
+    def line(self) -> str:
+        """For the node and the report."""
+        parts = [f"{self.rung.text} ({self.exactness()})" if self.rung else "nothing was sampled"]
+        parts += [f"{n} {pair[1]} instead of {pair[0]}" for n, pair in self.changed().items()]
+        if self.repeated:
+            parts.append(f"forward passes repeated: {self.repeated}")
+        if self.calculated_again:
+            parts.append(f"steps' calculations repeated: {self.calculated_again}")
+        if self.restarts:
+            parts.append(f"started again from the first step: {self.restarts}")
+        if self.waited:
+            parts.append(f"waited {self.waited:.1f} s for memory")
+        if self.previews_skipped:
+            parts.append(f"previews skipped: {self.previews_skipped}")
+        if self.limit:
+            parts.append(f"limit {size_text(self.limit)}")
+        return " · ".join([*parts, *self.notes])
+
+    def facts(self) -> dict[str, Any]:
+        """The same as data. Sizes in bytes, times in seconds."""
+        return {
+            "done": self.rung.text if self.rung else None,
+            "rung": self.rung.id if self.rung else None,
+            "exactness": self.exactness(),
+            "policy": self.policy,
+            "need_bytes": self.need,
+            "limit_bytes": self.limit or None,
+            "forward_passes_repeated": self.repeated,
+            "calculations_repeated": self.calculated_again,
+            "restarts": self.restarts,
+            "waited_seconds": round(self.waited, 1),
+            "previews_skipped": self.previews_skipped,
+            "settings_asked": self.asked,
+            "settings_used": self.used,
+            "notes": self.notes,
+            "versions": versions(),
+        }
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of this pack, ComfyUI and torch."""
+    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    own = re.search(r'^version = "(.+)"$', project.read_text(encoding="utf-8"), re.MULTILINE)
+    return {
+        "qwen_vram": own[1] if own else "unknown",
+        "comfyui": comfyui_version.__version__,
+        "torch": str(torch.__version__),
+    }
+
+
+def into_metadata(node_id: str, facts: dict[str, Any]) -> str:
+    """Put the facts beside the workflow that SaveImage writes; returns why not, or "".
+
+    Found in ComfyUI's queue: the hidden input EXTRA_PNGINFO would make a node depend on the whole
+    workflow, and a model patch does not run again when the next prompt samples with it.
+    """
+    context = get_executing_context()
+    running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
+    for item in running:
+        if context is not None and item[1] == context.prompt_id:
+            info = item[3].get("extra_pnginfo")
+            if isinstance(info, dict) and info.get("workflow"):
+                info.setdefault(METADATA, {})[node_id] = facts
+                return ""
+    return NO_WORKFLOW
+
+
+def tell(text: str, *node_ids: str | None) -> None:
+    """Show a text on nodes while the prompt runs."""
+    server = PromptServer.instance
+    if server.client_id is not None:
+        for node_id in dict.fromkeys(filter(None, node_ids)):
+            server.send_progress_text(text, node_id, server.client_id)
+
+
+def running_node() -> str | None:
+    """The id of the node that runs in this thread."""
+    context = get_executing_context()
+    return context.node_id if context is not None else None

@@ -1,0 +1,357 @@
+"""The forward passes of one run: each is repeated, with a smaller plan, until it fits."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor
+
+from ..core import budget
+from ..core.budget import CHANGED, EXACT, ROUNDING, Memory, Plan, Rung, Work
+from ..core.budget_text import Attempt, failure_text
+from ..core.measured import Measured
+from ..core.units import size_text
+from . import outcome, recovery, reductions
+from .outcome import Record
+from .slicing import Plans
+from .store import FOLDER
+from .vram_limit import VRAMLimit
+from .workload import Holding, key_of, memory_of, work_of
+
+log = logging.getLogger("qwen_vram")
+
+# In transformer_options: what patches that record or count commit after a call that succeeded,
+# and what patches hold on the GPU.
+ON_SUCCESS, HOLDINGS = "qwen_vram.on_success", "qwen_vram.holdings"
+MEASURED = Measured(FOLDER / "forward_passes.json")
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.2, 20.0
+FLUCTUATION_BYTES = 256_000_000  # less than this is no other program
+Conds = dict[str, list[dict[str, Any]]]
+SPARE_BYTES = 512_000_000  # to make room with for what is not predicted
+NEVER_RAN = (
+    "There is not enough memory even to load the model. Close what else uses the device, or load "
+    "the model in a smaller format."
+)
+LIMITED = "vram_limit holds this run within {}: a higher limit, or 0, leaves more."
+REPEATING = "out of memory: repeating a forward pass, {}"
+WAITING = "out of memory: another program took some, waiting for it"
+
+
+class DoesNotFit(RuntimeError):
+    """Even the last rung failed.
+
+    Not what ComfyUI takes for out of memory, which would make it
+    unload all models and give its own advice.
+
+    `tokens` of a picture that did not fit (0: not known), `free` bytes, and the `largest` side (px)
+    of a square picture that should.
+    """
+
+    def __init__(self, text: str, tokens: int, free: int, largest: int) -> None:
+        super().__init__(text)
+        self.tokens, self.free, self.largest = tokens, free, largest
+
+
+@dataclass
+class Place:
+    """One device of a run: the pass that runs on it, and which rung it has reached."""
+
+    patcher: ModelPatcher
+    model: BaseModel
+    holdings: Sequence[Holding] = ()
+    work: Work | None = None
+    rungs: tuple[Rung, ...] = ()
+    index: int = 0
+    last_exact: int = 0
+    failed: set[str] = field(default_factory=set)  # ids of rungs: never tried again in this run
+    attempts: dict[str, Attempt] = field(default_factory=dict)  # that failed, by the same ids
+    reachable: int = 0  # the most bytes that this run could have had so far
+    repeated: bool = False
+    waited: float = 0.0
+
+    @property
+    def rung(self) -> Rung:
+        """The one that runs."""
+        return self.rungs[self.index]
+
+    def need(self) -> int:
+        """Bytes that the pass is predicted to need."""
+        return budget.need(self.work, self.rung.plan, self.factor(self.rung.plan))
+
+    def key(self, plan: Plan) -> str:
+        """Under which name corrections of this prediction are kept."""
+        return key_of(self.model, self.patcher.load_device, plan)
+
+    def factor(self, plan: Plan) -> float:
+        """The correction, learned from earlier runs."""
+        return MEASURED.factor(self.key(plan))
+
+    def climb(self, work: Work, policy: str) -> int:
+        """Take up a new pass; returns the first rung that may be tried."""
+        if work != self.work:
+            steps = (rung for rung in budget.ladder(work, policy) if rung.exactness != CHANGED)
+            self.work, self.rungs = work, tuple(steps)
+            exact = [i for i, r in enumerate(self.rungs) if r.exactness in (EXACT, ROUNDING)]
+            self.last_exact = exact[-1]
+        self.repeated, self.waited = False, 0.0
+        tried = [i for i, rung in enumerate(self.rungs) if rung.id in self.failed]
+        return min(max(tried, default=-1) + 1, len(self.rungs) - 1)
+
+    def choose(self, memory: Memory, start: int) -> None:
+        """The first rung from `start` that should fit; no approximation before all that is exact
+        has failed."""
+        stop = self.last_exact + 1 if start <= self.last_exact else len(self.rungs)
+        self.index = budget.choose(self.rungs[:stop], self.work, memory, self.factor, start)
+        now = memory.free + memory.others + memory.streamable
+        self.reachable = max(self.reachable, now)
+
+
+class Passes:
+    """What one run does on each of its devices. Several GPUs' threads come here at a time."""
+
+    def __init__(
+        self,
+        policy: str,
+        plans: Plans,
+        sliced: bool,
+        record: Record,
+        limit: VRAMLimit,
+        nodes: tuple[str | None, ...],
+    ) -> None:
+        self.policy, self.plans, self.sliced = policy, plans, sliced
+        self.record, self.limit = record, limit
+        self.used: list[ModelPatcher] = []  # models that this run needs
+        self._places: dict[torch.device, Place] = {}
+        self._peaks: dict[str, tuple[int, int]] = {}  # key -> (predicted, measured)
+        self._seen: set[tuple[Any, ...]] = set()
+        self._pending: list[Callable[[], None]] | None = None
+        self._lock = threading.Lock()
+        self._nodes = nodes
+
+    # ------------------------------------------------------------------------- one forward pass
+    def forward(
+        self,
+        executor: WrapperExecutor,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        c_concat: torch.Tensor | None,
+        c_crossattn: torch.Tensor | None,
+        control: Any,
+        options: dict[str, Any],
+        **more: Any,
+    ) -> torch.Tensor:
+        """Run it on the first rung that should fit, and further down until it does."""
+        place = self._place(executor.class_obj, options)
+        work = work_of(executor.class_obj, self.sliced, x, c_crossattn, more)
+        place.choose(self._memory(place), place.climb(work, self.policy))
+        self._make_room(place, failed=False)
+        while True:
+            done = options[ON_SUCCESS] = []
+            plan = place.rung.plan
+            self.plans.set(place.patcher.load_device, plan)
+            self.record.use(place.index, place.rung, place.need())
+            arguments = (executor, plan, x, t, c_concat, c_crossattn, control, options)
+            peak = _Peak(place.patcher.load_device, self._is_new(place))
+            output = recovery.attempt(lambda a=arguments: reductions.forward(*a, **more))
+            options.pop(ON_SUCCESS)
+            if output is not None:
+                self._note_peak(place, peak)
+                self._commit(done)
+                return output
+            del arguments, done
+            self._step_down(place, alone="multigpu_thread_device" not in options)
+
+    def _place(self, model: BaseModel, options: dict[str, Any]) -> Place:
+        patcher = model.current_patcher
+        with self._lock:
+            new = Place(patcher, model)
+            place = self._places.setdefault(patcher.load_device, new)
+        place.holdings = options.get(HOLDINGS) or ()
+        return place
+
+    def _memory(self, place: Place) -> Memory:
+        return memory_of(place.patcher, self.used, place.holdings, self.limit.room())
+
+    def _step_down(self, place: Place, alone: bool) -> None:
+        """After a pass that failed: make room, and choose the rung to repeat it on.
+
+        Raises DoesNotFit, or ComfyUI's InterruptProcessingException.
+        """
+        with self._lock:
+            self.record.repeated += 1
+        recovery.recover([place.patcher], alone)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        memory = self._memory(place)
+        available = budget.room(place.rung, memory)
+        place.attempts[place.rung.id] = Attempt(place.rung, place.need(), available)
+        at_end = place.index in (place.last_exact, len(place.rungs) - 1)
+        if not at_end or (place.repeated and not self._wait(place, memory)):
+            if place.index == len(place.rungs) - 1:
+                raise self.failure(place)
+            place.failed.add(place.rung.id)
+            place.choose(memory, place.index + 1)
+            at_end = False
+        place.repeated = at_end
+        self._make_room(place, failed=True)
+        self.say(REPEATING.format(place.rung.text))
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def _wait(self, place: Place, memory: Memory) -> bool:
+        """Wait for memory that another program took; False where none did, or it keeps it."""
+        now = memory.free + memory.others + memory.streamable
+        pause = min(max(FIRST_WAIT_SECONDS, place.waited), LONGEST_WAIT_SECONDS - place.waited)
+        if pause <= 0 or now >= place.reachable - FLUCTUATION_BYTES:
+            return False
+        self.say(WAITING)
+        recovery.wait(pause)
+        place.waited += pause
+        with self._lock:
+            self.record.waited += pause
+        return True
+
+    def _make_room(self, place: Place, failed: bool) -> None:
+        """What the rung allows, as far as the pass lacks memory, or has failed."""
+        memory, rung, device = self._memory(place), place.rung, place.patcher.load_device
+        lacking = place.need() - memory.free
+        if not failed and lacking <= 0:
+            return
+        if rung.free_others:
+            recovery.unload_others(device, [*self.used, place.patcher])
+            lacking -= memory.others
+        if rung.headroom:
+            recovery.stream_more(place.patcher, max(lacking, place.need() // 4 if failed else 0))
+        if rung.release:
+            for holding in place.holdings:
+                holding.release()
+
+    # --------------------------------------------------------------- outside of a forward pass
+    def make_room(self) -> None:
+        """After something else than a forward pass failed: whatever costs the picture nothing."""
+        recovery.recover(self.used, alone=True)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        for patcher in self.used:
+            recovery.unload_others(patcher.load_device, self.used)
+            recovery.stream_more(patcher, SPARE_BYTES)
+        for place in self._places.values():
+            for holding in place.holdings:
+                holding.release()
+
+    def expect(self, model: ModelPatcher, shape: Sequence[int], conds: Conds) -> int:
+        """Bytes that forward passes will need within the limit; 0 without. Before the load.
+
+        `shape` is the noise's. What else lies on the card counts too: it goes if it must.
+        """
+        if not self.limit.enforced:
+            return 0
+        every = [cond for conditionings in conds.values() for cond in conditionings]
+        references = max((c.get("reference_latents") or () for c in every), key=_size, default=())
+        texts = [c["cross_attn"] for c in every if c.get("cross_attn") is not None]
+        x = torch.empty(tuple(shape), device="meta")
+        text = max(texts, key=lambda tensor: tensor.shape[1], default=None)
+        work = work_of(model.model, self.sliced, x, text, {"ref_latents": list(references)})
+        place = Place(model, model.model)
+        memory = memory_of(model, [model], (), self.limit.room())
+        if model.model_size() + place_need(place, work, self.policy, memory) > memory.free:
+            recovery.unload_others(model.load_device, [model])
+            memory = memory_of(model, [model], (), self.limit.room())
+        return place_need(place, work, self.policy, memory)
+
+    def hold(self) -> None:
+        """From now on, what passes commit waits for the end of the calculation around them."""
+        self._pending = []
+
+    def commit(self) -> None:
+        """That calculation has succeeded."""
+        pending, self._pending = self._pending, None
+        for act in pending or ():
+            act()
+
+    def _commit(self, done: list[Callable[[], None]]) -> None:
+        with self._lock:
+            if self._pending is not None:
+                self._pending += done
+                return
+        for act in done:
+            act()
+
+    def say(self, text: str) -> None:
+        """In the log, and on the node while it runs."""
+        log.info("%s", text)
+        outcome.tell(text, *self._nodes)
+
+    def failure(self, place: Place | None = None) -> DoesNotFit:
+        """The final error: what was tried, what it needed, and what would fit."""
+        place = place or next(iter(self._places.values()), None)
+        if place is None:
+            return DoesNotFit(NEVER_RAN, 0, 0, 0)
+        memory = self._memory(place)
+        largest = budget.largest_side(place.work, self.policy, memory, place.factor)
+        attempts = list(place.attempts.values())
+        text = failure_text(place.work, attempts, memory, largest, self.policy)
+        if self.limit.limit:
+            text += "\n" + LIMITED.format(size_text(self.limit.limit))
+        return DoesNotFit(text, place.work.tokens, memory.free, largest)
+
+    # -------------------------------------------------------------------------------- learning
+    def _is_new(self, place: Place) -> bool:
+        """Whether nobody has measured such a pass in this run."""
+        name = (place.patcher.load_device, place.work, place.rung.plan)
+        with self._lock:
+            new = name not in self._seen
+            self._seen.add(name)
+        return new
+
+    def _note_peak(self, place: Place, peak: _Peak) -> None:
+        if (measured := peak.bytes()) is None:
+            return
+        predicted, key = budget.need(place.work, place.rung.plan), place.key(place.rung.plan)
+        with self._lock:
+            if measured > self._peaks.get(key, (0, 0))[1]:
+                self._peaks[key] = predicted, measured
+
+    def learn(self) -> None:
+        """Correct the predictions by what this run really took."""
+        for key, (predicted, measured) in self._peaks.items():
+            MEASURED.learn(key, predicted, measured)
+
+    def end(self) -> None:
+        """Leave nothing to the next run."""
+        for reason in self.plans.reasons():
+            self.record.note(reason)
+        self.plans.reset()
+        self._places.clear()
+        self.used = []
+
+
+def place_need(place: Place, work: Work, policy: str, memory: Memory) -> int:
+    """What a pass needs on the first rung that should fit."""
+    place.choose(memory, place.climb(work, policy))
+    return place.need()
+
+
+def _size(latents: Sequence[torch.Tensor]) -> int:
+    return sum(latent.numel() for latent in latents)
+
+
+class _Peak:
+    """The peak of torch's allocations in one pass: its count costs nothing on the GPU."""
+
+    def __init__(self, device: torch.device, wanted: bool) -> None:
+        self.device = device if wanted and device.type == "cuda" else None
+        if self.device is not None:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+
+    def bytes(self) -> int | None:
+        """None where it was not measured."""
+        if self.device is None:
+            return None
+        return torch.cuda.max_memory_allocated(self.device) - self.before

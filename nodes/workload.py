@@ -1,0 +1,101 @@
+"""What a forward pass is, and what memory its device has: the numbers that core.budget works on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import comfy.model_management
+import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+
+from ..core import measured
+from ..core.budget import Memory, Plan, Work
+from . import loaded_models
+from .recovery import is_used
+
+LATENT_COPIES = 8  # x, noise, both outputs with their weights, and what samplers keep
+
+
+class Holding(Protocol):
+    """What another patch of this pack keeps on the GPU and can let go of."""
+
+    def bytes_held(self) -> int:
+        """How much."""
+
+    def release(self) -> None:
+        """Let go of it."""
+
+
+def work_of(
+    model: BaseModel, sliced: bool, x: torch.Tensor, text: torch.Tensor | None, more: dict[str, Any]
+) -> Work:
+    """One forward pass. `x` is (B, C, ..., h, w), `text` (B, tokens, width), `more` the kwargs of
+    apply_model; of a model that cannot be `sliced` only what ComfyUI thinks it needs is known."""
+    fixed = LATENT_COPIES * x.nbytes
+    size = comfy.model_management.dtype_size(model.get_dtype_inference())
+    if not sliced:
+        estimate = round(_host_estimate(model, x, more))
+        return Work(x.shape[0], _tokens(x), 0, 0, 0, 1, 0, size, fixed, estimate)
+    inner = model.diffusion_model
+    references = sum(_tokens(latent) for latent in more.get("ref_latents") or ())
+    words = text.shape[1] if text is not None else 0
+    heads = inner.transformer_blocks[0].attn.heads
+    blocks = len(inner.transformer_blocks)
+    method = more.get("ref_latents_method", inner.default_ref_method)
+    return Work(
+        batch=x.shape[0],
+        tokens=_tokens(x),
+        reference_tokens=references,
+        text_tokens=words,
+        width=inner.inner_dim,
+        heads=heads,
+        blocks=blocks,
+        element_size=size,
+        fixed=fixed,
+        timestep_zero=references > 0 and method == "index_timestep_zero",
+    )
+
+
+def _tokens(latent: torch.Tensor) -> int:
+    """Tokens of one item of a latent (B, C, ..., h, w): patches of 2 x 2."""
+    *frames, height, width = latent.shape[2:]
+    return math.prod(frames) * math.ceil(height / 2) * math.ceil(width / 2)
+
+
+def _host_estimate(model: BaseModel, x: torch.Tensor, more: dict[str, Any]) -> float:
+    """What ComfyUI reserves for such a pass, in bytes."""
+    shapes = {}
+    for name in model.memory_usage_factor_conds:
+        value = more.get(name)
+        tensors = value if isinstance(value, list) else [value]
+        shapes[name] = [list(tensor.shape) for tensor in tensors if torch.is_tensor(tensor)]
+    return model.memory_required(list(x.shape), cond_shapes=shapes)
+
+
+def memory_of(
+    patcher: ModelPatcher, used: Sequence[ModelPatcher], held: Iterable[Holding], cap: int | None
+) -> Memory:
+    """The memory of a model's device now, without waiting for it; `cap` is what a limit leaves."""
+    device = patcher.load_device
+    free = patcher.get_free_memory(device)  # with what dynamic VRAM gives up by itself
+    if cap is not None:
+        free = min(free, cap)
+    if device.type == "cpu":  # nothing that is unloaded would go anywhere else
+        return Memory(int(free), 0, 0, sum(part.bytes_held() for part in held))
+    others = sum(
+        other.loaded_size()
+        for entry, other in loaded_models.loaded()
+        if entry.device == device and not other.is_dynamic() and not is_used(other, used)
+    )
+    streamable = 0 if patcher.is_dynamic() else patcher.loaded_size()
+    return Memory(int(free), int(others), int(streamable), sum(part.bytes_held() for part in held))
+
+
+def key_of(model: BaseModel, device: torch.device, plan: Plan) -> str:
+    """Under which name corrections of the predictions are kept."""
+    name = comfy.model_management.get_torch_device_name(device)
+    kind = type(getattr(model, "diffusion_model", model)).__name__
+    return measured.key_of(kind, str(model.get_dtype_inference()), name, plan)
