@@ -207,7 +207,7 @@ class Passes:
     def _wait(self, place: Place, memory: Memory) -> bool:
         """Wait for memory that another program took; False where none did, or it keeps it."""
         now = memory.free + memory.others + memory.streamable
-        pause = min(max(FIRST_WAIT_SECONDS, place.waited), LONGEST_WAIT_SECONDS - place.waited)
+        pause = min(FIRST_WAIT_SECONDS + place.waited, LONGEST_WAIT_SECONDS - place.waited)
         if pause <= 0 or now >= place.reachable - FLUCTUATION_BYTES:
             return False
         self.say(WAITING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,13 @@ from pack.tests.graphs import node, text_to_image
 OWN = {"policy": "exact only", "vram_limit": 0.0, "settings": DEFAULT}
 
 
+_runs = itertools.count(1)
+
+
 def within(graph: dict[str, Any], **inputs: Any) -> dict[str, Any]:
-    """The same graph with our sampler in the place of ComfyUI's."""
+    """The same graph with our sampler in the place of ComfyUI's; no earlier run is like it."""
     asked = {**graph["sampler"]["inputs"], **OWN, **inputs}
+    asked["settings"] += "\n" * next(_runs)
     return {**graph, "sampler": node("QwenVRAMSampler", **asked)}
 
 
