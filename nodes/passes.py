@@ -158,6 +158,7 @@ class Passes:
             plan = place.rung.plan
             self.plans.set(place.patcher.load_device, plan)
             self.record.use(place.index, place.rung, place.need())
+            self.record.note(reductions.possible(plan, x, control, options)[1])
             arguments = (executor, plan, x, t, c_concat, c_crossattn, control, options)
             peak = _Peak(place.patcher.load_device, self._is_new(place))
             output = recovery.attempt(lambda a=arguments: reductions.forward(*a, **more))
@@ -178,7 +179,9 @@ class Passes:
         return place
 
     def _memory(self, place: Place) -> Memory:
-        return memory_of(place.patcher, self.used, place.holdings, self.limit.room())
+        limited = place.patcher.load_device == self.limit.device
+        cap = self.limit.room() if limited else None
+        return memory_of(place.patcher, self.used, place.holdings, cap)
 
     def _step_down(self, place: Place, alone: bool) -> None:
         """After a pass that failed: make room, and choose the rung to repeat it on.
@@ -192,6 +195,10 @@ class Passes:
         memory = self._memory(place)
         available = budget.room(place.rung, memory)
         place.attempts[place.rung.id] = Attempt(place.rung, place.need(), available)
+        # Later failures may be another program's doing; other devices do not tell what is free.
+        if self.record.repeated == 1 and place.patcher.load_device.type == "cuda":
+            plan = place.rung.plan
+            MEASURED.ran_out(place.key(plan), budget.need(place.work, plan), available)
         at_end = place.index in (place.last_exact, len(place.rungs) - 1)
         if not at_end or (place.repeated and not self._wait(place, memory)):
             if place.index == len(place.rungs) - 1:
@@ -227,10 +234,17 @@ class Passes:
             recovery.unload_others(device, [*self.used, place.patcher])
             lacking -= memory.others
         if rung.headroom:
-            recovery.stream_more(place.patcher, max(lacking, place.need() // 4 if failed else 0))
+            self._stream(place.patcher, lacking, place.need(), place.need() // 4 if failed else 0)
         if rung.release:
             for holding in place.holdings:
                 holding.release()
+
+    def _stream(self, patcher: ModelPatcher, lacking: int, need: int, spare: int) -> None:
+        """Let more of the weights be streamed; within a limit, as it divides the memory."""
+        if self.limit.enforced and patcher.load_device == self.limit.device:
+            self.limit.fit_weights(patcher, need + spare)
+        else:
+            recovery.stream_more(patcher, max(lacking, spare))
 
     # --------------------------------------------------------------- outside of a forward pass
     def make_room(self) -> None:
@@ -239,8 +253,8 @@ class Passes:
         comfy.model_management.throw_exception_if_processing_interrupted()
         for patcher in self.used:
             recovery.unload_others(patcher.load_device, self.used)
-            recovery.stream_more(patcher, SPARE_BYTES)
         for place in self._places.values():
+            self._stream(place.patcher, 0, place.need(), SPARE_BYTES)
             for holding in place.holdings:
                 holding.release()
 

@@ -50,13 +50,17 @@ class Sampler(io.ComfyNode):
                 "what a KSampler does."
             ),
             search_aliases=["ksampler", "low vram", "out of memory", "oom", "fallback"],
-            inputs=[*cls.as_of_a_ksampler(), *cls.own()],
+            inputs=[
+                *cls.inputs_of_a_ksampler(),
+                *cls.conditions_of_a_ksampler(),
+                *cls.inputs_for_memory(),
+            ],
             outputs=[io.Latent.Output(), io.String.Output(display_name="report")],
         )
 
     @classmethod
-    def as_of_a_ksampler(cls) -> list[io.Input]:
-        """The inputs of ComfyUI's KSampler, in its order."""
+    def inputs_of_a_ksampler(cls) -> list[io.Input]:
+        """The first inputs of ComfyUI's KSampler, in its order."""
         return [
             io.Model.Input("model", tooltip="The model that removes the noise."),
             io.Int.Input(
@@ -89,6 +93,12 @@ class Sampler(io.ComfyNode):
                 options=comfy.samplers.KSampler.SCHEDULERS,
                 tooltip="How the noise is spread over the steps.",
             ),
+        ]
+
+    @classmethod
+    def conditions_of_a_ksampler(cls) -> list[io.Input]:
+        """Its other inputs."""
+        return [
             io.Conditioning.Input("positive", tooltip="What the picture should show."),
             io.Conditioning.Input("negative", tooltip="What it should not show."),
             io.Latent.Input("latent_image", tooltip="The latent to take the noise from."),
@@ -103,7 +113,7 @@ class Sampler(io.ComfyNode):
         ]
 
     @classmethod
-    def own(cls) -> list[io.Input]:
+    def inputs_for_memory(cls) -> list[io.Input]:
         """What a KSampler has not."""
         return [
             io.Combo.Input(

@@ -6,35 +6,188 @@ from typing import Any
 
 import pytest
 import torch
-from pack.core.fallback_settings import DEFAULT
-from pack.tests.graphs import LORA, loader, node, text_to_image
+from pack.core.budget import POLICIES
+from pack.tests.graphs import LORA, node, text_to_image
 from pack.tests.host import RunError
-
-OWN = {"policy": "exact only", "vram_limit": 0.0, "settings": DEFAULT}
-
-
-def within(graph: dict[str, Any], **inputs: Any) -> dict[str, Any]:
-    """The same graph with our sampler in the place of ComfyUI's."""
-    asked = {**graph["sampler"]["inputs"], **OWN, **inputs}
-    return {**graph, "sampler": node("QwenVRAMSampler", **asked)}
-
-
-def sampled(host: Any, graph: dict[str, Any]) -> torch.Tensor:
-    """The latent that a graph's sampler gives."""
-    return host.run(graph, ["save"]).outputs["sampler"][0][0]["samples"]
-
+from pack.tests.nodes.faults import Faults, blocks_fail, fitted, latent, small, transformer, within
 
 SAMPLERS = ["euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_sde", "uni_pc", "ddim", "lms"]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_it_gives_what_a_ksampler_gives(host, name: str) -> None:
-    graph = text_to_image(steps=3)
-    graph["sampler"]["inputs"]["sampler_name"] = name
-    stock = sampled(host, graph)
-    run = host.run(within(graph))
-    assert run.outputs["sampler"][0][0]["samples"].equal(stock)
+    stock = latent(host.run(small(name)))
+    run = host.run(within(small(name)))
+    assert latent(run).equal(stock)
     status = run.status("sampler")
     assert status["done"] == "as asked" and status["exactness"] == "exact"
-    assert status["forward_passes_repeated"] == 0
+    assert status["forward_passes_repeated"] == 0 and status["settings_asked"]["steps"] == 2
     assert run.outputs["sampler"][1][0] == status["text"]
+    assert latent(host.run(fitted(small(name)))).equal(stock)
+
+
+def inpainting() -> dict[str, Any]:
+    """A batch of three of which two are taken, a mask, and less than full denoise."""
+    graph = small()
+    graph["latent"]["inputs"]["batch_size"] = 3
+    graph["some"] = node("LatentFromBatch", samples=["latent", 0], batch_index=1, length=2)
+    graph["mask"] = node("SolidMask", value=0.5, width=32, height=32)
+    graph["masked"] = node("SetLatentNoiseMask", samples=["some", 0], mask=["mask", 0])
+    graph["sampler"]["inputs"].update(latent_image=["masked", 0], denoise=0.6, steps=3)
+    return graph
+
+
+def with_lora() -> dict[str, Any]:
+    """The model with a LoRA."""
+    graph = small()
+    given = {"model": ["unet", 0], "lora_name": LORA, "strength_model": 1.0}
+    graph["lora"] = node("LoraLoaderModelOnly", **given)
+    graph["shift"]["inputs"]["model"] = ["lora", 0]
+    return graph
+
+
+@pytest.mark.parametrize("graph", [inpainting(), with_lora()], ids=["inpainting", "lora"])
+def test_masks_batches_and_loras_are_as_in_a_ksampler(host, graph: dict[str, Any]) -> None:
+    stock = host.run(graph).outputs["sampler"][0][0]
+    made = host.run(within(graph)).outputs["sampler"][0][0]
+    assert made.keys() == stock.keys()
+    assert all(made[k].equal(v) if torch.is_tensor(v) else made[k] == v for k, v in stock.items())
+    model = transformer(host, graph)
+    with blocks_fail(model, Faults({1, 6})) as faults:
+        run = host.run(within(graph))
+    assert faults.raised == 2 and latent(run).equal(stock["samples"])
+
+
+def test_its_inputs_are_those_of_a_ksampler_and_three_more(host) -> None:
+    classes = host.nodes.NODE_CLASS_MAPPINGS
+    stock = classes["KSampler"].INPUT_TYPES()["required"]
+    ours = classes["QwenVRAMSampler"].INPUT_TYPES()["required"]
+    assert list(ours) == [*stock, "policy", "vram_limit", "settings"]
+    for name, (kind, *more) in stock.items():
+        mine = ours[name]
+        if isinstance(kind, (list, tuple)):
+            assert mine[1]["options"] == kind
+            continue
+        assert mine[0] == kind
+        for bound in ("min", "max", "step", "round", "control_after_generate"):
+            assert mine[1].get(bound) == more[0].get(bound), (name, bound)
+
+
+def test_a_later_fitting_replaces_an_earlier_one(host) -> None:
+    from comfy.patcher_extension import WrappersMP
+
+    stock = latent(host.run(small()))
+    graph = fitted(small(), policy="allow approximations")
+    twice = {
+        **graph,
+        "again": node("QwenVRAMFit", model=["fit", 0], policy="exact only", vram_limit=1),
+    }
+    twice["sampler"]["inputs"]["model"] = ["again", 0]
+    model = transformer(host, twice)
+    with blocks_fail(model, Faults({0})) as faults:
+        assert latent(host.run(twice)).equal(stock)
+    assert faults.raised == 1
+    patched = host.executor.caches.outputs.get_local("again").outputs[0][0]
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
+        assert sum(len(found) for found in patched.wrappers[kind].values()) == 1
+    with blocks_fail(model, Faults({1, 2})):
+        run = host.run(within(fitted(small())))
+    assert latent(run).equal(stock) and run.status("sampler")["forward_passes_repeated"] == 2
+
+
+def test_two_samplers_share_a_model_and_the_plain_one_stays_plain(host) -> None:
+    graph = small()
+    ours = within(graph)
+    both = {**graph, "ours": ours["sampler"], "plain": graph["sampler"]}
+    both |= {f"out_{n}": node("PreviewAny", source=[n, 0]) for n in ("ours", "plain")}
+    both["plain"]["inputs"] = {**both["plain"]["inputs"], "seed": 7}
+    both["ours"]["inputs"]["seed"] = 7
+    model = transformer(host, graph)
+    with blocks_fail(model, Faults({0, 1, 2})):
+        run = host.run({k: v for k, v in both.items() if k not in ("sampler", "out")})
+    made, plain = (run.outputs[name][0][0]["samples"] for name in ("ours", "plain"))
+    assert torch.allclose(made, plain, atol=1e-2) and "patches" not in vars(model)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_a_fitted_model_tells_its_own_node_and_the_sampler(host, monkeypatch) -> None:
+    told: list[tuple[str, str]] = []
+    tell = lambda text, node_id, sid: told.append((node_id, text))  # noqa: E731
+    monkeypatch.setattr(host.server, "send_progress_text", tell)
+    host.run(fitted(small(seed=31)))
+    final = "as asked (exact) · not in the picture's metadata: the client sent no workflow"
+    assert [line for line in told if line[0] in ("fit", "sampler")] == [
+        ("fit", "fits itself to the memory when a sampler runs with it"),
+        ("sampler", final),
+        ("fit", final),
+    ]
+
+
+# --------------------------------------------------------------------------- changed settings
+def failing_above(side: int) -> Faults:
+    """As long as a pass has more tokens than a square picture of that side (px)."""
+
+    class TooLarge(Faults):
+        def hook(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            if kwargs["hidden_states"].shape[1] > (side // 16) ** 2:
+                self.call()
+
+    return TooLarge(range(10_000))
+
+
+def test_as_a_last_resort_settings_and_size_change(host) -> None:
+    graph = text_to_image(size=192, steps=4)
+    graph["sampler"]["inputs"]["cfg"] = 9.0
+    table = "100000: 50, 9, heun\n0: 3, 5, ddim"
+    with blocks_fail(transformer(host, graph), failing_above(144)):
+        run = host.run(within(graph, policy=POLICIES[2], settings=table))
+    status = run.status("sampler")
+    assert latent(run).shape[-2:] == (18, 18)
+    assert status["settings_used"] == {
+        "steps": 3,
+        "cfg": 5.0,
+        "sampler_name": "ddim",
+        "latent_size": "18x18",
+    }
+    assert status["settings_asked"]["latent_size"] == "24x24"
+    assert status["exactness"] == "changed settings"
+    assert "steps 3 instead of 4" in status["text"] and "cfg 5.0 instead of 9.0" in status["text"]
+    graph["latent"]["inputs"].update(width=144, height=144)
+    graph["sampler"]["inputs"].update(steps=3, cfg=5.0, sampler_name="ddim")
+    assert latent(host.run(graph)).equal(latent(run))
+
+
+def test_settings_never_change_where_that_is_not_allowed(host) -> None:
+    graph = text_to_image(size=128, steps=1)
+    model = transformer(host, graph)
+    for policy in POLICIES[:1]:
+        with blocks_fail(model, failing_above(0)), pytest.raises(RunError, match="not enough"):
+            host.run(within(graph, policy=policy))
+    with blocks_fail(model, failing_above(0)) as faults, pytest.raises(RunError, match="Tried"):
+        host.run(within(graph, policy=POLICIES[2]))
+    assert faults.raised < 60
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [("0: 30, 7, dmpp", "no sampler 'dmpp'"), ("12 30, 7, euler", "line 1")],
+)
+def test_a_wrong_table_is_refused_with_a_sentence(host, table: str, sentence: str) -> None:
+    with pytest.raises(RunError, match=sentence):
+        host.run(within(small(), policy=POLICIES[2], settings=table))
+    host.run(within(small(), settings=table))  # it is used with that policy alone
+
+
+def test_references_and_sides_become_smaller_together(host) -> None:
+    sampler = host.part("nodes.sampler")
+    references = [torch.rand(1, 16, 1, 16, 24), torch.rand(1, 16, 10, 4)]
+    positive = [[torch.zeros(1, 3, 8), {"reference_latents": references, "strength": 1.0}]]
+    row = sampler.Row(0, 30, 3.0, "euler")
+    request = sampler.Request(
+        20, 4.0, "heun", positive, [], {"samples": torch.zeros(2, 16, 1, 64, 48)}
+    )
+    made = request.changed(row, 0.5)
+    assert (made.steps, made.cfg, made.sampler_name) == (20, 3.0, "euler")
+    assert made.latent["samples"].shape == (2, 16, 1, 32, 24)
+    shapes = [tuple(x.shape[-2:]) for x in made.positive[0][1]["reference_latents"]]
+    assert shapes == [(8, 12), (8, 4)] and references[0].shape[-1] == 24

@@ -121,4 +121,6 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMClear",
         "QwenVRAMWarmupSink",
         "QwenVRAMReport",
+        "QwenVRAMSampler",
+        "QwenVRAMFit",
     }
