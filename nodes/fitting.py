@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.sampler_helpers
 import comfy.utils
@@ -12,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
 from . import outcome, recovery, slicing
-from .outcome import Record
+from .outcome import Metadata, Record
 from .passes import Passes
 from .vram_limit import VRAMLimit
 
@@ -24,14 +24,26 @@ CALCULATING = "out of memory beside the model: repeating this step's calculation
 Callback = Callable[[int, Any, Any, int], Any]
 
 
+class Told(NamedTuple):
+    """Where a model patch, which does not run itself when its model samples, tells of a run."""
+
+    node_id: str
+    metadata: Metadata
+
+    def tell(self, record: Record, nodes: tuple[str | None, ...]) -> None:
+        """In the metadata of the sampler's pictures, on its node and on the patch."""
+        record.note(self.metadata.write(nodes[0] or self.node_id, record.facts()))
+        outcome.tell(record.line(), *nodes)
+
+
 class Fitting:
     """Policy and limit (bytes, 0 without) of one node, and the `record` of its model's last run.
 
     It never refers to the clone that it patches: that would keep a freed model alive.
     """
 
-    def __init__(self, policy: str, limit: int = 0, node_id: str | None = None) -> None:
-        self.policy, self.limit, self.node_id = policy, limit, node_id
+    def __init__(self, policy: str, limit: int = 0, told: Told | None = None) -> None:
+        self.policy, self.limit, self.told = policy, limit, told
         self.plans = slicing.Plans()
         self.not_sliced = ""  # or why
         self.record = Record(policy, limit)
@@ -74,7 +86,7 @@ class Fitting:
         limit = VRAMLimit(guider.model_patcher.load_device, self.limit)
         record.note(limit.note)
         before = self._passes  # of a run that this one is nested in
-        nodes = (outcome.running_node(), self.node_id)
+        nodes = (outcome.running_node(), self.told and self.told.node_id)
         passes = Passes(self.policy, self.plans, not self.not_sliced, record, limit, nodes)
         self._passes = passes
         safe = _safe_callback(callback, record)
@@ -87,9 +99,8 @@ class Fitting:
         finally:
             self._passes = before
             passes.end()
-            if self.node_id is not None:
-                record.note(outcome.into_metadata(nodes[0] or self.node_id, record.facts()))
-                outcome.tell(record.line(), *nodes)
+            if self.told is not None:
+                self.told.tell(record, nodes)
 
     def _prepare(
         self,

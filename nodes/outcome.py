@@ -17,6 +17,7 @@ from ..core.budget import Rung
 from ..core.units import size_text
 
 METADATA = "qwen_vram"
+NOT_AGAIN = "not in the picture's metadata: ComfyUI did not run this node again"
 NO_WORKFLOW = "not in the picture's metadata: the client sent no workflow"
 
 
@@ -110,21 +111,30 @@ def versions() -> dict[str, str]:
     }
 
 
-def into_metadata(node_id: str, facts: dict[str, Any]) -> str:
-    """Put the facts beside the workflow that SaveImage writes; returns why not, or "".
+@dataclass(frozen=True)
+class Metadata:
+    """What SaveImage will write into the pictures of one prompt, if the client sent a workflow."""
 
-    Found in ComfyUI's queue: the hidden input EXTRA_PNGINFO would make a node depend on the whole
-    workflow, and a model patch does not run again when the next prompt samples with it.
-    """
-    context = get_executing_context()
-    running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
-    for item in running:
-        if context is not None and item[1] == context.prompt_id:
-            info = item[3].get("extra_pnginfo")
-            if isinstance(info, dict) and info.get("workflow"):
-                info.setdefault(METADATA, {})[node_id] = facts
-                return ""
-    return NO_WORKFLOW
+    info: dict[str, Any] | None  # ComfyUI's extra_pnginfo, the very object
+    prompt_id: str
+
+    @classmethod
+    def of(cls, info: dict[str, Any] | None) -> Metadata:
+        """Of the prompt that runs; `info` from a node's hidden input."""
+        return cls(info, get_executing_context().prompt_id)
+
+    def write(self, node_id: str, facts: dict[str, Any]) -> str:
+        """Put the facts beside the workflow; returns why not, or "".
+
+        A model patch that ComfyUI did not run again knows the metadata of an earlier prompt only.
+        """
+        context = get_executing_context()
+        if context is None or context.prompt_id != self.prompt_id:
+            return NOT_AGAIN
+        if not self.info or not self.info.get("workflow"):
+            return NO_WORKFLOW
+        self.info.setdefault(METADATA, {})[node_id] = facts
+        return ""
 
 
 def tell(text: str, *node_ids: str | None) -> None:

@@ -20,8 +20,8 @@ from comfy_execution.utils import get_executing_context
 from ..core import fallback_settings
 from ..core.budget import POLICIES, TOKEN_SIDE
 from ..core.fallback_settings import Row
-from . import outcome
-from .fitting import Fitting
+from .fitting import Fitting, Told
+from .outcome import Metadata
 from .passes import DoesNotFit
 from .status import shown
 from .vram_limit import GB
@@ -56,6 +56,7 @@ class Sampler(io.ComfyNode):
                 *cls.inputs_for_memory(),
             ],
             outputs=[io.Latent.Output(), io.String.Output(display_name="report")],
+            hidden=[io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -174,7 +175,8 @@ class Sampler(io.ComfyNode):
         if used is not request:
             record.note(RAN_AGAIN)
         facts = record.facts()
-        record.note(outcome.into_metadata(get_executing_context().node_id, facts))
+        metadata = Metadata.of(cls.hidden.extra_pnginfo)
+        record.note(metadata.write(get_executing_context().node_id, facts))
         return shown(latent, record.line(), text=record.line(), **facts)
 
 
@@ -327,13 +329,15 @@ class Fit(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output()],
+            hidden=[io.Hidden.extra_pnginfo],
         )
 
     @classmethod
     def execute(cls, model: ModelPatcher, policy: str, vram_limit: float) -> io.NodeOutput:
         """Patch a clone."""
         node_id = get_executing_context().node_id
-        fitting = Fitting(policy, round(vram_limit * GB), node_id)
+        metadata = Metadata.of(cls.hidden.extra_pnginfo)
+        fitting = Fitting(policy, round(vram_limit * GB), Told(node_id, metadata))
         return shown(fitting.patch(model), text=fitting.not_sliced or WAITS)
 
 

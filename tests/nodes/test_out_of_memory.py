@@ -110,9 +110,9 @@ class TooLarge(Faults):
 
 
 def test_approximations_come_last_and_only_if_they_are_allowed(host, model, stock) -> None:
-    graph = text_to_image(size=320, steps=1)
+    graph = text_to_image(size=192, steps=1)
     usual = latent(host.run(graph))
-    with blocks_fail(model, TooLarge(399)):
+    with blocks_fail(model, TooLarge(143)):
         run = host.run(within(graph, policy="allow approximations"))
     assert run.status("sampler")["exactness"] == "approximate"
     assert "overlapping tiles" in run.status("sampler")["text"]
@@ -259,8 +259,8 @@ def test_it_waits_before_it_approximates_and_not_for_ever(host, model, stock, th
     assert sum(thief.pauses) == pytest.approx(20.0)
     thief.pauses.clear()
     thief.has_taken = False
-    with blocks_fail(model, TooLarge(399, act=thief.take)):
-        graph = text_to_image(size=320, steps=1)
+    with blocks_fail(model, TooLarge(143, act=thief.take)):
+        graph = text_to_image(size=192, steps=1)
         run = host.run(within(graph, policy="allow approximations"))
     assert sum(thief.pauses) == pytest.approx(20.0)
     assert run.status("sampler")["exactness"] == "approximate"

@@ -1,0 +1,325 @@
+"""Fitting a model to the memory: limits, room, metadata, and models that cannot be sliced."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pack.core.budget import Memory
+from pack.tests.graphs import text_to_image
+from pack.tests.host import RunError
+from pack.tests.nodes.faults import Faults, blocks_fail, fitted, latent, small, transformer, within
+from pack.tests.nodes.test_warmup import Queue
+from PIL import Image
+
+GB = 1_000_000_000
+CUDA = torch.device("cuda:0")
+
+
+# ------------------------------------------------------------------------------- the metadata
+def queued(host: Any, graph: dict[str, Any], **extra: Any) -> Path:
+    """Run a graph as ComfyUI's worker does, from its queue; returns the picture that it saved."""
+    queue, prompt_id = host.server.prompt_queue, uuid.uuid4().hex
+    folder = Path(host.folder_paths.get_output_directory())
+    before = set(folder.rglob("*.png"))
+    queue.put((0, prompt_id, graph, {"client_id": "pytest", **extra}, ["save"]))
+    item, number = queue.get(timeout=1)
+    host.executor.execute(item[2], item[1], item[3].copy(), item[4])
+    status = queue.ExecutionStatus("success", host.executor.success, [])
+    queue.task_done(number, host.executor.history_result, status, lambda prompt: prompt[:5])
+    queue.wipe_history()
+    (made,) = set(folder.rglob("*.png")) - before
+    return made
+
+
+@pytest.mark.parametrize("build", [within, fitted])
+def test_the_picture_says_what_was_done_if_the_client_sent_a_workflow(host, build) -> None:
+    graph = build(text_to_image(size=32, seed=hash(build.__name__) % 1000))
+    workflow = {"nodes": [{"id": 1}], "links": []}
+    model = transformer(host, graph)
+    with blocks_fail(model, Faults({2})):
+        path = queued(host, graph, extra_pnginfo={"workflow": workflow})
+    written = Image.open(path).info
+    assert json.loads(written["workflow"]) == workflow  # as it was: it can be opened again
+    (said,) = json.loads(written["qwen_vram"]).items()
+    assert said[0] == "sampler" and said[1]["done"] == "as asked, other models unloaded"
+    assert said[1]["forward_passes_repeated"] == 1 and said[1]["exactness"] == "exact"
+    assert set(said[1]["versions"]) == {"qwen_vram", "comfyui", "torch"}
+    assert said[1]["versions"]["qwen_vram"][0].isdigit()
+
+
+def test_a_patch_that_did_not_run_again_says_so(host, monkeypatch) -> None:
+    told: list[str] = []
+    tell = lambda text, node_id, sid: told.append(text)  # noqa: E731
+    monkeypatch.setattr(host.server, "send_progress_text", tell)
+    graph, info = fitted(text_to_image(size=32)), {"workflow": {"nodes": [{"id": 1}]}}
+    queued(host, graph, extra_pnginfo=info)
+    graph["sampler"]["inputs"]["seed"] += 1
+    path = queued(host, graph, extra_pnginfo=info)
+    assert "qwen_vram" not in Image.open(path).info
+    assert told[-1] == (
+        "as asked (exact) · not in the picture's metadata: ComfyUI did not run this node again"
+    )
+
+
+def test_without_a_workflow_the_node_says_so(host) -> None:
+    assert "qwen_vram" not in Image.open(queued(host, within(text_to_image(size=32)))).info
+    shown = host.run(within(small())).status("sampler")
+    assert shown["text"].endswith("not in the picture's metadata: the client sent no workflow")
+
+
+# -------------------------------------------------------------------------------- the warm-up
+def test_the_warm_up_samples_one_step(fresh, monkeypatch) -> None:
+    queue = Queue(fresh)
+    keep = lambda event, data, sid=None: queue.sent.append((event, data, sid))  # noqa: E731
+    monkeypatch.setattr(fresh.server, "send_sync", keep)
+    try:
+        run = queue.begin(within(text_to_image(size=32, steps=12)))
+        prompt = queue.work()
+        assert run.state == "done" and prompt["sampler"]["class_type"] == "QwenVRAMSampler"
+        assert prompt["sampler"]["inputs"]["steps"] == 1
+    finally:
+        queue.queue.wipe_queue()
+        queue.queue.wipe_history()
+        fresh.server.sockets.clear()
+        fresh.server.client_id = "pytest"
+        fresh.part("nodes.warmup").forget()
+
+
+# ----------------------------------------------------------------- models that are not sliced
+def test_a_model_that_cannot_be_sliced_is_repeated_all_the_same(host, monkeypatch) -> None:
+    slicing = host.part("nodes.slicing")
+    monkeypatch.setattr(slicing, "install", lambda patcher, plans: "It is of another kind.")
+    stock = latent(host.run(small()))
+    with blocks_fail(transformer(host, small()), Faults({0, 1, 2})):
+        run = host.run(within(small()))
+    status = run.status("sampler")
+    assert latent(run).equal(stock) and status["exactness"] == "exact"
+    assert "It is of another kind." in status["text"] and "slices" not in status["done"]
+    assert status["need_bytes"] > 0
+
+
+def test_what_a_pass_is_comes_from_its_tensors(host) -> None:
+    """An odd size, a batch, two references and a text."""
+    work_of = host.part("nodes.workload").work_of
+    model = transformer(host, small())
+    base = host.executor.caches.outputs.get_local("unet").outputs[0][0].model
+    x = torch.zeros(3, 16, 1, 5, 8)
+    references = [torch.zeros(1, 16, 1, 8, 8), torch.zeros(1, 16, 1, 3, 3)]
+    work = work_of(base, True, x, torch.zeros(3, 7, 64), {"ref_latents": references})
+    assert (work.batch, work.tokens, work.text_tokens) == (3, 12, 7)
+    assert work.reference_tokens == 16 + 4 and not work.timestep_zero
+    assert (work.width, work.heads, work.blocks) == (model.inner_dim, 4, 2)
+    assert work.host_estimate is None and work.element_size in (2, 4)
+    more = {"ref_latents": references, "ref_latents_method": "index_timestep_zero"}
+    assert work_of(base, True, x, None, more).timestep_zero
+    assert work_of(base, False, x, None, more).host_estimate > 0
+
+
+# ------------------------------------------------------------------------------ several GPUs
+def test_a_gpu_s_thread_leaves_alone_what_belongs_to_all(host, monkeypatch) -> None:
+    recovery, management = host.part("nodes.recovery"), host.part("nodes.recovery").comfy
+    calls: list[str] = []
+    monkeypatch.setattr(
+        management.model_management, "reset_cast_buffers", lambda: calls.append("cast buffers")
+    )
+    monkeypatch.setattr(
+        management.model_management, "soft_empty_cache", lambda: calls.append("cache")
+    )
+    recovery.recover([], alone=False)
+    assert calls == ["cache"]
+    recovery.recover([], alone=True)
+    assert calls == ["cache", "cast buffers", "cache"]
+
+
+# --------------------------------------------------------------------- dynamic VRAM, invented
+class Pages:
+    """The pages of a dynamic model: two modules of three pages, the middle one shared."""
+
+    def __init__(self) -> None:
+        self.pins, self.freed, self.watermark = [1, 2, 1], 0, None
+        self.resident = 3 * 32 * 2**20
+
+    def get_residency(self) -> list[int]:
+        return [1 | (2 if count else 0) for count in self.pins]
+
+    def unpin(self, first: int, count: int) -> None:
+        for page in range(first, first + count):
+            self.pins[page] = max(0, self.pins[page] - 1)
+
+    def free_memory(self, size: int) -> None:
+        self.freed += size
+
+    def set_watermark(self, size: int) -> None:
+        self.watermark = size
+
+    def loaded_size(self) -> int:
+        return self.resident
+
+
+class Dynamic:
+    """A ModelPatcherDynamic that failed between a cast and its end, and in a prefetch."""
+
+    load_device = CUDA
+
+    def __init__(self) -> None:
+        self.pages = Pages()
+        self.model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        for number, module in enumerate(self.model):
+            module._v = (self.pages, number, 2)
+        self.model[1]._prefetch = {"signature": "of the page", "resident": True}
+        self.model.dynamic_vbars = {CUDA: self.pages}
+
+    def is_dynamic(self) -> bool:
+        return True
+
+
+def test_pages_that_a_failed_pass_left_pinned_are_unpinned(host) -> None:
+    patcher = Dynamic()
+    host.part("nodes.recovery").unpin(patcher)
+    assert patcher.pages.pins == [0, 0, 0]
+    assert not any(hasattr(module, "_prefetch") for module in patcher.model.modules())
+
+
+def test_more_of_a_dynamic_model_is_streamed_by_its_pages(host) -> None:
+    stream_more = host.part("nodes.recovery").stream_more
+    patcher = Dynamic()
+    stream_more(patcher, 1000)
+    stream_more(patcher, 0)
+    assert patcher.pages.freed == 1000
+
+
+# ---------------------------------------------------------------------------------- the limit
+@pytest.fixture
+def card(host, monkeypatch) -> Any:
+    """A card of 12 GB of which torch has 1 GB reserved and the driver takes half a GB."""
+    card = SimpleNamespace(fraction=0.9, allocated=1 * GB, own=1_500_000_000, set_to=[])
+    module = host.part("nodes.vram_limit")
+
+    def set_fraction(fraction: float, device: torch.device) -> None:
+        card.fraction = fraction
+        card.set_to.append(fraction)
+
+    for name, value in {
+        "mem_get_info": lambda _: (10 * GB, 12 * GB),
+        "memory_reserved": lambda _: 1 * GB,
+        "memory_allocated": lambda _: card.allocated,
+        "get_per_process_memory_fraction": lambda _: card.fraction,
+        "set_per_process_memory_fraction": set_fraction,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(module, "loaded", lambda: [])
+    monkeypatch.setattr(module, "device_memory", lambda _: SimpleNamespace(own_bytes=card.own))
+    return card
+
+
+def limit(host: Any, size: int, device: torch.device = CUDA) -> Any:
+    """A limit of that many bytes."""
+    return host.part("nodes.vram_limit").VRAMLimit(device, size)
+
+
+def test_torch_is_limited_for_the_run_alone(host, card) -> None:
+    held = limit(host, 6 * GB)
+    with pytest.raises(KeyError), held:
+        assert card.fraction == pytest.approx(5.5 / 12, abs=1e-5)
+        assert held.room() == 4.5 * GB
+        raise KeyError("an interrupt, for example")
+    assert card.fraction == 0.9
+
+
+def test_pages_and_torch_share_the_limit(host, card) -> None:
+    patcher = Dynamic()
+    with limit(host, 6 * GB) as held:
+        held.fit_weights(patcher, 2 * GB)
+        assert patcher.pages.watermark == 2.5 * GB  # 6 less the driver's, torch's own, the need
+        assert card.fraction == pytest.approx(3.0 / 12, abs=1e-5)
+        held.fit_weights(patcher, 9 * GB)
+        assert patcher.pages.watermark == 0
+
+
+def test_without_dynamic_vram_the_load_leaves_more_in_ram(host, card, monkeypatch) -> None:
+    import comfy.model_management as management
+
+    unloaded: list[int] = []
+    patcher = SimpleNamespace(
+        load_device=CUDA,
+        offload_device="cpu",
+        is_dynamic=lambda: False,
+        loaded_size=lambda: 0,
+        model=SimpleNamespace(memory_required=lambda shape: shape[0] * GB),
+        partially_unload=lambda device, size: unloaded.append(size),
+    )
+    monkeypatch.setattr(management, "get_free_memory", lambda _: 10 * GB)
+    monkeypatch.setattr(management, "extra_reserved_memory", lambda: GB // 2)
+    held = limit(host, 6 * GB)
+    planned = held.load_shape(patcher, [1, 16, 64, 64], 2 * GB)
+    # ComfyUI loads what is free less what this needs and its reserve: 3.5 GB of weights
+    assert 10 * GB - patcher.model.memory_required(planned) - GB // 2 == pytest.approx(3.5 * GB)
+    assert planned[1:] == [16, 64, 64]
+    patcher.loaded_size = lambda: 4 * GB
+    card.allocated = 4 * GB
+    held.fit_weights(patcher, 2 * GB)
+    assert unloaded == [GB // 2]
+
+
+@pytest.mark.parametrize("size", [12 * GB, 80 * GB])
+def test_a_limit_above_what_there_is_is_said_and_left(host, card, size: int) -> None:
+    with limit(host, size) as held:
+        assert "it changes nothing" in held.note and held.room() is None
+        assert held.load_shape(None, [1, 2], 5) == [1, 2]
+    assert card.set_to == []
+
+
+def test_a_limit_below_what_the_driver_takes_is_refused(host, card) -> None:
+    with pytest.raises(ValueError, match="Set vram_limit higher"):
+        limit(host, GB // 4)
+
+
+def test_on_the_cpu_the_limit_only_decides_how_to_run(host) -> None:
+    graph = text_to_image(size=160, steps=1)
+    usual = latent(host.run(graph))
+    run = host.run(within(graph, vram_limit=0.0006))
+    status = run.status("sampler")
+    assert "RAM memory cannot be limited" in status["text"] and "limit 0.6 MB" in status["text"]
+    assert "slices" in status["done"] and status["forward_passes_repeated"] == 0
+    assert torch.allclose(latent(run), usual, atol=1e-2)
+
+
+def test_the_final_error_names_the_limit(host) -> None:
+    failing = blocks_fail(transformer(host, small()), Faults(range(100)))
+    sentence = "vram_limit holds this run within 2.00 GB"
+    with failing, pytest.raises(RunError, match=sentence):
+        host.run(within(small(), vram_limit=2.0))
+
+
+# ---------------------------------------------------------------------------- making room
+def test_other_models_leave_and_those_in_use_stay(host, monkeypatch) -> None:
+    import comfy.model_management as management
+    from comfy.model_patcher import ModelPatcher
+
+    cpu = torch.device("cpu")
+    other = ModelPatcher(torch.nn.Linear(1000, 1000), cpu, cpu)
+    management.load_models_gpu([other])
+    with blocks_fail(transformer(host, small()), Faults({0})):
+        host.run(within(small()))
+    loaded = [patcher.model for _, patcher in host.part("nodes.loaded_models").loaded()]
+    assert other.model not in loaded
+
+
+def test_room_is_made_only_as_far_as_the_rung_allows(host, monkeypatch) -> None:
+    """As predicted, before anything has failed: weights of others first, own ones then."""
+    passes, recovery = host.part("nodes.passes"), host.part("nodes.recovery")
+    freed: list[Any] = []
+    monkeypatch.setattr(recovery, "unload_others", lambda device, used: freed.append("others"))
+    monkeypatch.setattr(recovery, "stream_more", lambda patcher, size: freed.append(size))
+    memory = Memory(free=1000, others=20_000, streamable=500_000, held=0)
+    monkeypatch.setattr(passes, "memory_of", lambda *_: memory)
+    run = host.run(within(small()))
+    assert run.status("sampler")["done"] == "as asked, more of the model streamed"
+    need = run.status("sampler")["need_bytes"]
+    assert freed[0] == "others" and 0 < freed[1] <= need - 21_000
