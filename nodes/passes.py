@@ -74,8 +74,9 @@ class Place:
     failed: set[str] = field(default_factory=set)  # ids of rungs: never tried again in this run
     attempts: dict[str, Attempt] = field(default_factory=dict)  # that failed, by the same ids
     reachable: int = 0  # the most bytes that this run could have had so far
-    repeated: bool = False
-    waited: float = 0.0
+    failures: int = 0  # of the pass that runs
+    repeated: bool = False  # on the same rung, to which nothing follows
+    waited: float = 0.0  # seconds, for this pass
 
     @property
     def rung(self) -> Rung:
@@ -101,7 +102,7 @@ class Place:
             self.work, self.rungs = work, tuple(steps)
             exact = [i for i, r in enumerate(self.rungs) if r.exactness in (EXACT, ROUNDING)]
             self.last_exact = exact[-1]
-        self.repeated, self.waited = False, 0.0
+        self.failures, self.repeated, self.waited = 0, False, 0.0
         tried = [i for i, rung in enumerate(self.rungs) if rung.id in self.failed]
         return min(max(tried, default=-1) + 1, len(self.rungs) - 1)
 
@@ -190,7 +191,8 @@ class Passes:
         """
         with self._lock:
             self.record.repeated += 1
-        recovery.recover([place.patcher], alone)
+        recovery.recover([place.patcher], alone, thorough=place.failures > 0)
+        place.failures += 1
         comfy.model_management.throw_exception_if_processing_interrupted()
         memory = self._memory(place)
         available = budget.room(place.rung, memory)

@@ -29,14 +29,15 @@ def is_oom(error: BaseException) -> bool:
     return comfy.model_management.is_oom(error)
 
 
-def recover(patchers: Sequence[ModelPatcher], alone: bool) -> None:
+def recover(patchers: Sequence[ModelPatcher], alone: bool, thorough: bool = True) -> None:
     """Drop what the failed pass of these models left behind, and give torch's cache back.
 
     Call it outside the `except` block and without a reference to the error: its traceback keeps
     the tensors of the whole stack alive. `alone` says that no other thread computes on another
-    GPU; only then may go what ComfyUI keeps for all devices together.
+    GPU; only then may go what ComfyUI keeps for all devices together. Not `thorough`: garbage of
+    the last moments only, which takes milliseconds; all of it can take half a second.
     """
-    gc.collect()
+    gc.collect(2 if thorough else 1)
     if alone:
         _reset_host()
     for patcher in patchers:

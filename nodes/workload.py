@@ -56,6 +56,7 @@ def work_of(
         element_size=size,
         fixed=fixed,
         timestep_zero=references > 0 and method == "index_timestep_zero",
+        aspect=max(x.shape[-2:]) / min(x.shape[-2:]),
     )
 
 

@@ -299,6 +299,7 @@ def test_neither_clone_nor_model_outlives_its_use(host, stock) -> None:
     finally:
         gc.enable()
         host.restart()
+        gc.freeze()  # as it was: collecting takes a quarter of a second otherwise
 
 
 def test_what_records_commits_only_after_success(host, model, stock) -> None:
