@@ -17,6 +17,7 @@ from ..core.budget import Rung
 from ..core.units import size_text
 
 METADATA = "qwen_vram"
+NOT_COUNTED = "not measurable: torch counts the allocations of NVIDIA and AMD cards only"
 NOT_AGAIN = "not in the picture's metadata: ComfyUI did not run this node again"
 NO_WORKFLOW = "not in the picture's metadata: the client sent no workflow"
 
@@ -30,6 +31,7 @@ class Record:
     rung: Rung | None = None  # the last one on the ladder that was used
     position: int = -1  # of it on the ladder
     need: int = 0  # bytes that it was predicted to need
+    peak: int | None = None  # bytes that a pass on it took, where torch counts them
     repeated: int = 0  # forward passes
     calculated_again: int = 0  # steps' calculations, for something else than a forward pass
     restarts: int = 0  # of the whole run
@@ -47,7 +49,12 @@ class Record:
     def use(self, position: int, rung: Rung, need: int) -> None:
         """A forward pass runs on this rung."""
         if position > self.position:
-            self.position, self.rung, self.need = position, rung, need
+            self.position, self.rung, self.need, self.peak = position, rung, need, None
+
+    def took(self, position: int, peak: int) -> None:
+        """The bytes of a pass on a rung, as measured."""
+        if position == self.position:
+            self.peak = max(peak, self.peak or 0)
 
     def changed(self) -> dict[str, tuple[Any, Any]]:
         """Settings that are not what was asked: name -> (asked, used)."""
@@ -86,6 +93,8 @@ class Record:
             "exactness": self.exactness(),
             "policy": self.policy,
             "need_bytes": self.need,
+            "peak_bytes": self.peak,
+            "peak_is": "measured" if self.peak else NOT_COUNTED,
             "limit_bytes": self.limit or None,
             "forward_passes_repeated": self.repeated,
             "calculations_repeated": self.calculated_again,

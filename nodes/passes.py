@@ -329,6 +329,7 @@ class Passes:
         if (measured := peak.bytes()) is None:
             return
         predicted, key = budget.need(place.work, place.rung.plan), place.key(place.rung.plan)
+        self.record.took(place.index, measured)
         with self._lock:
             if measured > self._peaks.get(key, (0, 0))[1]:
                 self._peaks[key] = predicted, measured

@@ -297,6 +297,19 @@ def test_the_final_error_names_the_limit(host) -> None:
         host.run(within(small(), vram_limit=2.0))
 
 
+# ------------------------------------------------------------------------------- the peak
+def test_the_peak_of_a_pass_is_counted_by_torch_on_a_card(host, card, monkeypatch) -> None:
+    passes = host.part("nodes.passes")
+    reset: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 * GB)
+    assert passes._Peak(CUDA, True).bytes() == 2 * GB and reset == [CUDA]
+    assert passes._Peak(CUDA, False).bytes() is None  # once for each kind of pass is enough
+    assert passes._Peak(torch.device("cpu"), True).bytes() is None and reset == [CUDA]
+    said = host.run(within(small())).status("sampler")
+    assert said["peak_bytes"] is None and "not measurable" in said["peak_is"]
+
+
 # ---------------------------------------------------------------------------- making room
 def test_other_models_leave_and_those_in_use_stay(host, monkeypatch) -> None:
     import comfy.model_management as management
