@@ -158,6 +158,30 @@ def test_between_two_passes_the_run_starts_again(
     assert not any(ref() is not None for ref in faults.tensors)
 
 
+def test_a_restart_begins_with_the_same_conditioning_and_random_numbers(
+    host, model, stock, monkeypatch
+) -> None:
+    import comfy.samplers
+
+    whole, process, faults = comfy.samplers.cfg_function, comfy.samplers.process_conds, Faults({1})
+    numbers: list[float] = []
+    encoded: list[bool] = []
+
+    def failing(*arguments: Any, **more: Any) -> Any:
+        numbers.append(torch.rand(1).item())
+        faults.call()
+        return whole(*arguments, **more)
+
+    def processing(inner: Any, noise: Any, conds: dict[str, Any], *rest: Any, **more: Any) -> Any:
+        encoded.append(any(cond["model_conds"] for every in conds.values() for cond in every))
+        return process(inner, noise, conds, *rest, **more)
+
+    monkeypatch.setattr(comfy.samplers, "cfg_function", failing)
+    monkeypatch.setattr(comfy.samplers, "process_conds", processing)
+    assert latent(host.run(within(small()))).equal(stock["euler"])
+    assert numbers[:2] == numbers[2:] and encoded == [False, False]
+
+
 def test_it_starts_again_twice_at_most(host, model, stock, monkeypatch) -> None:
     import comfy.samplers
 
@@ -300,6 +324,20 @@ def test_neither_clone_nor_model_outlives_its_use(host, stock) -> None:
         gc.enable()
         host.restart()
         gc.freeze()  # as it was: collecting takes a quarter of a second otherwise
+
+
+def test_nothing_of_a_run_stays_with_the_model(host, model, stock) -> None:
+    from comfy.patcher_extension import WrappersMP
+
+    Plan = host.part("core.budget").Plan
+    with blocks_fail(model, Faults(range(4))):
+        host.run(fitted(small(seed=41)))
+    patched = host.executor.caches.outputs.get_local("fit").outputs[0][0]
+    (wrapper,) = patched.wrappers[WrappersMP.OUTER_SAMPLE]["qwen_vram.fit"]
+    fitting = wrapper.__self__
+    assert fitting.record.rung.plan != Plan()
+    assert fitting.plans.of(patched.load_device) == Plan()
+    assert fitting._passes is None
 
 
 def test_what_records_commits_only_after_success(host, model, stock) -> None:
