@@ -169,7 +169,13 @@ class Sampler(io.ComfyNode):
         fitting = Fitting(policy, round(vram_limit * GB))
         request = Request(steps, cfg, sampler_name, positive, negative, latent_image)
         more = {"seed": seed, "scheduler": scheduler, "denoise": denoise}
-        latent, used = _sample(fitting, fitting.patch(model), request, rows, more)
+        clone = fitting.patch(model)
+        try:
+            latent, used = _sample(fitting, clone, request, rows, more)
+        finally:
+            # Clones share the set of their model's weights in pinned RAM, and one that ends unpins
+            # them all: without dynamic VRAM the next run would be half as fast, or pin them again.
+            clone.pinned = set()
         record = fitting.record
         record.asked, record.used = request.settings(), used.settings()
         if used is not request:

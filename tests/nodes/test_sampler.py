@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -105,6 +106,19 @@ def test_two_samplers_share_a_model_and_the_plain_one_stays_plain(host) -> None:
     assert all("forward" not in vars(module) for module in model.modules())
     host.forget_everything()
     assert latent(host.run(small(seed=7))).equal(latent(run))
+
+
+def test_weights_in_pinned_ram_stay_there_after_the_run(fresh) -> None:
+    graph = small()
+    model = fresh.run(graph).outputs["shift"][0][0]
+    weight = "diffusion_model.img_in.weight"
+    model.pinned.add(weight)
+    try:
+        fresh.run(within(graph))
+        gc.collect()
+        assert weight in model.pinned
+    finally:
+        model.pinned.discard(weight)
 
 
 def test_a_fitted_model_tells_its_own_node_and_the_sampler(host, monkeypatch) -> None:
