@@ -17,6 +17,7 @@ from . import (
     report,
     routes,
     sampler,
+    vae,
     warmup,
 )
 
@@ -26,6 +27,7 @@ NODES += clear.NODES
 NODES += warmup.NODES
 NODES += report.NODES
 NODES += sampler.NODES
+NODES += vae.NODES
 
 
 async def start() -> None:

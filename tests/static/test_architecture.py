@@ -123,4 +123,6 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMReport",
         "QwenVRAMSampler",
         "QwenVRAMFit",
+        "QwenVRAMDecode",
+        "QwenVRAMEncode",
     }
