@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .environment import ROOT, VENV, SetupError, ensure, inside_venv, say, venv_python
 
+WORKERS = 2  # of the tests: ComfyUI runs in the process of one, the other drives a server
 # Everything else of this package needs what set-up installs, so the commands import it themselves.
 KNOWN = (
     "The model knows bear, bunny, cat, dog, fox, pig, mouse, panda, frog, duck, elephant and lion; "
@@ -128,8 +129,14 @@ def _quality(comfyui: Path, rest: Sequence[str]) -> int:
 
 
 def _test(comfyui: Path, rest: Sequence[str]) -> int:
-    targets = [] if any(argument.startswith("tests") for argument in rest) else ["tests"]
-    return _call("pytest", *targets, *rest)
+    """All tests in two processes, or in this one those that are named."""
+    if any(argument.startswith("tests") for argument in rest):
+        return _call("pytest", *rest)
+    # Each with its share of the cores: more threads of torch than cores only disturb each other.
+    share = max(1, (os.cpu_count() or 1) // WORKERS)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+    spread = ("-n", str(WORKERS), "--dist", "loadgroup", "--no-loadscope-reorder")
+    return _call("pytest", *spread, "tests", *rest)
 
 
 def _check(comfyui: Path, rest: Sequence[str]) -> int:

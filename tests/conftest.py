@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,9 +42,21 @@ _register_pack()
 from pack.demo import environment  # noqa: E402
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Describe the one marker."""
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the tests for several workers, the longest groups first.
+
+    What uses a shared fixture goes to one worker, so that ComfyUI in process and the server start
+    once each. All else is shared out by modules; those with servers of their own come before.
+    """
+    order = ("host", "server", "gpu", "comfyui")
+    ranks = {}
+    for item in items:
+        used = {*item.fixturenames, *(mark.name for mark in item.iter_markers())}
+        rank = ranks[item] = next((i for i, name in enumerate(order) if name in used), len(order))
+        module = item.path.relative_to(ROOT).as_posix()
+        group = module if order[rank:] in ((), ("comfyui",)) else order[rank]
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=ranks.__getitem__)
 
 
 def missing(what: str) -> None:
@@ -79,15 +91,35 @@ def fresh(host: Host) -> Host:
 
 
 @pytest.fixture(scope="session")
-def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One real ComfyUI server with the pack and tiny checkpoints, shared by all tests."""
+def models(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models folder for servers: made once, to be copied."""
     from pack.demo.checkpoints import make_checkpoints
+    from pack.tests.official import write_stock_text_encoder
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "models"
+    make_checkpoints(comfyui, folder)
+    write_stock_text_encoder(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_base(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes a base directory with tiny checkpoints, known to the stock loaders."""
+
+    def make(name: str) -> Path:
+        base = tmp_path_factory.mktemp(name)
+        shutil.copytree(ROOT / "tests" / "teach_stock", base / "custom_nodes" / "teach_stock")
+        shutil.copytree(models, base / "models")
+        return base
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: Path, make_base: Callable[[str], Path]) -> Iterator[Server]:
+    """One real ComfyUI server with the pack and tiny checkpoints, shared by all tests."""
     from pack.demo.server import Server
 
-    base = tmp_path_factory.mktemp("server")
-    shutil.copytree(ROOT / "tests" / "teach_stock", base / "custom_nodes" / "teach_stock")
-    make_checkpoints(comfyui, base / "models")
-    with Server(
-        comfyui, base, ROOT, cpu=True, extra_args=["--use-pytorch-cross-attention"]
-    ) as running:
+    options = {"cpu": True, "extra_args": ["--use-pytorch-cross-attention"]}
+    with Server(comfyui, make_base("server"), ROOT, **options) as running:
         yield running

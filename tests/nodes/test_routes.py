@@ -7,12 +7,11 @@ import json
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pack.demo.checkpoints import make_checkpoints
 from pack.demo.server import Server, free_port
 from pack.tests.conftest import ROOT, missing
 from pack.tests.graphs import CLIP, encode, loader, node, preview
@@ -21,12 +20,11 @@ PATH = "/qwen_vram/conditioning"
 
 
 @pytest.fixture(scope="module")
-def own(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def own(comfyui: Path, make_base: Callable[[str], Path]) -> Iterator[Server]:
     """A server whose cache nobody else fills."""
-    base = tmp_path_factory.mktemp("routes")
-    make_checkpoints(comfyui, base / "models")
     # Under this flag ComfyUI itself lets pages of every origin in.
-    with Server(comfyui, base, ROOT, cpu=True, extra_args=["--enable-cors-header"]) as running:
+    options = {"cpu": True, "extra_args": ["--enable-cors-header"]}
+    with Server(comfyui, make_base("routes"), ROOT, **options) as running:
         yield running
 
 

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import io
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
-from pack.demo.checkpoints import make_checkpoints
 from pack.demo.figures import drawn
 from pack.demo.scenes import Scene
 from pack.demo.server import Server
 from pack.tests import official
 from pack.tests.conftest import ROOT
+from pack.tests.graphs import node
 
 TEMPLATES = ("image_qwen_Image_2512", "image_qwen_image_edit_2509", "image_qwen_image_edit_2511")
+SMALL = {"upscale_method": "area", "width": 256, "height": 256, "crop": "disabled"}
 SPARED = {"CLIPLoader", "CLIPTextEncode", "TextEncodeQwenImageEditPlus", "VAEEncode", "LoadImage"}
 
 
 @pytest.fixture(scope="module")
-def base(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(make_base: Callable[[str], Path]) -> Path:
     """A ComfyUI base directory with the embedded model, known to the stock loaders."""
-    base = tmp_path_factory.mktemp("restart")
-    shutil.copytree(ROOT / "tests" / "teach_stock", base / "custom_nodes" / "teach_stock")
-    make_checkpoints(comfyui, base / "models")
-    official.write_stock_text_encoder(base / "models")
-    return base
+    return make_base("restart")
 
 
 def start(comfyui: Path, base: Path) -> Server:
@@ -38,7 +34,7 @@ def start(comfyui: Path, base: Path) -> Server:
 
 
 def graphs(server: Server) -> dict[str, dict[str, Any]]:
-    """The templates; one step, for the sampler is not what is tested. Their pictures are drawn.
+    """The templates; their pictures are drawn. One small step: the sampler is not what is tested.
 
     With a CFG above 1: the negative prompt would not count otherwise.
     """
@@ -46,9 +42,13 @@ def graphs(server: Server) -> dict[str, dict[str, Any]]:
     found = {}
     for name in TEMPLATES:
         graph = found[name] = official.template(name, server.get_json("/object_info"))
-        for item in graph.values():
+        for item in list(graph.values()):
             if item["class_type"] == "KSampler":
-                item["inputs"].update(steps=1, cfg=2.0)
+                small = graph["small"] = node(
+                    "LatentUpscale", samples=item["inputs"]["latent_image"]
+                )
+                small["inputs"] |= SMALL
+                item["inputs"].update(steps=1, cfg=2.0, latent_image=["small", 0])
             path = server.base / "input" / str(item["inputs"].get("image"))
             if item["class_type"] == "LoadImage" and not path.exists():
                 scene = Scene("pig", "pink", background="snow", jitter=5)

@@ -40,7 +40,6 @@ def pixels(png: bytes) -> np.ndarray:
 @pytest.fixture(scope="module")
 def template(server) -> dict[str, Any]:
     """The untouched template for 2512."""
-    official.write_stock_text_encoder(server.base / "models")
     return official.template("image_qwen_Image_2512", server.get_json("/object_info"))
 
 

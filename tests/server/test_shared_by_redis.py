@@ -12,7 +12,6 @@ import numpy as np
 import PIL.Image
 import pytest
 from pack.core.redis_tier import SIZES
-from pack.demo.checkpoints import make_checkpoints
 from pack.demo.server import Server, link_folder
 from pack.tests import official
 from pack.tests.conftest import ROOT
@@ -41,14 +40,15 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 @pytest.fixture(scope="module")
 def pair(
-    comfyui: Path, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
+    comfyui: Path,
+    redis_server: RedisServer,
+    models: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Pair]:
     """Both are told of Redis by the environment variable."""
     one, other = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("other")
-    make_checkpoints(comfyui, one / "models")
-    official.write_stock_text_encoder(one / "models")
-    link_folder(other / "models", one / "models")
     for base in (one, other):
+        link_folder(base / "models", models)
         shutil.copytree(ROOT / "tests" / "teach_stock", base / "custom_nodes" / "teach_stock")
     options = {"cpu": True, "extra_args": ["--use-pytorch-cross-attention"]}
     options["environment"] = {"QWEN_VRAM_REDIS_URL": redis_server.url}
