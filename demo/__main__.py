@@ -13,7 +13,6 @@ from pathlib import Path
 
 from .environment import ROOT, VENV, SetupError, ensure, inside_venv, say, venv_python
 
-WORKERS = 2  # of the tests: ComfyUI runs in the process of one, the other drives a server
 # Everything else of this package needs what set-up installs, so the commands import it themselves.
 KNOWN = (
     "The model knows bear, bunny, cat, dog, fox, pig, mouse, panda, frog, duck, elephant and lion; "
@@ -21,6 +20,8 @@ KNOWN = (
     "standing, sitting, dancing, sleeping and reading; a plain background, meadow, snow, beach, "
     "night and room. English and Chinese."
 )
+
+WORKERS = 2  # for the tests: one has ComfyUI in its process, the other drives a server
 
 
 def _several(text: str) -> int:
@@ -135,8 +136,7 @@ def _test(comfyui: Path, rest: Sequence[str]) -> int:
     # Each with its share of the cores: more threads of torch than cores only disturb each other.
     share = max(1, (os.cpu_count() or 1) // WORKERS)
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
-    spread = ("-n", str(WORKERS), "--dist", "loadgroup", "--no-loadscope-reorder")
-    return _call("pytest", *spread, "tests", *rest)
+    return _call("pytest", "-n", str(WORKERS), "tests", *rest)
 
 
 def _check(comfyui: Path, rest: Sequence[str]) -> int:

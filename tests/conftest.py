@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from pack.tests.host import Host
 
 ROOT = Path(__file__).resolve().parents[1]
+# The rooms of the tests that share the fixture `host`, and of those that share `server`.
+SHARED = {"nodes": "host", "demo": "host", "browser": "server", "server": "server"}
+SERVERS_OF_THEIR_OWN = (
+    "test_after_a_restart.py",
+    "test_make_demo.py",
+    "test_prestartup.py",
+    "test_routes.py",
+    "test_shared_by_redis.py",
+)
 
 # How long an example takes tells of the machine; the first one reads the sources of ComfyUI.
 settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -42,21 +51,39 @@ _register_pack()
 from pack.demo import environment  # noqa: E402
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for several workers, the longest groups first.
+def group_of(nodeid: str) -> str:
+    """What runs in one worker: the tests that share ComfyUI in process, or the server; or a module.
 
-    What uses a shared fixture goes to one worker, so that ComfyUI in process and the server start
-    once each. All else is shared out by modules; those with servers of their own come before.
+    So each of the two starts once, and the rest goes to the worker that is free.
     """
-    order = ("host", "server", "gpu", "comfyui")
-    ranks = {}
-    for item in items:
-        used = {*item.fixturenames, *(mark.name for mark in item.iter_markers())}
-        rank = ranks[item] = next((i for i, name in enumerate(order) if name in used), len(order))
-        module = item.path.relative_to(ROOT).as_posix()
-        group = module if order[rank:] in ((), ("comfyui",)) else order[rank]
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=ranks.__getitem__)
+    module = nodeid.partition("::")[0]
+    _, room, *_ = module.split("/")
+    own = module.endswith(SERVERS_OF_THEIR_OWN)
+    return module if own else {**SHARED, "gpu": "gpu"}.get(room, module)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that the workers end together."""
+    longest = ("host", "server", *SERVERS_OF_THEIR_OWN)
+
+    def rank(item: pytest.Item) -> int:
+        group = group_of(item.nodeid)
+        return next((i for i, end in enumerate(longest) if group.endswith(end)), len(longest))
+
+    items.sort(key=rank)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Give tests to workers by groups."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return Groups(config, log)
 
 
 def missing(what: str) -> None:
