@@ -34,15 +34,26 @@ ARGUMENTS = [
 ]
 
 
+def stem(path: Path) -> str:
+    """A file's name without its ending."""
+    return path.stem
+
+
 def find_chromium() -> str | None:
     """The Chromium or Chrome of this machine."""
     on_path = [path for name in COMMANDS if (path := shutil.which(name))]
     return next(iter([*on_path, *(p for p in PLACES if Path(p).is_file())]), None)
 
 
+@pytest.fixture(scope="module", params=sorted((ROOT / "workflows").glob("*.json")), ids=stem)
+def bundled(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Each workflow as it is shipped."""
+    return json.loads(request.param.read_text(encoding="utf-8"))
+
+
 @pytest.fixture(scope="session")
 def workflow() -> dict[str, Any]:
-    """The bundled workflow as it is shipped."""
+    """The first of them, with the switch for the LoRA."""
     path = ROOT / "workflows" / "qwen_image_2512.json"
     return json.loads(path.read_text(encoding="utf-8"))
 

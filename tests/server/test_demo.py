@@ -58,6 +58,26 @@ def test_every_bundled_workflow_runs_as_shipped(server, path: Path) -> None:
     assert result.images
 
 
+def test_the_low_vram_workflow_enlarges_the_same_picture_when_its_switch_is_on(server) -> None:
+    from pack.demo.conversion import load_workflow
+
+    path = ROOT / "workflows" / "qwen_image_2512_low_vram.json"
+    graph = substitute(load_workflow(path, server.get_json("/object_info")))
+    kinds = {node["class_type"]: node["inputs"] for node in graph.values()}
+    kinds["ImageScale"].update(width=320, height=320)
+    ran = {}
+    for on in (False, True):
+        kinds["PrimitiveBoolean"]["value"] = on
+        result = server.submit(graph)
+        assert result.status == "success", result.error
+        (picture,) = result.images
+        assert Image.open(io.BytesIO(picture.content)).size == ((320, 320) if on else (256, 256))
+        ran[on] = [graph[i]["class_type"] for i in result.executed]
+    assert "QwenVRAMEncode" not in ran[False]
+    assert ran[True].count("QwenVRAMEncode") == 1
+    assert ran[True].count("QwenVRAMSampler") == 1  # the first pass is not done again
+
+
 @pytest.mark.parametrize("name", OFFERED)
 def test_the_workflows_of_make_run_draw_what_they_ask(server, name: str) -> None:
     from pack.demo.conversion import load_workflow

@@ -17,6 +17,7 @@ WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 STOCK_NODES = {
     "ComfySwitchNode",
     "EmptySD3LatentImage",
+    "ImageScale",
     "KSampler",
     "LoraLoaderModelOnly",
     "MarkdownNote",
