@@ -75,7 +75,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Give tests to workers by groups."""
+    """Give tests to workers by groups.
+
+    The plugin's own `--dist loadgroup` does nothing with pytest 9.2, which stores ids elsewhere.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):
