@@ -14,6 +14,8 @@ TOKEN_SIDE = 16  # px: 8 of the VAE, times patches of 2 latent pixels
 LARGEST_SIDE = 16384  # px: where largest_side stops looking
 TILE_OVERLAP = 16  # latent pixels that neighbouring tiles share
 OPTIMISM = 0.85  # see choose
+CLEARLY_LESS = 0.9  # of what failed: see following
+LEAST_ROWS = 2048  # of a slice of queries: with fewer, flash attention is a third slower
 HOST_TAKES = 0.5  # of what the host reserves; Qwen-Image takes 0.45 of it
 
 
@@ -90,7 +92,7 @@ _Change = dict[str, int | float | bool]
 _LADDER: tuple[tuple[str, str, _Change], ...] = (
     ("feed-forward-4", ROUNDING, {"feed_forward": 4}),
     ("projections-4", ROUNDING, {"feed_forward": 4, "projections": 4}),
-    ("attention-4", ROUNDING, {"feed_forward": 4, "projections": 4, "attention": 4}),
+    ("attention-4", ROUNDING, {"attention": 4}),
     ("attention-16", ROUNDING, {"feed_forward": 16, "projections": 16, "attention": 16}),
     ("apart", ROUNDING, {"apart": True}),
     ("release", EXACT, {}),
@@ -179,6 +181,19 @@ def _attention_peak(picture: int, text: int, plan: Plan, copied: int) -> int:
     return 8 * joint + after  # query, key and value, apart and joined (6)
 
 
+def _steps(work: Work) -> list[tuple[str, str, _Change]]:
+    """The ladder for this work: queries in slices of too few rows only if nothing else fits."""
+    rows = work.batch * (work.tokens + work.reference_tokens)
+    steps = {step[0]: step for step in _LADDER}
+    few = max(2, min(4, rows // LEAST_ROWS))
+    steps["attention-4"] = ("attention-4", ROUNDING, {"attention": few})
+    order = list(steps)
+    if rows < 16 * LEAST_ROWS:
+        order.remove("attention-16")
+        order.insert(order.index("apart") + 1, "attention-16")
+    return [steps[name] for name in order]
+
+
 def ladder(work: Work, policy: str) -> tuple[Rung, ...]:
     """Every rung that the policy allows and that can change something for this work, in order.
 
@@ -192,7 +207,7 @@ def ladder(work: Work, policy: str) -> tuple[Rung, ...]:
         Rung("headroom", "as asked, more of the model streamed", EXACT, Plan(), True, True, False),
     ]
     extra: list[str] = []
-    for name, exactness, change in _LADDER:
+    for name, exactness, change in _steps(work):
         before = rungs[-1]
         plan = replace(before.plan, **change)
         worst = max(before.exactness, exactness, key=_ORDER.index)
@@ -208,8 +223,10 @@ def ladder(work: Work, policy: str) -> tuple[Rung, ...]:
 def plan_text(plan: Plan) -> str:
     """What a plan does, for people."""
     parts = []
-    if plan.attention > 1:
+    if plan.attention > 1 and plan.attention == plan.feed_forward:
         parts.append(f"feed-forward and attention in {plan.attention} slices")
+    elif plan.attention > 1:
+        parts.append(f"feed-forward in {plan.feed_forward} slices, attention in {plan.attention}")
     elif plan.projections > 1:
         parts.append(f"feed-forward and projections in {plan.projections} slices")
     elif plan.feed_forward > 1:
@@ -249,6 +266,38 @@ def choose(
         if needed * OPTIMISM <= room(rungs[index], memory):
             return index
     return len(rungs) - 1
+
+
+def following(
+    rungs: Sequence[Rung],
+    work: Work,
+    memory: Memory,
+    failed: int,
+    lowest: int,
+    factor: Factor = 1.0,
+) -> int | None:
+    """Index of the rung to repeat a pass on that ran out on the rung `failed`; None if there is
+    none that promises more.
+
+    `lowest` is the smallest need (bytes) that has failed: there was less than that, so another
+    plan promises more only if it needs clearly less. The same plan does with room that it did not
+    have: for what lacks, and a quarter of its need for what the prediction does not know.
+    """
+    plan, had = rungs[failed].plan, room(rungs[failed], memory)
+    last = None
+    for index in range(failed + 1, len(rungs)):
+        rung = rungs[index]
+        needed = need(work, rung.plan, _factor_of(factor, rung.plan))
+        gained = room(rung, memory) - had
+        if rung.plan == plan:
+            promises, enough = gained > 0, gained >= max(needed - had, needed // 4)
+        else:
+            promises = needed <= CLEARLY_LESS * lowest
+            enough = needed * OPTIMISM <= room(rung, memory)
+        if promises and enough:
+            return index
+        last = index if promises else last
+    return last
 
 
 def largest_side(work: Work, policy: str, memory: Memory, factor: Factor = 1.0) -> int:

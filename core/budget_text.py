@@ -1,4 +1,4 @@
-"""Sentences about what was done to fit into the memory there is, and about why it did not."""
+"""The sentences of the error where nothing fits into the memory there is."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def failure_text(
 
     `largest` is from `largest_side`, for the same policy. Raises ValueError for an unknown policy.
     """
-    tried = {attempt.rung.id for attempt in attempts}
+    tried = [attempt.rung.plan for attempt in attempts]
     others = [
         rung
         for rung in ladder(work, policy)
-        if rung.id not in tried and rung.exactness != CHANGED  # which needs as much
+        if rung.plan not in tried and rung.exactness != CHANGED  # which needs as much
     ]
     lines = [
         f'There is not enough memory, with everything done that the policy "{policy}" permits.',
@@ -70,23 +70,3 @@ def _remedy(work: Work, memory: Memory, largest: int, policy: str) -> str:
     if policy == POLICIES[0]:
         return f'No picture of any size would fit{references}: set the policy to "{POLICIES[1]}".'
     return f"No picture of any size would fit{references}: close what else uses the device."
-
-
-def done_text(
-    rung: Rung,
-    predicted: int,
-    measured: int | str,
-    retries: int = 0,
-    step: int | None = None,
-    steps: int | None = None,
-) -> str:
-    """One line of what was really done; `measured` in bytes, or why it is not measurable.
-
-    `step` (from 1) of `steps` is where the last retry was, if it is known.
-    """
-    text = rung.text
-    if retries:
-        text += f" after {retries} {'retry' if retries == 1 else 'retries'}"
-        text += f" at step {step} of {steps}" if step is not None else ""
-    took = size_text(measured) if isinstance(measured, int) else f"not measurable ({measured})"
-    return f"{text}, peak predicted {size_text(predicted)}, measured {took}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from .atomic_file import write_atomically
-from .budget import OPTIMISM, Plan
+from .budget import Plan
 
 log = logging.getLogger("qwen_vram")
 
@@ -17,6 +17,7 @@ LOWEST, HIGHEST = 0.5, 2.0  # what lies outside was not measured but disturbed
 LEAST = 256_000_000  # bytes
 SAMPLES = 15
 KEYS = 256
+SAME = 0.05  # by how much need and room of a pass may differ from one that ran out
 
 
 def key_of(model: str, dtype: str, device: str, plan: Plan) -> str:
@@ -45,7 +46,7 @@ class Measured:
         self.path = path
         self._lock = threading.Lock()
         self._ratios: dict[str, list[float]] | None = None  # None: not read yet
-        self._failures: dict[str, list[float]] = {}
+        self._failures: dict[str, list[tuple[int, int]]] = {}  # bytes needed, bytes there were
         self._unsaved = False
 
     def factor(self, key: str) -> float:
@@ -53,7 +54,7 @@ class Measured:
         with self._lock:
             if self._ratios is None:
                 self._ratios = self._stored()
-            return median([1.0, *self._ratios.get(key, []), *self._failures.get(key, [])])
+            return median([1.0, *self._ratios.get(key, [])])
 
     def learn(self, key: str, predicted: int, measured: int) -> None:
         """Note what a run took (bytes), beside the prediction before any correction (factor 1).
@@ -73,17 +74,24 @@ class Measured:
             self._ratios = dict(list(ratios.items())[-KEYS:])
             self._save(self._ratios)
 
-    def ran_out(self, key: str, predicted: int, available: int) -> None:
-        """Note that a pass did not fit (bytes; `predicted` with factor 1), until ComfyUI ends.
+    def ran_out(self, key: str, needed: int, available: int) -> None:
+        """Note that a pass did not fit (bytes; `needed` with factor 1), until ComfyUI ends.
 
-        Memory may be in pieces, which no peak shows; so the ratio is one with which `choose` would
-        have passed over the attempt. Not in the file: another day there may be no pieces.
+        Memory may be in pieces, which no peak shows. Not in the file: another day there may be
+        none.
         """
-        ratio = available / OPTIMISM * 1.05 / predicted if predicted >= LEAST else 0.0
-        if ratio > 1:
+        if needed >= LEAST:
             with self._lock:
                 known = self._failures.get(key, [])
-                self._failures[key] = [*known, min(ratio, HIGHEST)][-SAMPLES:]
+                self._failures[key] = [*known, (needed, available)][-SAMPLES:]
+
+    def fails(self, key: str, needed: int, available: int) -> bool:
+        """Whether a pass that needed no more has run out where there was no less."""
+        with self._lock:
+            known = list(self._failures.get(key, []))
+        return any(
+            needed >= (1 - SAME) * least and available <= (1 + SAME) * most for least, most in known
+        )
 
     def _save(self, ratios: dict[str, list[float]]) -> None:
         try:

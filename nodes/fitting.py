@@ -81,15 +81,18 @@ class Fitting:
         """OUTER_SAMPLE: one run of a sampler, from the loading of the model to its last step."""
         guider = executor.class_obj
         _put_first(guider.model_options["transformer_options"]["wrappers"])
-        record = self.record = Record(self.policy, self.limit)
-        record.note(self.not_sliced)
+        record = self.record = Record(self.policy, self.limit, steps=len(sigmas) - 1)
+        whole = self.not_sliced
+        if not whole and slicing.compiled(guider.model_options["transformer_options"]):
+            whole = slicing.COMPILED
+        record.note(whole)
         limit = VRAMLimit(guider.model_patcher.load_device, self.limit)
         record.note(limit.note)
         before = self._passes  # of a run that this one is nested in
         nodes = (outcome.running_node(), self.told and self.told.node_id)
-        passes = Passes(self.policy, self.plans, not self.not_sliced, record, limit, nodes)
+        passes = Passes(self.policy, self.plans, not whole, record, limit, nodes)
         self._passes = passes
-        safe = _safe_callback(callback, record)
+        safe = _callback(callback, record)
         try:
             with limit:
                 arguments = (noise, latent_image, sampler, sigmas, denoise_mask, safe, *rest)
@@ -162,7 +165,7 @@ def _finish(
     conds = _copied(guider.conds)
     random = _RandomState(guider.model_patcher.load_device)
     for restarts in range(RESTARTS + 1):
-        passes.record.restarts = restarts
+        passes.record.restarts, passes.record.step = restarts, 0
         output = recovery.attempt(lambda: executor(*arguments, **more))
         if output is not None:
             return output
@@ -209,13 +212,15 @@ class _RandomState:
             getattr(torch, self._device.type).set_rng_state(self._own, self._device)
 
 
-def _safe_callback(callback: Callback | None, record: Record) -> Callback | None:
-    """The callback of a sampler; where memory runs out in it, that preview alone is skipped."""
-    if callback is None:
-        return None
+def _callback(callback: Callback | None, record: Record) -> Callback:
+    """Counts the steps, and calls a sampler's callback; where memory runs out in that, this
+    preview alone is skipped."""
 
     def call(step: int, x0: Any, x: Any, total: int) -> Any:
         """What ComfyUI calls after each step."""
+        record.step = step + 1
+        if callback is None:
+            return None
         result = recovery.attempt(lambda: (callback(step, x0, x, total),))
         if result is not None:
             return result[0]

@@ -32,7 +32,9 @@ class Record:
     position: int = -1  # of it on the ladder
     need: int = 0  # bytes that it was predicted to need
     peak: int | None = None  # bytes that a pass on it took, where torch counts them
-    repeated: int = 0  # forward passes
+    steps: int = 0  # of the sampler
+    step: int = 0  # how many of them are done
+    repeated_at: list[int] = field(default_factory=list)  # steps of passes that were, from 1
     calculated_again: int = 0  # steps' calculations, for something else than a forward pass
     restarts: int = 0  # of the whole run
     waited: float = 0.0  # seconds
@@ -56,6 +58,20 @@ class Record:
         if position == self.position:
             self.peak = max(peak, self.peak or 0)
 
+    def repeat(self) -> None:
+        """A forward pass of this step is repeated."""
+        self.repeated_at.append(min(self.step + 1, self.steps))
+
+    @property
+    def repeated(self) -> int:
+        """How many forward passes were."""
+        return len(self.repeated_at)
+
+    def _repeated(self) -> str:
+        first, last = min(self.repeated_at), max(self.repeated_at)
+        where = f"step {first}" if first == last else f"steps {first} to {last}"
+        return f"forward passes repeated: {self.repeated} ({where} of {self.steps})"
+
     def changed(self) -> dict[str, tuple[Any, Any]]:
         """Settings that are not what was asked: name -> (asked, used)."""
         pairs = ((name, (value, self.used.get(name))) for name, value in self.asked.items())
@@ -72,7 +88,7 @@ class Record:
         parts = [f"{self.rung.text} ({self.exactness()})" if self.rung else "nothing was sampled"]
         parts += [f"{n} {pair[1]} instead of {pair[0]}" for n, pair in self.changed().items()]
         if self.repeated:
-            parts.append(f"forward passes repeated: {self.repeated}")
+            parts.append(self._repeated())
         if self.calculated_again:
             parts.append(f"steps' calculations repeated: {self.calculated_again}")
         if self.restarts:
@@ -81,6 +97,8 @@ class Record:
             parts.append(f"waited {self.waited:.1f} s for memory")
         if self.previews_skipped:
             parts.append(f"previews skipped: {self.previews_skipped}")
+        if self.peak:
+            parts.append(f"peak {size_text(self.peak)}, predicted {size_text(self.need)}")
         if self.limit:
             parts.append(f"limit {size_text(self.limit)}")
         return " · ".join([*parts, *self.notes])
@@ -97,6 +115,7 @@ class Record:
             "peak_is": "measured" if self.peak else NOT_COUNTED,
             "limit_bytes": self.limit or None,
             "forward_passes_repeated": self.repeated,
+            "repeated_at_steps": sorted(set(self.repeated_at)),
             "calculations_repeated": self.calculated_again,
             "restarts": self.restarts,
             "waited_seconds": round(self.waited, 1),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_management
@@ -15,25 +14,23 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor
 
 from ..core import budget
-from ..core.budget import CHANGED, EXACT, ROUNDING, Memory, Plan, Rung, Work
-from ..core.budget_text import Attempt, failure_text
-from ..core.measured import Measured
+from ..core.budget import Memory
+from ..core.budget_text import failure_text
 from ..core.units import size_text
 from . import outcome, recovery, reductions
 from .outcome import Record
+from .place import MEASURED, Place
 from .slicing import Plans
-from .store import FOLDER
 from .vram_limit import VRAMLimit
-from .workload import Holding, key_of, memory_of, work_of
+from .workload import memory_of, work_of
 
 log = logging.getLogger("qwen_vram")
 
 # In transformer_options: what patches that record or count commit after a call that succeeded,
 # and what patches hold on the GPU.
 ON_SUCCESS, HOLDINGS = "qwen_vram.on_success", "qwen_vram.holdings"
-MEASURED = Measured(FOLDER / "forward_passes.json")
+REPEATS = 2  # on a rung to which nothing follows
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.2, 20.0
-FLUCTUATION_BYTES = 256_000_000  # less than this is no other program
 Conds = dict[str, list[dict[str, Any]]]
 SPARE_BYTES = 512_000_000  # to make room with for what is not predicted
 NEVER_RAN = (
@@ -41,7 +38,7 @@ NEVER_RAN = (
     "the model in a smaller format."
 )
 LIMITED = "vram_limit holds this run within {}: a higher limit, or 0, leaves more."
-REPEATING = "out of memory: repeating a forward pass, {}"
+REPEATING = "out of memory: memory given back, repeating a forward pass, {}"
 WAITING = "out of memory: another program took some, waiting for it"
 
 
@@ -58,61 +55,6 @@ class DoesNotFit(RuntimeError):
     def __init__(self, text: str, tokens: int, free: int, largest: int) -> None:
         super().__init__(text)
         self.tokens, self.free, self.largest = tokens, free, largest
-
-
-@dataclass
-class Place:
-    """One device of a run: the pass that runs on it, and which rung it has reached."""
-
-    patcher: ModelPatcher
-    model: BaseModel
-    holdings: Sequence[Holding] = ()
-    work: Work | None = None
-    rungs: tuple[Rung, ...] = ()
-    index: int = 0
-    last_exact: int = 0
-    failed: set[str] = field(default_factory=set)  # ids of rungs: never tried again in this run
-    attempts: dict[str, Attempt] = field(default_factory=dict)  # that failed, by the same ids
-    reachable: int = 0  # the most bytes that this run could have had so far
-    failures: int = 0  # of the pass that runs
-    repeated: bool = False  # on the same rung, to which nothing follows
-    waited: float = 0.0  # seconds, for this pass
-
-    @property
-    def rung(self) -> Rung:
-        """The one that runs."""
-        return self.rungs[self.index]
-
-    def need(self) -> int:
-        """Bytes that the pass is predicted to need."""
-        return budget.need(self.work, self.rung.plan, self.factor(self.rung.plan))
-
-    def key(self, plan: Plan) -> str:
-        """Under which name corrections of this prediction are kept."""
-        return key_of(self.model, self.patcher.load_device, plan)
-
-    def factor(self, plan: Plan) -> float:
-        """The correction, learned from earlier runs."""
-        return MEASURED.factor(self.key(plan))
-
-    def climb(self, work: Work, policy: str) -> int:
-        """Take up a new pass; returns the first rung that may be tried."""
-        if work != self.work:
-            steps = (rung for rung in budget.ladder(work, policy) if rung.exactness != CHANGED)
-            self.work, self.rungs = work, tuple(steps)
-            exact = [i for i, r in enumerate(self.rungs) if r.exactness in (EXACT, ROUNDING)]
-            self.last_exact = exact[-1]
-        self.failures, self.repeated, self.waited = 0, False, 0.0
-        tried = [i for i, rung in enumerate(self.rungs) if rung.id in self.failed]
-        return min(max(tried, default=-1) + 1, len(self.rungs) - 1)
-
-    def choose(self, memory: Memory, start: int) -> None:
-        """The first rung from `start` that should fit; no approximation before all that is exact
-        has failed."""
-        stop = self.last_exact + 1 if start <= self.last_exact else len(self.rungs)
-        self.index = budget.choose(self.rungs[:stop], self.work, memory, self.factor, start)
-        now = memory.free + memory.others + memory.streamable
-        self.reachable = max(self.reachable, now)
 
 
 class Passes:
@@ -152,7 +94,7 @@ class Passes:
         """Run it on the first rung that should fit, and further down until it does."""
         place = self._place(executor.class_obj, options)
         work = work_of(executor.class_obj, self.sliced, x, c_crossattn, more)
-        place.choose(self._memory(place), place.climb(work, self.policy))
+        place.begin(work, self.policy, self._memory(place))
         self._make_room(place, failed=False)
         while True:
             done = options[ON_SUCCESS] = []
@@ -190,34 +132,33 @@ class Passes:
         Raises DoesNotFit, or ComfyUI's InterruptProcessingException.
         """
         with self._lock:
-            self.record.repeated += 1
+            self.record.repeat()
         recovery.recover([place.patcher], alone, thorough=place.failures > 0)
-        place.failures += 1
         comfy.model_management.throw_exception_if_processing_interrupted()
         memory = self._memory(place)
-        available = budget.room(place.rung, memory)
-        place.attempts[place.rung.id] = Attempt(place.rung, place.need(), available)
-        # Later failures may be another program's doing; other devices do not tell what is free.
-        if self.record.repeated == 1 and place.patcher.load_device.type == "cuda":
-            plan = place.rung.plan
-            MEASURED.ran_out(place.key(plan), budget.need(place.work, plan), available)
-        at_end = place.index in (place.last_exact, len(place.rungs) - 1)
-        if not at_end or (place.repeated and not self._wait(place, memory)):
-            if place.index == len(place.rungs) - 1:
-                raise self.failure(place)
-            place.failed.add(place.rung.id)
-            place.choose(memory, place.index + 1)
-            at_end = False
-        place.repeated = at_end
+        if not place.fail(memory):
+            self._descend(place, memory)
         self._make_room(place, failed=True)
         self.say(REPEATING.format(place.rung.text))
         comfy.model_management.throw_exception_if_processing_interrupted()
 
+    def _descend(self, place: Place, memory: Memory) -> None:
+        """To the next rung that promises more; at the end of those that are exact only after
+        other tries, and after waiting for a program that took memory. Raises DoesNotFit."""
+        index = place.following(memory, place.stop)
+        if index is None:
+            if place.repeats < REPEATS or self._wait(place, memory):
+                place.repeats += 1
+                return
+            index = place.following(memory, len(place.rungs))
+        if index is None:
+            raise self.failure(place)
+        place.descend(index, memory)
+
     def _wait(self, place: Place, memory: Memory) -> bool:
         """Wait for memory that another program took; False where none did, or it keeps it."""
-        now = memory.free + memory.others + memory.streamable
         pause = min(FIRST_WAIT_SECONDS + place.waited, LONGEST_WAIT_SECONDS - place.waited)
-        if pause <= 0 or now >= place.reachable - FLUCTUATION_BYTES:
+        if pause <= 0 or not place.robbed(memory):
             return False
         self.say(WAITING)
         recovery.wait(pause)
@@ -228,25 +169,28 @@ class Passes:
 
     def _make_room(self, place: Place, failed: bool) -> None:
         """What the rung allows, as far as the pass lacks memory, or has failed."""
-        memory, rung, device = self._memory(place), place.rung, place.patcher.load_device
-        lacking = place.need() - memory.free
+        memory, rung, need = self._memory(place), place.rung, place.need()
+        lacking, spare = need - memory.free, need // 4 if failed else 0
         if not failed and lacking <= 0:
             return
-        if rung.free_others:
-            recovery.unload_others(device, [*self.used, place.patcher])
-            lacking -= memory.others
-        if rung.headroom:
-            self._stream(place.patcher, lacking, place.need(), place.need() // 4 if failed else 0)
+        if rung.free_others and memory.others:
+            recovery.unload_others(place.patcher.load_device, [*self.used, place.patcher])
+        lacking += spare
+        if rung.plan in [attempt.rung.plan for attempt in place.attempts.values()]:
+            lacking = max(lacking, spare)  # whatever the numbers say
+        if rung.headroom or failed:
+            freed = memory.others if rung.free_others else 0
+            self._stream(place, lacking - freed if rung.headroom else 0, need + spare)
         if rung.release:
             for holding in place.holdings:
                 holding.release()
 
-    def _stream(self, patcher: ModelPatcher, lacking: int, need: int, spare: int) -> None:
+    def _stream(self, place: Place, lacking: int, need: int) -> None:
         """Let more of the weights be streamed; within a limit, as it divides the memory."""
-        if self.limit.enforced and patcher.load_device == self.limit.device:
-            self.limit.fit_weights(patcher, need + spare)
+        if self.limit.enforced and place.patcher.load_device == self.limit.device:
+            self.limit.fit_weights(place.patcher, need)
         else:
-            recovery.stream_more(patcher, max(lacking, spare))
+            recovery.stream_more(place.patcher, lacking)
 
     # --------------------------------------------------------------- outside of a forward pass
     def make_room(self) -> None:
@@ -256,7 +200,7 @@ class Passes:
         for patcher in self.used:
             recovery.unload_others(patcher.load_device, self.used)
         for place in self._places.values():
-            self._stream(place.patcher, 0, place.need(), SPARE_BYTES)
+            self._stream(place, SPARE_BYTES, place.need() + SPARE_BYTES)
             for holding in place.holdings:
                 holding.release()
 
@@ -275,10 +219,10 @@ class Passes:
         work = work_of(model.model, self.sliced, x, text, {"ref_latents": list(references)})
         place = Place(model, model.model)
         memory = memory_of(model, [model], (), self.limit.room())
-        if model.model_size() + place_need(place, work, self.policy, memory) > memory.free:
+        if model.model_size() + place.need_of(work, self.policy, memory) > memory.free:
             recovery.unload_others(model.load_device, [model])
             memory = memory_of(model, [model], (), self.limit.room())
-        return place_need(place, work, self.policy, memory)
+        return place.need_of(work, self.policy, memory)
 
     def hold(self) -> None:
         """From now on, what passes commit waits for the end of the calculation around them."""
@@ -346,12 +290,6 @@ class Passes:
         self.plans.reset()
         self._places.clear()
         self.used = []
-
-
-def place_need(place: Place, work: Work, policy: str, memory: Memory) -> int:
-    """What a pass needs on the first rung that should fit."""
-    place.choose(memory, place.climb(work, policy))
-    return place.need()
 
 
 def _size(latents: Sequence[torch.Tensor]) -> int:

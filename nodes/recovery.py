@@ -32,6 +32,8 @@ def is_oom(error: BaseException) -> bool:
 def recover(patchers: Sequence[ModelPatcher], alone: bool, thorough: bool = True) -> None:
     """Drop what the failed pass of these models left behind, and give torch's cache back.
 
+    With dynamic VRAM all weights have left by then, and stay out until the pages are prioritised.
+
     Call it outside the `except` block and without a reference to the error: its traceback keeps
     the tensors of the whole stack alive. `alone` says that no other thread computes on another
     GPU; only then may go what ComfyUI keeps for all devices together. Not `thorough`: garbage of
@@ -43,6 +45,8 @@ def recover(patchers: Sequence[ModelPatcher], alone: bool, thorough: bool = True
     for patcher in patchers:
         if patcher.is_dynamic():
             unpin(patcher)
+            if (vbar := vbar_of(patcher)) is not None:
+                vbar.prioritize()
     comfy.model_management.soft_empty_cache()
 
 
@@ -102,14 +106,11 @@ def is_used(patcher: ModelPatcher, used: Sequence[ModelPatcher]) -> bool:
 
 
 def stream_more(patcher: ModelPatcher, lacking: int) -> None:
-    """Take that many bytes of a model's weights off its device; they are streamed from now on."""
-    if lacking <= 0 or patcher.load_device.type == "cpu":
-        return
-    vbar = vbar_of(patcher)
-    if vbar is not None:
-        # Not partially_unload: it also takes off small weights that only a new load brings back.
-        vbar.free_memory(lacking)
-    elif not patcher.is_dynamic():
+    """Take that many bytes of a model's weights off its device; they are streamed from now on.
+
+    Not with dynamic VRAM: there weights give way by themselves, and come back.
+    """
+    if lacking > 0 and patcher.load_device.type != "cpu" and not patcher.is_dynamic():
         patcher.partially_unload(patcher.offload_device, lacking)
 
 

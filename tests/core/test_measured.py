@@ -54,32 +54,29 @@ def test_the_last_runs_count(path: Path) -> None:
     assert len(json.loads(path.read_text())[KEY]) == SAMPLES
 
 
-def test_what_ran_out_twice_is_not_tried_a_third_time_until_a_restart(path: Path) -> None:
-    work = Work(1, 65536, 0, 60, 3072, 24, 60, 2)
-    predicted, memory = need(work, Plan()), Memory(round(1.2 * need(work, Plan())), 0, 0, 0)
-    rungs = ladder(work, "exact only")
+def test_what_ran_out_is_known_until_a_restart(path: Path) -> None:
     measured = Measured(path)
-    tried = []
-    for _ in range(3):
-        tried.append(rungs[choose(rungs, work, memory, measured.factor(KEY))].id)
-        measured.ran_out(KEY, predicted, memory.free)
-    assert tried[0] == "as-asked" and tried[2] == "feed-forward-4"
-    assert Measured(path).factor(KEY) == 1
+    assert not measured.fails(KEY, 4000 * MB, 5000 * MB)
+    measured.ran_out(KEY, 4000 * MB, 5000 * MB)
+    assert measured.fails(KEY, 4000 * MB, 5000 * MB)
+    assert measured.fails(KEY, 3900 * MB, 5100 * MB)  # as good as the same
+    assert measured.fails(KEY, 8000 * MB, 1000 * MB)
+    assert not measured.fails(KEY, 3000 * MB, 5000 * MB)  # a smaller picture
+    assert not measured.fails(KEY, 4000 * MB, 6000 * MB)  # more memory
+    assert not measured.fails(KEY + "another", 4000 * MB, 5000 * MB)
+    assert measured.factor(KEY) == 1  # a prediction may be right where memory is in pieces
+    assert not Measured(path).fails(KEY, 4000 * MB, 5000 * MB)
     assert not path.exists()
-    for _ in range(4):  # unless it then fits after all
-        measured.learn(KEY, predicted, predicted)
-    assert choose(rungs, work, memory, measured.factor(KEY)) == 0
 
 
-def test_running_out_of_less_than_was_predicted_tells_nothing(path: Path) -> None:
+def test_only_the_last_failures_of_passes_that_are_large_are_kept(path: Path) -> None:
     measured = Measured(path)
-    for _ in range(3):
-        measured.ran_out(KEY, 1000 * MB, 700 * MB)
-        measured.ran_out(KEY, 100 * MB, 700 * MB)
-    assert measured.factor(KEY) == 1
-    for _ in range(3):
-        measured.ran_out(KEY, 1000 * MB, 70_000 * MB)
-    assert measured.factor(KEY) == HIGHEST
+    measured.ran_out(KEY, 255_000_000, 700 * MB)
+    assert not measured.fails(KEY, 255_000_000, 700 * MB)
+    for need in range(1, SAMPLES + 2):
+        measured.ran_out(KEY, need * 1000 * MB, need * 100 * MB)
+    assert not measured.fails(KEY, 1000 * MB, 100 * MB)
+    assert measured.fails(KEY, 2000 * MB, 200 * MB)
 
 
 def test_small_passes_tell_nothing(path: Path) -> None:

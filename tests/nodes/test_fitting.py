@@ -47,7 +47,7 @@ def test_the_picture_says_what_was_done_if_the_client_sent_a_workflow(host, buil
     written = Image.open(path).info
     assert json.loads(written["workflow"]) == workflow  # as it was: it can be opened again
     (said,) = json.loads(written["qwen_vram"]).items()
-    assert said[0] == "sampler" and said[1]["done"] == "as asked, other models unloaded"
+    assert said[0] == "sampler" and said[1]["done"] == "as asked"
     assert said[1]["forward_passes_repeated"] == 1 and said[1]["exactness"] == "exact"
     assert set(said[1]["versions"]) == {"qwen_vram", "comfyui", "torch"}
     assert said[1]["versions"]["qwen_vram"][0].isdigit()
@@ -99,6 +99,7 @@ def test_a_model_that_cannot_be_sliced_is_repeated_all_the_same(host, monkeypatc
     with blocks_fail(transformer(host, small()), Faults({0, 1, 2})):
         run = host.run(within(small()))
     status = run.status("sampler")
+    assert status["forward_passes_repeated"] == 3
     assert latent(run).equal(stock) and status["exactness"] == "exact"
     assert "It is of another kind." in status["text"] and "slices" not in status["done"]
     assert status["need_bytes"] > 0
@@ -119,6 +120,26 @@ def test_what_a_pass_is_comes_from_its_tensors(host) -> None:
     more = {"ref_latents": references, "ref_latents_method": "index_timestep_zero"}
     assert work_of(base, True, x, None, more).timestep_zero
     assert work_of(base, False, x, None, more).host_estimate > 0
+
+
+def test_a_compiled_model_runs_whole_and_says_so(host) -> None:
+    """Slices would compile it anew; here it is not really compiled, only marked as ComfyUI does."""
+    from comfy.patcher_extension import WrappersMP
+
+    stock = latent(host.run(small()))
+    patcher = host.executor.caches.outputs.get_local("unet").outputs[0][0]
+    kind, key = WrappersMP.APPLY_MODEL, "torch.compile"
+    run = lambda executor, *arguments, **more: executor(*arguments, **more)  # noqa: E731
+    model = transformer(host, small())
+    patcher.add_wrapper_with_key(kind, key, run)
+    try:
+        with blocks_fail(model, Faults({0, 1, 2})):
+            run = host.run(within(small()))
+    finally:
+        patcher.remove_wrappers_with_key(kind, key)
+    status = run.status("sampler")
+    assert latent(run).equal(stock) and status["forward_passes_repeated"] == 3
+    assert "torch.compile" in status["text"] and "slices" not in status["done"]
 
 
 # ------------------------------------------------------------------------------ several GPUs
@@ -142,7 +163,7 @@ class Pages:
     """The pages of a dynamic model: two modules of three pages, the middle one shared."""
 
     def __init__(self) -> None:
-        self.pins, self.freed, self.watermark = [1, 2, 1], 0, None
+        self.pins, self.freed, self.watermark = [1, 2, 1], 0, 0  # nothing may come back
         self.resident = 3 * 32 * 2**20
 
     def get_residency(self) -> list[int]:
@@ -154,6 +175,9 @@ class Pages:
 
     def free_memory(self, size: int) -> None:
         self.freed += size
+
+    def prioritize(self) -> None:
+        self.watermark = 10 * GB
 
     def set_watermark(self, size: int) -> None:
         self.watermark = size
@@ -186,12 +210,14 @@ def test_pages_that_a_failed_pass_left_pinned_are_unpinned(host) -> None:
     assert not any(hasattr(module, "_prefetch") for module in patcher.model.modules())
 
 
-def test_more_of_a_dynamic_model_is_streamed_by_its_pages(host) -> None:
-    stream_more = host.part("nodes.recovery").stream_more
+def test_pages_that_left_come_back_after_a_failure(host) -> None:
+    """ComfyUI's pages stay below their watermark, which a failure leaves at nothing."""
+    recovery = host.part("nodes.recovery")
     patcher = Dynamic()
-    stream_more(patcher, 1000)
-    stream_more(patcher, 0)
-    assert patcher.pages.freed == 1000
+    recovery.recover([patcher], alone=False)
+    assert patcher.pages.watermark == 10 * GB and patcher.pages.pins == [0, 0, 0]
+    recovery.stream_more(patcher, 1000)
+    assert patcher.pages.freed == 0 and patcher.pages.watermark == 10 * GB
 
 
 # ---------------------------------------------------------------------------------- the limit
@@ -318,10 +344,14 @@ def test_other_models_leave_and_those_in_use_stay(host, monkeypatch) -> None:
     cpu = torch.device("cpu")
     other = ModelPatcher(torch.nn.Linear(1000, 1000), cpu, cpu)
     management.load_models_gpu([other])
-    with blocks_fail(transformer(host, small()), Faults({0})):
-        host.run(within(small()))
+    model = transformer(host, small())
+    memory = Memory(9 * GB, GB, 0, 0)
+    monkeypatch.setattr(host.part("nodes.passes"), "memory_of", lambda *_: memory)
+    with blocks_fail(model, Faults({0})):
+        run = host.run(within(small()))
+    assert run.status("sampler")["done"] == "as asked, other models unloaded"
     loaded = [patcher.model for _, patcher in host.part("nodes.loaded_models").loaded()]
-    assert other.model not in loaded
+    assert other.model not in loaded and model in [own.diffusion_model for own in loaded]
 
 
 def test_room_is_made_only_as_far_as_the_rung_allows(host, monkeypatch) -> None:
@@ -336,3 +366,128 @@ def test_room_is_made_only_as_far_as_the_rung_allows(host, monkeypatch) -> None:
     assert run.status("sampler")["done"] == "as asked, more of the model streamed"
     need = run.status("sampler")["need_bytes"]
     assert freed[0] == "others" and 0 < freed[1] <= need - 21_000
+
+
+# ------------------------------------------------------------------------------ after a failure
+@pytest.fixture
+def eight_gb(host, monkeypatch) -> Any:
+    """A card, invented: how much of it a pass finds, and above what need it runs out."""
+    passes, place = host.part("nodes.passes"), host.part("nodes.place")
+    card = SimpleNamespace(memory=Memory(6 * GB, 0, 0, 0), fits=2 * GB, tried=[], streamed=[])
+    card.measured = host.part("core.measured").Measured(Path("there-is-no-such-folder/a.json"))
+    scale = GB / 150_000  # the tiny model's bytes to those of the real one
+    need = host.part("core.budget").need
+    forward = passes.reductions.forward
+
+    def scaled(work: Any, plan: Any, factor: float = 1.0) -> int:
+        return round(scale * need(work, plan, factor))
+
+    def limited(executor: Any, plan: Any, *arguments: Any, **more: Any) -> Any:
+        card.tried.append((plan.projections, plan.attention))
+        if card.needs(plan) > card.fits:
+            raise torch.OutOfMemoryError("injected by a test")
+        return forward(executor, plan, *arguments, **more)
+
+    def begin(self: Any, work: Any, *rest: Any) -> None:
+        card.needs = lambda plan: scaled(work, plan)
+        usual(self, work, *rest)
+
+    usual = place.Place.begin
+    monkeypatch.setattr(place.Place, "begin", begin)
+    monkeypatch.setattr(host.part("core.budget"), "need", scaled)
+    monkeypatch.setattr(place, "TELLING", ("cpu",))
+    monkeypatch.setattr(place, "MEASURED", card.measured)
+    monkeypatch.setattr(passes, "memory_of", lambda *_: card.memory)
+    monkeypatch.setattr(passes.reductions, "forward", limited)
+    monkeypatch.setattr(
+        host.part("nodes.recovery"), "stream_more", lambda patcher, size: card.streamed.append(size)
+    )
+    return card
+
+
+def picture() -> dict[str, Any]:
+    """Of 96 px, so that slices need clearly less; one step."""
+    graph = small(steps=1)
+    graph["latent"]["inputs"].update(width=96, height=96)
+    return graph
+
+
+def test_what_needs_hardly_less_than_what_failed_is_not_tried(host, eight_gb) -> None:
+    run = host.run(within(picture()))
+    tried = eight_gb.tried
+    assert tried[:2] == [(1, 1)] * 2  # again, since the numbers say that it fits
+    assert run.status("sampler")["forward_passes_repeated"] == len(set(tried)) > 1
+    assert len(set(tried)) <= 3 and run.status("sampler")["exactness"] == "exact up to rounding"
+
+
+def test_without_the_numbers_for_it_nothing_is_tried_again(host, eight_gb) -> None:
+    host.run(within(picture()))
+    needed = eight_gb.needs(host.part("core.budget").Plan())
+    eight_gb.tried.clear()
+    eight_gb.measured._failures.clear()
+    eight_gb.memory = Memory(round(0.95 * needed), 0, 0, 0)
+    host.run(within(picture()))
+    assert eight_gb.tried[0] == (1, 1) != eight_gb.tried[1]
+
+
+def test_the_next_run_starts_where_the_last_one_ended(host, eight_gb) -> None:
+    host.run(within(picture()))
+    fits = eight_gb.tried[-1]
+    eight_gb.tried.clear()
+    run = host.run(within(picture()))
+    assert set(eight_gb.tried) == {fits} and run.status("sampler")["forward_passes_repeated"] == 0
+    eight_gb.memory, eight_gb.fits = Memory(9 * GB, 0, 0, 0), 9 * GB  # another program has ended
+    eight_gb.tried.clear()
+    assert host.run(within(picture())).status("sampler")["done"] == "as asked"
+
+
+def test_weights_that_can_leave_do_so_in_one_step(host, eight_gb, monkeypatch) -> None:
+    """Without dynamic VRAM: models of others, and as many of its own as lack."""
+    freed: list[Any] = []
+
+    def stream(patcher: Any, size: int) -> None:
+        freed.append(size)
+        eight_gb.fits = 9 * GB
+
+    recovery = host.part("nodes.recovery")
+    monkeypatch.setattr(recovery, "stream_more", stream)
+    monkeypatch.setattr(recovery, "unload_others", lambda *_: freed.append("others"))
+    eight_gb.fits, eight_gb.memory = 0, Memory(6 * GB, GB // 10, 3 * GB, 0)
+    run = host.run(within(picture()))
+    needed = run.status("sampler")["need_bytes"]
+    assert eight_gb.tried == [(1, 1)] * 3  # two sides of CFG, one of them once more
+    assert freed == ["others", needed // 4 - GB // 10]
+    assert run.status("sampler")["done"] == "as asked, more of the model streamed"
+
+
+def test_after_a_failure_a_limit_divides_the_memory_anew(host, eight_gb, monkeypatch) -> None:
+    """The pages of dynamic VRAM are prioritised then, which lifts the limit's watermark."""
+    fitting, fitted_to = host.part("nodes.fitting"), []
+
+    class Limit:
+        enforced, note, limit = True, "", 6 * GB
+
+        def __init__(self, device: torch.device, limit: int) -> None:
+            self.device = device
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def room(self) -> int:
+            return 6 * GB
+
+        def load_shape(self, model: Any, shape: list[int], need: int) -> list[int]:
+            return shape
+
+        def fit_weights(self, model: Any, need: int) -> None:
+            fitted_to.append(need)
+
+    monkeypatch.setattr(fitting, "VRAMLimit", Limit)
+    eight_gb.fits = 9 * GB
+    host.run(within(picture(), vram_limit=6.0))
+    assert len(fitted_to) == 1  # when it was loaded
+    with blocks_fail(transformer(host, picture()), Faults({0})):
+        run = host.run(within(picture(), vram_limit=6.0))
+    need = run.status("sampler")["need_bytes"]
+    assert fitted_to[2:] == [need + need // 4] and run.status("sampler")["done"] == "as asked"
