@@ -72,6 +72,7 @@ class Passes:
         self.policy, self.plans, self.sliced = policy, plans, sliced
         self.record, self.limit = record, limit
         self.used: list[ModelPatcher] = []  # models that this run needs
+        self._expected = 0  # bytes that a pass needs
         self._places: dict[torch.device, Place] = {}
         self._peaks: dict[str, tuple[int, int]] = {}  # key -> (predicted, measured)
         self._seen: set[tuple[Any, ...]] = set()
@@ -170,24 +171,28 @@ class Passes:
     def _make_room(self, place: Place, failed: bool) -> None:
         """What the rung allows, as far as the pass lacks memory, or has failed."""
         memory, rung, need = self._memory(place), place.rung, place.need()
-        lacking, spare = need - memory.free, need // 4 if failed else 0
-        if not failed and lacking <= 0:
+        doubted = rung.plan in place.doubted
+        place.doubted.discard(rung.plan)  # once
+        spare = need // 4 if failed or doubted else 0
+        lacking = need + spare - memory.free
+        if doubted:
+            lacking = max(lacking, spare)
+        if lacking <= 0 and not failed:
             return
         if rung.free_others and memory.others:
             recovery.unload_others(place.patcher.load_device, [*self.used, place.patcher])
-        lacking += spare
-        if rung.plan in [attempt.rung.plan for attempt in place.attempts.values()]:
-            lacking = max(lacking, spare)  # whatever the numbers say
-        if rung.headroom or failed:
-            freed = memory.others if rung.free_others else 0
-            self._stream(place, lacking - freed if rung.headroom else 0, need + spare)
+            lacking -= memory.others
+        self._stream(place, lacking if rung.headroom else 0, need + spare)
         if rung.release:
             for holding in place.holdings:
                 holding.release()
 
+    def _limited(self, place: Place) -> bool:
+        return self.limit.enforced and place.patcher.load_device == self.limit.device
+
     def _stream(self, place: Place, lacking: int, need: int) -> None:
         """Let more of the weights be streamed; within a limit, as it divides the memory."""
-        if self.limit.enforced and place.patcher.load_device == self.limit.device:
+        if self._limited(place):
             self.limit.fit_weights(place.patcher, need)
         else:
             recovery.stream_more(place.patcher, lacking)
@@ -199,8 +204,12 @@ class Passes:
         comfy.model_management.throw_exception_if_processing_interrupted()
         for patcher in self.used:
             recovery.unload_others(patcher.load_device, self.used)
+        needs = [place.need() for place in self._places.values()] or [self._expected]
+        if self.limit.enforced and self.used:  # recovering lifted the watermark
+            self.limit.fit_weights(self.used[0], max(needs) + SPARE_BYTES)
         for place in self._places.values():
-            self._stream(place, SPARE_BYTES, place.need() + SPARE_BYTES)
+            if not self._limited(place):
+                recovery.stream_more(place.patcher, SPARE_BYTES)
             for holding in place.holdings:
                 holding.release()
 
@@ -222,7 +231,8 @@ class Passes:
         if model.model_size() + place.need_of(work, self.policy, memory) > memory.free:
             recovery.unload_others(model.load_device, [model])
             memory = memory_of(model, [model], (), self.limit.room())
-        return place.need_of(work, self.policy, memory)
+        self._expected = place.need_of(work, self.policy, memory)
+        return self._expected
 
     def hold(self) -> None:
         """From now on, what passes commit waits for the end of the calculation around them."""

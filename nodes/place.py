@@ -33,6 +33,7 @@ class Place:
     last_exact: int = 0
     passed: set[str] = field(default_factory=set)  # ids of rungs that this run has left behind
     attempts: dict[str, Attempt] = field(default_factory=dict)  # that failed, by the same ids
+    doubted: set[Plan] = field(default_factory=set)  # did not fit though it should: make more room
     reachable: int = 0  # the most bytes that this run could have had so far
     failures: int = 0  # of the pass that runs
     repeats: int = 0  # of it on the same rung, to which nothing follows
@@ -83,7 +84,9 @@ class Place:
         rungs = self.rungs[:stop]
         self.index = budget.choose(rungs, self.work, memory, self.factor, start)
         while self.index < stop - 1 and self._ran_out_before(memory):
+            self.doubted.add(self.rung.plan)
             self.index = budget.choose(rungs, self.work, memory, self.factor, self.index + 1)
+            self.passed |= {rung.id for rung in rungs[: self.index]}
         self.reachable = max(self.reachable, _all_of(memory))
 
     def _ran_out_before(self, memory: Memory) -> bool:
@@ -99,6 +102,7 @@ class Place:
         first = not self.attempts
         attempt = Attempt(self.rung, self.need(), budget.room(self.rung, memory))
         self.attempts[self.rung.id] = attempt
+        self.doubted.add(self.rung.plan)
         self.failures += 1
         after = self.following(memory, self.stop)
         more_room = after is not None and self.rungs[after].plan == self.rung.plan

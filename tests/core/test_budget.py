@@ -268,6 +268,68 @@ def test_passes_need_what_was_measured_on_a_card(
     assert need(work, plan) / unit == pytest.approx(units, rel=0.015)
 
 
+@pytest.mark.parametrize(
+    ("side", "batch", "few", "order"),
+    [
+        (4096, 1, 4, ["attention-4", "attention-16"]),
+        (1328, 1, 3, ["attention-4", "attention-16"]),
+        (1024, 1, 2, ["attention-4", "attention-16"]),
+        (256, 1, 2, ["attention-4", "attention-16"]),
+        (1328, 4, 4, ["attention-4", "apart", "attention-16"]),
+        (2048, 2, 4, ["attention-4", "attention-16", "apart"]),
+    ],
+)
+def test_slices_have_enough_rows_unless_nothing_else_fits(
+    side: int, batch: int, few: int, order: list[str]
+) -> None:
+    """With fewer, flash attention takes a third longer."""
+    rungs = {rung.id: rung for rung in ladder(picture(side, batch=batch), "exact only")}
+    assert rungs["attention-4"].plan.attention == few
+    assert [name for name in rungs if name in order] == order
+    assert rungs["release"].plan.attention == 16
+
+
+# ---------------------------------------------------------------------------- after a failure
+def after(work: Work, memory: Memory, failed: str, lowest: int | None = None) -> str | None:
+    """The id of the rung that follows; the smallest need that failed is its own by default."""
+    rungs = ladder(work, "exact only")
+    index = ids(rungs).index(failed)
+    lowest = need(work, rungs[index].plan) if lowest is None else lowest
+    found = following(rungs, work, memory, index, lowest)
+    return None if found is None else rungs[found].id
+
+
+def test_after_a_failure_the_same_plan_is_tried_only_with_more_room() -> None:
+    work = picture(4096)  # 4.2 GiB; a quarter is 1.04
+    assert after(work, Memory(5 * GIB, 0, 0, 0), "as-asked") == "projections-4"
+    assert after(work, Memory(5 * GIB, 2 * GIB, 0, 0), "as-asked") == "free-others"
+    assert after(work, Memory(5 * GIB, 0, 2 * GIB, 0), "as-asked") == "headroom"
+    assert after(work, Memory(5 * GIB, GIB, GIB, 0), "as-asked") == "headroom"  # in one step
+    assert after(work, Memory(5 * GIB, GIB // 2, GIB // 4, 0), "as-asked") == "projections-4"
+    assert after(work, Memory(GIB, 2 * GIB, 0, 0), "as-asked") == "projections-4"
+    assert after(work, Memory(5 * GIB, 0, 2 * GIB, 0), "headroom") == "projections-4"
+    # What little other patches hold goes before anything is approximated.
+    assert after(work, Memory(5 * GIB, 0, 0, 1), "attention-16") == "release"
+    assert after(work, Memory(5 * GIB, 0, 0, 0), "attention-16") is None
+
+
+@given(works, memories, st.integers(0, 9), st.floats(0.1, 1), factors)
+def test_after_a_failure_something_really_is_less(
+    work: Work, memory: Memory, failed: int, part: float, factor: float
+) -> None:
+    rungs = ladder(work, "exact only")
+    failed = min(failed, len(rungs) - 1)
+    lowest = round(part * need(work, rungs[failed].plan, factor))
+    index = following(rungs, work, memory, failed, lowest, factor)
+    if index is None:
+        return
+    assert failed < index
+    if rungs[index].plan == rungs[failed].plan:
+        assert room(rungs[index], memory) > room(rungs[failed], memory)
+    else:
+        assert need(work, rungs[index].plan, factor) <= 0.9 * lowest
+
+
 @given(works, policies, memories, factors)
 @example(picture(4096), "exact only", Memory(2 * GIB, 0, 0, 0), 1.0)
 def test_the_largest_side_fits_and_the_next_one_does_not(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from pack.core.budget import Memory, Plan, Rung, Work, ladder, need
+from pack.core.budget import Memory, Rung, Work, ladder, need
 from pack.core.budget_text import Attempt, failure_text
 
 WORK = Work(2, 65536, 0, 100, 3072, 24, 60, 2)

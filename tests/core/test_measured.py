@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pack.core.budget import Memory, Plan, Work, choose, ladder, need
+from pack.core.budget import Plan
 from pack.core.measured import HIGHEST, KEYS, LOWEST, SAMPLES, Measured, key_of
 
 MB = 1_000_000
@@ -73,8 +73,8 @@ def test_only_the_last_failures_of_passes_that_are_large_are_kept(path: Path) ->
     measured = Measured(path)
     measured.ran_out(KEY, 255_000_000, 700 * MB)
     assert not measured.fails(KEY, 255_000_000, 700 * MB)
-    for need in range(1, SAMPLES + 2):
-        measured.ran_out(KEY, need * 1000 * MB, need * 100 * MB)
+    for size in range(1, SAMPLES + 2):
+        measured.ran_out(KEY, size * 1000 * MB, size * 100 * MB)
     assert not measured.fails(KEY, 1000 * MB, 100 * MB)
     assert measured.fails(KEY, 2000 * MB, 200 * MB)
 

@@ -126,12 +126,11 @@ def test_a_compiled_model_runs_whole_and_says_so(host) -> None:
     """Slices would compile it anew; here it is not really compiled, only marked as ComfyUI does."""
     from comfy.patcher_extension import WrappersMP
 
-    stock = latent(host.run(small()))
-    patcher = host.executor.caches.outputs.get_local("unet").outputs[0][0]
-    kind, key = WrappersMP.APPLY_MODEL, "torch.compile"
-    run = lambda executor, *arguments, **more: executor(*arguments, **more)  # noqa: E731
     model = transformer(host, small())
-    patcher.add_wrapper_with_key(kind, key, run)
+    stock = latent(host.run(small()))
+    patcher = host.executor.caches.outputs.get_local("shift").outputs[0][0]
+    kind, key = WrappersMP.APPLY_MODEL, "torch.compile"
+    patcher.add_wrapper_with_key(kind, key, lambda call, *args, **more: call(*args, **more))
     try:
         with blocks_fail(model, Faults({0, 1, 2})):
             run = host.run(within(small()))
@@ -458,11 +457,16 @@ def test_weights_that_can_leave_do_so_in_one_step(host, eight_gb, monkeypatch) -
     assert eight_gb.tried == [(1, 1)] * 3  # two sides of CFG, one of them once more
     assert freed == ["others", needed // 4 - GB // 10]
     assert run.status("sampler")["done"] == "as asked, more of the model streamed"
+    eight_gb.tried.clear()
+    freed.clear()
+    again = host.run(within(picture()))
+    assert again.status("sampler")["forward_passes_repeated"] == 0 and len(eight_gb.tried) == 2
+    assert freed == ["others", needed // 4 - GB // 10]  # at once, and only once
 
 
-def test_after_a_failure_a_limit_divides_the_memory_anew(host, eight_gb, monkeypatch) -> None:
-    """The pages of dynamic VRAM are prioritised then, which lifts the limit's watermark."""
-    fitting, fitted_to = host.part("nodes.fitting"), []
+def limited(host: Any, monkeypatch: Any) -> list[int]:
+    """A limit that is enforced on the CPU; returns the needs (bytes) that weights are fitted to."""
+    fitted_to: list[int] = []
 
     class Limit:
         enforced, note, limit = True, "", 6 * GB
@@ -483,7 +487,26 @@ def test_after_a_failure_a_limit_divides_the_memory_anew(host, eight_gb, monkeyp
         def fit_weights(self, model: Any, need: int) -> None:
             fitted_to.append(need)
 
-    monkeypatch.setattr(fitting, "VRAMLimit", Limit)
+    monkeypatch.setattr(host.part("nodes.fitting"), "VRAMLimit", Limit)
+    return fitted_to
+
+
+def test_a_limit_holds_after_a_failure_beside_the_model(host, eight_gb, monkeypatch) -> None:
+    import comfy.samplers
+
+    fitted_to, faults, whole = limited(host, monkeypatch), Faults({0}), comfy.samplers.cond_cat
+    monkeypatch.setattr(
+        comfy.samplers, "cond_cat", lambda *a, **k: (faults.call(), whole(*a, **k))[1]
+    )
+    eight_gb.fits = 9 * GB
+    run = host.run(within(picture(), vram_limit=6.0))
+    assert len(fitted_to) == 2 and fitted_to[1] == fitted_to[0] + 512_000_000
+    assert run.status("sampler")["calculations_repeated"] == 1
+
+
+def test_after_a_failure_a_limit_divides_the_memory_anew(host, eight_gb, monkeypatch) -> None:
+    """The pages of dynamic VRAM are prioritised then, which lifts the limit's watermark."""
+    fitted_to = limited(host, monkeypatch)
     eight_gb.fits = 9 * GB
     host.run(within(picture(), vram_limit=6.0))
     assert len(fitted_to) == 1  # when it was loaded

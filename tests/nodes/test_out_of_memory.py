@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pack.demo.tiny_checkpoints import TEXT_HIDDEN
 from pack.tests.graphs import text_to_image
 from pack.tests.host import RunError
 from pack.tests.nodes.faults import Faults, blocks_fail, fitted, latent, small, transformer, within
@@ -146,6 +147,65 @@ def test_a_step_s_calculation_is_repeated(host, model, stock, monkeypatch, at: s
     status = run.status("sampler")
     assert latent(run).equal(stock["euler"]) and status["forward_passes_repeated"] == 0
     assert status["calculations_repeated"] == faults.raised == len(at)
+
+
+def controlnet(host: Any, blocks: int) -> Any:
+    """ComfyUI's own ControlNet for Qwen-Image, tiny and of random weights."""
+    import comfy.ops
+    from comfy.controlnet import ControlNet
+    from comfy.ldm.qwen_image.controlnet import QwenImageControlNetModel
+
+    net = QwenImageControlNetModel(
+        num_layers=blocks,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        joint_attention_dim=TEXT_HIDDEN,
+        axes_dims_rope=(4, 14, 14),
+        dtype=torch.float32,
+        device="cpu",
+        operations=comfy.ops.manual_cast,
+    )
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    made = ControlNet(
+        net.requires_grad_(False),
+        compression_ratio=1,
+        load_device=torch.device("cpu"),
+        extra_conds=[],
+        preprocess_image=lambda hint: hint.unsqueeze(2),  # with a VAE it would have frames
+    )
+    return made.set_cond_hint(torch.rand(1, 16, 4, 4, generator=generator), strength=0.7)
+
+
+@pytest.mark.parametrize("at", [{0}, {1, 2}, {5}])
+def test_a_controlnet_that_fails_is_asked_again(host, model, stock, at: set) -> None:
+    """Its blocks fail, in some steps the model's too."""
+    import nodes as comfy_nodes
+
+    outputs = host.run(small()).outputs
+    net = controlnet(host, blocks=2)
+
+    def sample(patcher: Any) -> torch.Tensor:
+        conds = [
+            [[text, {**rest, "control": net.copy().set_cond_hint(net.cond_hint_original, 0.7)}]]
+            for text, rest in (host_conds["positive"][0], host_conds["negative"][0])
+        ]
+        empty = {"samples": torch.zeros(1, 16, 1, 4, 4)}
+        settings = (5, 2, 2.5, "euler", "simple", *conds, empty)
+        return comfy_nodes.common_ksampler(patcher, *settings)[0]["samples"]
+
+    host_conds = {name: outputs[name][0][0] for name in ("positive", "negative")}
+    patcher = outputs["shift"][0][0]
+    usual = sample(patcher)
+    fitting = host.part("nodes.fitting").Fitting("exact only")
+    with blocks_fail(net.control_model, Faults(at)) as faults, blocks_fail(model, Faults({3})):
+        made = sample(fitting.patch(patcher))
+    assert made.equal(usual) and not made.equal(stock["euler"])
+    assert fitting.record.calculated_again == faults.raised == len(at)
+    assert fitting.record.repeated == 1
+    assert [ref for ref in faults.tensors if ref() is not None] == []
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
