@@ -69,8 +69,8 @@ class Record:
 
     def _repeated(self) -> str:
         first, last = min(self.repeated_at), max(self.repeated_at)
-        where = f"step {first}" if first == last else f"steps {first} to {last}"
-        return f"forward passes repeated: {self.repeated} ({where} of {self.steps})"
+        where = f"(step {first}" if first == last else f"(steps {first} to {last}"
+        return f"forward passes repeated: {self.repeated} {where} of {self.steps})"
 
     def changed(self) -> dict[str, tuple[Any, Any]]:
         """Settings that are not what was asked: name -> (asked, used)."""
