@@ -69,8 +69,8 @@ class Place:
     def begin(self, work: Work, policy: str, memory: Memory) -> None:
         """Take up a new pass, on the first rung that should fit of those not left behind."""
         if work != self.work:
-            steps = (rung for rung in budget.ladder(work, policy) if rung.exactness != CHANGED)
-            self.work, self.rungs = work, tuple(steps)
+            rungs = budget.ladder(work, policy, held=bool(self.holdings))
+            self.work, self.rungs = work, tuple(r for r in rungs if r.exactness != CHANGED)
             exact = [i for i, r in enumerate(self.rungs) if r.exactness in (EXACT, ROUNDING)]
             self.last_exact = exact[-1]
         self.failures, self.repeats, self.waited = 0, 0, 0.0

@@ -200,7 +200,7 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """For the report; the size in latent pixels."""
         samples = self.latent["samples"]
-        size = None if samples.is_nested else "x".join(str(n) for n in samples.shape[:-3:-1])
+        size = "x".join(map(str, samples.shape[:-3:-1])) if _is_picture(samples) else None
         named = {"steps": self.steps, "cfg": self.cfg, "sampler_name": self.sampler_name}
         return {**named, "latent_size": size}
 
@@ -231,7 +231,7 @@ def _sample(
         if latent is not None:
             return latent, used
         scale = _next_scale(failure, scale)
-        if request.latent["samples"].is_nested or scale == 0.0:
+        if not _is_picture(request.latent["samples"]) or scale == 0.0:
             break
         row = fallback_settings.row_for(rows, failure.free)
         used = request.changed(row, scale)
@@ -268,6 +268,11 @@ def _next_scale(failure: DoesNotFit, scale: float) -> float:
     if not failure.tokens:
         return scale * SMALLER
     return scale * min(SMALLER, failure.largest / (math.sqrt(failure.tokens) * TOKEN_SIDE))
+
+
+def _is_picture(samples: torch.Tensor) -> bool:
+    """Or a video: a latent (B, C, ..., h, w). Sound has no sides, nested latents several."""
+    return not samples.is_nested and samples.ndim >= 4
 
 
 def _smaller(samples: torch.Tensor, scale: float) -> torch.Tensor:

@@ -478,13 +478,13 @@ def limited(host: Any, monkeypatch: Any) -> list[int]:
 
         def __exit__(self, *error: object) -> None: ...
 
-        def room(self) -> int:
+        def room(self, used: Any = ()) -> int:
             return 6 * GB
 
         def load_shape(self, model: Any, shape: list[int], need: int) -> list[int]:
             return shape
 
-        def fit_weights(self, model: Any, need: int) -> None:
+        def fit_weights(self, model: Any, need: int, used: Any = ()) -> None:
             fitted_to.append(need)
 
     monkeypatch.setattr(host.part("nodes.fitting"), "VRAMLimit", Limit)
