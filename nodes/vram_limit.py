@@ -94,8 +94,9 @@ class VRAMLimit:
             stream_more(patcher, patcher.loaded_size() + max(0, others) - allowed)
             return
         pages = max(0, allowed - torch.cuda.memory_allocated(self.device))
-        sizes = {id(vbar): (vbar, p.model_size()) for p in used if (vbar := self._vbar(p))}
-        total = max(1, sum(size for _, size in sizes.values()))
+        shares = [(vbar, p.model_size()) for p in used if (vbar := self._vbar(p)) is not None]
+        sizes = {id(vbar): (vbar, max(1, size)) for vbar, size in shares}
+        total = sum(size for _, size in sizes.values())
         for vbar, size in sizes.values():  # a load, which comes before every run, lifts it again
             vbar.set_watermark(pages * size // total)
         self._allow(self.limit - self.overhead - kept - pages)
