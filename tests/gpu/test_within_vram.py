@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,10 @@ LAYERS = 8  # of the transformer, at its full width: 2.7 GB
 VRAM = {"dynamic": (), "not dynamic": ("--disable-dynamic-vram",)}
 SIDE = 1024
 LIMITS = {1024: 2.5, 2048: 3.0}  # GB; the weights alone have 2.7
-GRAIN = 0.1  # GB: pages of 32 MiB, and torch's allocator by blocks
+# GB: pages of 32 MiB, torch's pool in larger blocks than it is asked for, and what CUDA's
+# libraries take when they are first used. Measured: 0.25 and 0.42.
+GRAIN = 0.5
+GONE_SECONDS = 2.0
 ROUNDING = 2  # of 255
 Graph = dict[str, Any]
 
@@ -138,9 +142,12 @@ def test_memory_that_is_gone_for_a_moment_is_waited_for(
     vram, server, _ = running
     stock, _, _ = run(server, sampling(seed=8))
     graph = sampling(seed=8, policy="exact only")
-    graph["taken"] = node("TestTakenMoment", model=["unet", 0], at=5, seconds=2.0)
+    graph["taken"] = node("TestTakenMoment", model=["unet", 0], at=5, seconds=GONE_SECONDS)
     graph["shift"]["inputs"]["model"] = ["taken", 0]
-    made, status, left = run(server, graph)
+    try:
+        made, status, left = run(server, graph)
+    finally:
+        time.sleep(GONE_SECONDS)  # a run that failed leaves the next test its memory
     warnings.warn(f"{vram}: {status}", stacklevel=1)
     assert status["forward_passes_repeated"] > 0
     close(made, stock, status["exactness"])
