@@ -209,6 +209,23 @@ def test_pages_that_a_failed_pass_left_pinned_are_unpinned(host) -> None:
     assert not any(hasattr(module, "_prefetch") for module in patcher.model.modules())
 
 
+class FromCUDA(RuntimeError):
+    """As torch.AcceleratorError: cudaErrorInvalidValue."""
+
+    error_code = 1
+
+
+def test_what_dynamic_vram_raises_for_want_of_memory_is_known(host, monkeypatch) -> None:
+    import comfy.memory_management
+
+    is_oom = host.part("nodes.recovery").is_oom
+    own = (RuntimeError("VRAM grow failed: 56659968 bytes"), FromCUDA("CUDA error: invalid value"))
+    assert is_oom(torch.OutOfMemoryError("no")) and not any(map(is_oom, own))
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    assert all(map(is_oom, own))
+    assert not is_oom(RuntimeError("shapes")) and not is_oom(ValueError("VRAM grow failed"))
+
+
 def test_pages_that_left_come_back_after_a_failure(host) -> None:
     """ComfyUI's pages stay below their watermark, which a failure leaves at nothing."""
     recovery = host.part("nodes.recovery")
