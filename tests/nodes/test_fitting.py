@@ -102,6 +102,7 @@ def test_a_patch_in_the_cache_keeps_no_workflow(host) -> None:
 
 def test_without_a_prompt_a_sampler_works_all_the_same(host) -> None:
     """Called by a script: nothing runs in ComfyUI's executor."""
+    host.restart()
     outputs = host.run(small()).outputs
     sampler = host.nodes.NODE_CLASS_MAPPINGS["QwenVRAMSampler"]
     positive, negative, empty = (outputs[name][0][0] for name in ("positive", "negative", "latent"))
