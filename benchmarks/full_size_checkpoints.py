@@ -1,8 +1,9 @@
 """Writes random checkpoints with the official files' names, keys, shapes and dtypes (28 GB).
 
 Time and memory depend on shapes and dtypes, not on values, so these stand in for the real files
-where those cannot be had. Usage: python -m benchmarks.full_size_checkpoints MODELS_DIRECTORY,
-with COMFYUI_PATH set. Values are drawn on the GPU where there is one.
+where those cannot be had. Usage: python -m benchmarks.full_size_checkpoints MODELS_DIRECTORY
+[LAYERS], with COMFYUI_PATH set. Values are drawn on the GPU where there is one. LAYERS: a
+transformer with so many of its 60 blocks, and no text encoder, for tests.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ TRANSFORMER = "diffusion_models/qwen_image_2512_fp8_e4m3fn.safetensors"
 TEXT_ENCODER = "text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors"
 VAE = "vae/qwen_image_vae.safetensors"
 WEIGHT_SCALE = 0.02
+LAYERS = 60
 
 
 def shapes_of(module: torch.nn.Module) -> dict[str, torch.Size]:
@@ -52,8 +54,8 @@ def with_scales(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return scaled
 
 
-def write_all(models: Path) -> None:
-    """Write the three files that are not there yet."""
+def write_all(models: Path, layers: int = LAYERS) -> None:
+    """Write the files that are not there yet; a short transformer gets no text encoder."""
     import comfy.ldm.qwen_image.model as transformer
     import comfy.ldm.wan.vae as vae
     import comfy.ops
@@ -64,7 +66,7 @@ def write_all(models: Path) -> None:
     torch.manual_seed(0)
     with torch.device("meta"):
         dit = transformer.QwenImageTransformer2DModel(
-            num_layers=60, dtype=torch.bfloat16, device="meta", operations=operations
+            num_layers=layers, dtype=torch.bfloat16, device="meta", operations=operations
         )
         text = llama.Qwen25_7BVLI({}, torch.bfloat16, "meta", operations)
         wan = vae.WanVAE(
@@ -78,7 +80,7 @@ def write_all(models: Path) -> None:
         (VAE, wan, torch.bfloat16),
     ):
         path = models / name
-        if path.exists():
+        if path.exists() or (name == TEXT_ENCODER and layers != LAYERS):
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         state = random_weights(shapes_of(module), dtype, device)
@@ -88,6 +90,6 @@ def write_all(models: Path) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
-    target = Path(sys.argv[1])
+    target, layers = Path(sys.argv[1]), [int(number) for number in sys.argv[2:]]
     del sys.argv[1:]
-    write_all(target)
+    write_all(target, *layers)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import ceil, sqrt
 from typing import NamedTuple
 
+AS_ASKED = "as asked"
 EXACT, ROUNDING = "exact", "exact up to rounding"
 APPROXIMATE, CHANGED = "approximate", "changed settings"
 POLICIES = ("exact only", "allow approximations", "allow changed settings")
@@ -41,6 +42,7 @@ class Work:
     timestep_zero: bool = False  # references are modulated on their own: Qwen-Image-Edit-2511
     aspect: float = 1.0  # longer side of the picture by the shorter
     together: int = 1  # items that have to stay in one call where a batch runs apart
+    tileable: bool = True  # no other node's patch looks at the whole picture
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Memory(NamedTuple):
 
 Factor = float | Callable[[Plan], float]  # one correction for all plans, or one for each
 _Change = dict[str, int | float | bool]
+RELEASE, SETTINGS = "release", "settings"
+SETTINGS_TEXT = "a smaller picture with other settings"
 
 # In the order of what they cost the user. Slices are few, since weights that are not resident
 # stream again for each: from 4 to 16 the peak falls by about a sixth, beyond by next to nothing.
@@ -96,16 +100,16 @@ _LADDER: tuple[tuple[str, str, _Change], ...] = (
     ("attention-4", ROUNDING, {"attention": 4}),
     ("attention-16", ROUNDING, {"feed_forward": 16, "projections": 16, "attention": 16}),
     ("apart", ROUNDING, {"apart": True}),
-    ("release", EXACT, {}),
+    (RELEASE, EXACT, {}),
     ("references-75", APPROXIMATE, {"reference_scale": 0.75}),
     ("references-50", APPROXIMATE, {"reference_scale": 0.5}),
     ("tiles-2", APPROXIMATE, {"tiles": 2}),
     ("tiles-4", APPROXIMATE, {"tiles": 4}),
-    ("settings", CHANGED, {}),
+    (SETTINGS, CHANGED, {}),
 )
 _ALWAYS = {  # they change something else than the plan; what they add to its text
-    "release": "what other patches hold released",
-    "settings": "a smaller picture with other settings",
+    RELEASE: "what other patches hold released",
+    SETTINGS: SETTINGS_TEXT,
 }
 ORDER = (EXACT, ROUNDING, APPROXIMATE, CHANGED)
 _ALLOWED = dict(zip(POLICIES, (ROUNDING, APPROXIMATE, CHANGED), strict=True))
@@ -198,28 +202,29 @@ def _steps(work: Work) -> list[tuple[str, str, _Change]]:
 def ladder(work: Work, policy: str, held: bool = True) -> tuple[Rung, ...]:
     """Every rung that the policy allows and that can change something for this work, in order.
 
-    `held`: whether other patches may hold anything. Raises ValueError for an unknown policy.
+    `held`: whether other patches hold something that could be released. Raises ValueError for an
+    unknown policy.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of: {', '.join(POLICIES)}; not {policy}.")
     rungs = [
-        Rung("as-asked", "as asked", EXACT, Plan(), False, False, False),
+        Rung("as-asked", AS_ASKED, EXACT, Plan(), False, False, False),
         Rung("free-others", "as asked, other models unloaded", EXACT, Plan(), True, False, False),
         Rung("headroom", "as asked, more of the model streamed", EXACT, Plan(), True, True, False),
     ]
     extra: list[str] = []
     for name, exactness, change in _steps(work):
+        if (name == RELEASE and not held) or ("tiles" in change and not work.tileable):
+            continue
         before = rungs[-1]
         plan = replace(before.plan, **change)
         worst = max(before.exactness, exactness, key=ORDER.index)
         if ORDER.index(worst) > ORDER.index(_ALLOWED[policy]):
             break
-        if name == "release" and not held:
-            continue
         if name in _ALWAYS or need(work, plan) < need(work, before.plan):
             extra += [_ALWAYS[name]] if name in _ALWAYS else []
             text = ", ".join([plan_text(plan, work.together == 1), *extra])
-            rungs.append(Rung(name, text, worst, plan, True, True, _ALWAYS["release"] in extra))
+            rungs.append(Rung(name, text, worst, plan, True, True, _ALWAYS[RELEASE] in extra))
     return tuple(rungs)
 
 
@@ -240,7 +245,7 @@ def plan_text(plan: Plan, pictures: bool = True) -> str:
         parts.append(f"references at {plan.reference_scale:.0%} of their size")
     if plan.tiles > 1:
         parts.append(f"{plan.tiles} x {plan.tiles} overlapping tiles")
-    return ", ".join(parts) or "as asked"
+    return ", ".join(parts) or AS_ASKED
 
 
 def room(rung: Rung, memory: Memory) -> int:

@@ -16,6 +16,7 @@ log = logging.getLogger("qwen_vram")
 LOWEST, HIGHEST = 0.5, 2.0  # what lies outside was not measured but disturbed
 LEAST = 256_000_000  # bytes
 SAMPLES = 15
+ENOUGH, NO_NEWS = 5, 0.01  # so many ratios stay as they are if another one says the same
 KEYS = 256
 SAME = 0.05  # by how much need and room of a pass may differ from one that ran out
 
@@ -59,8 +60,9 @@ class Measured:
     def learn(self, key: str, predicted: int, measured: int) -> None:
         """Note what a run took (bytes), beside the prediction before any correction (factor 1).
 
-        A pass of less than LEAST tells nothing: one weight that is cast outweighs it. Raises
-        ValueError for figures that were not measured.
+        A pass of less than LEAST tells nothing: one weight that is cast outweighs it. Nor does one
+        that says what many have said: no file is written then. Raises ValueError for figures that
+        were not measured.
         """
         if predicted <= 0 or measured <= 0:
             raise ValueError(f"predicted ({predicted}) and measured ({measured}) must be above 0.")
@@ -68,11 +70,17 @@ class Measured:
             return
         ratio = min(max(measured / predicted, LOWEST), HIGHEST)
         with self._lock:
+            if self._ratios is not None and self._says_nothing_new(key, ratio):
+                return
             known = self._ratios if self._unsaved else None
             ratios = self._stored() if known is None else known
             ratios[key] = [*ratios.pop(key, []), round(ratio, 4)][-SAMPLES:]  # now the newest key
             self._ratios = dict(list(ratios.items())[-KEYS:])
             self._save(self._ratios)
+
+    def _says_nothing_new(self, key: str, ratio: float) -> bool:
+        known = self._ratios.get(key, [])
+        return len(known) >= ENOUGH and abs(ratio - median([1.0, *known])) <= NO_NEWS
 
     def ran_out(self, key: str, needed: int, available: int) -> None:
         """Note that a pass did not fit (bytes; `needed` with factor 1), until ComfyUI ends.

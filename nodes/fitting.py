@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import comfy.model_management
 import comfy.sampler_helpers
 import comfy.utils
 import torch
@@ -12,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
 from . import foreign, outcome, recovery, slicing
-from .outcome import Metadata, Record
+from .outcome import CANCELLED, FAILED, Metadata, Record
 from .passes import Passes
 from .vram_limit import VRAMLimit
 
@@ -27,12 +28,14 @@ Callback = Callable[[int, Any, Any, int], Any]
 class Told(NamedTuple):
     """Where a model patch, which does not run itself when its model samples, tells of a run."""
 
-    node_id: str
+    node_id: str | None
     metadata: Metadata
 
     def tell(self, record: Record, nodes: tuple[str | None, ...]) -> None:
-        """In the metadata of the sampler's pictures, on its node and on the patch."""
-        record.note(self.metadata.write(nodes[0] or self.node_id, record.facts()))
+        """In the metadata of the sampler's pictures, if there are any, on its node and on the
+        patch."""
+        if not record.ended:
+            record.note(self.metadata.write(nodes[0] or self.node_id, record.facts()))
         outcome.tell(record.line(), *nodes)
 
 
@@ -99,6 +102,12 @@ class Fitting:
                 output = _finish(executor, passes, arguments, more)
             passes.learn()
             return output
+        except comfy.model_management.InterruptProcessingException:
+            record.ended = CANCELLED
+            raise
+        except Exception:
+            record.ended = FAILED
+            raise
         finally:
             self._passes = before
             passes.end()
@@ -173,6 +182,8 @@ def _finish(
         output = recovery.attempt(lambda: executor(*arguments, **more))
         if output is not None:
             return output
+        if restarts == RESTARTS:
+            break
         _clean_up(guider)
         options = guider.model_options
         passes.suspect(options["transformer_options"], foreign.AROUND_A_STEP, options)
@@ -180,7 +191,7 @@ def _finish(
         guider.conds = _copied(conds)
         random.restore()
         passes.say(RESTARTING)
-    raise passes.failure()
+    raise passes.failure_beside(runs=RESTARTS + 1)
 
 
 def _put_first(wrappers: dict[str, dict[str, list[Any]]]) -> None:

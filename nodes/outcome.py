@@ -14,7 +14,7 @@ import torch
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..core.budget import EXACT, ORDER, ROUNDING, Rung
+from ..core.budget import AS_ASKED, CHANGED, EXACT, ORDER, ROUNDING, SETTINGS, SETTINGS_TEXT, Rung
 from ..core.units import size_text
 
 METADATA = "qwen_vram"
@@ -22,6 +22,8 @@ NOT_COUNTED = "not measurable: torch counts the allocations of NVIDIA and AMD ca
 NOT_AGAIN = "not in the picture's metadata: ComfyUI did not run this node again"
 NOT_KNOWN = "not known"  # how the picture relates to the one that was asked for
 NO_WORKFLOW = "not in the picture's metadata: the client sent no workflow"
+NO_PROMPT = "not in the picture's metadata: ComfyUI runs no prompt"
+FAILED, CANCELLED = "failed", "cancelled"
 
 
 @dataclass
@@ -46,6 +48,8 @@ class Record:
     notes: list[str] = field(default_factory=list)
     doubtful: bool = False  # whether something else may have changed the picture
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    ended: str = ""  # FAILED or CANCELLED, where no picture was made
+    before: list[Record] = field(default_factory=list)  # runs of the same node that did not fit
 
     def note(self, sentence: str) -> None:
         """Say something once."""
@@ -84,10 +88,16 @@ class Record:
 
     @property
     def repeated(self) -> int:
-        """How many forward passes were."""
-        return len(self.repeated_at)
+        """How many forward passes were, in all runs."""
+        return len(self.repeated_at) + sum(len(record.repeated_at) for record in self.before)
+
+    def _in_all(self, name: str) -> Any:
+        """A number, over all runs."""
+        return getattr(self, name) + sum(getattr(record, name) for record in self.before)
 
     def _repeated(self) -> str:
+        if self.before:
+            return f"forward passes repeated: {self.repeated} in {len(self.before) + 1} runs"
         first, last = min(self.repeated_at), max(self.repeated_at)
         where = f"(step {first}" if first == last else f"(steps {first} to {last}"
         return f"forward passes repeated: {self.repeated} {where} of {self.steps})"
@@ -100,25 +110,40 @@ class Record:
     def exactness(self) -> str:
         """How the picture relates to the one that was asked for."""
         if self.changed():
-            return "changed settings"
+            return CHANGED
         known = self.rung.exactness if self.rung else EXACT
         return NOT_KNOWN if self.doubtful and known in (EXACT, ROUNDING) else known
 
+    def done(self) -> str:
+        """What was done, in words."""
+        if self.rung is None:
+            return "nothing was sampled"
+        if not self.changed():
+            return self.rung.text
+        besides = self.rung.text.removeprefix(AS_ASKED).removeprefix(", ")
+        return ", ".join(filter(None, [SETTINGS_TEXT, besides]))
+
+    def _rung_id(self) -> str | None:
+        if self.rung is None:
+            return None
+        return SETTINGS if self.changed() else self.rung.id
+
     def line(self) -> str:
         """For the node and the report."""
-        parts = [f"{self.rung.text} ({self.exactness()})" if self.rung else "nothing was sampled"]
+        done = f"{self.done()} ({self.exactness()})" if self.rung else self.done()
+        parts = [self.ended or done]
         parts += [f"{n} {pair[1]} instead of {pair[0]}" for n, pair in self.changed().items()]
         if self.repeated:
             parts.append(self._repeated())
-        if self.calculated_again:
-            parts.append(f"steps' calculations repeated: {self.calculated_again}")
-        if self.restarts:
-            parts.append(f"started again from the first step: {self.restarts}")
-        if self.waited:
-            parts.append(f"waited {self.waited:.1f} s for memory")
-        if self.previews_skipped:
-            parts.append(f"previews skipped: {self.previews_skipped}")
-        if self.peak:
+        if count := self._in_all("calculated_again"):
+            parts.append(f"steps' calculations repeated: {count}")
+        if count := self._in_all("restarts"):
+            parts.append(f"started again from the first step: {count}")
+        if seconds := self._in_all("waited"):
+            parts.append(f"waited {seconds:.1f} s for memory")
+        if count := self._in_all("previews_skipped"):
+            parts.append(f"previews skipped: {count}")
+        if self.peak and not self.ended:
             parts.append(f"peak {size_text(self.peak)}, predicted {size_text(self.need)}")
         if self.limit:
             parts.append(f"limit {size_text(self.limit)}")
@@ -127,8 +152,8 @@ class Record:
     def facts(self) -> dict[str, Any]:
         """The same as data. Sizes in bytes, times in seconds."""
         return {
-            "done": self.rung.text if self.rung else None,
-            "rung": self.rung.id if self.rung else None,
+            "done": self.done() if self.rung else None,
+            "rung": self._rung_id(),
             "exactness": self.exactness(),
             "policy": self.policy,
             "need_bytes": self.need,
@@ -137,10 +162,11 @@ class Record:
             "limit_bytes": self.limit or None,
             "forward_passes_repeated": self.repeated,
             "repeated_at_steps": sorted(set(self.repeated_at)),
-            "calculations_repeated": self.calculated_again,
-            "restarts": self.restarts,
-            "waited_seconds": round(self.waited, 1),
-            "previews_skipped": self.previews_skipped,
+            "runs_that_did_not_fit": len(self.before),
+            "calculations_repeated": self._in_all("calculated_again"),
+            "restarts": self._in_all("restarts"),
+            "waited_seconds": round(self._in_all("waited"), 1),
+            "previews_skipped": self._in_all("previews_skipped"),
             "settings_asked": self.asked,
             "settings_used": self.used,
             "notes": self.notes,
@@ -160,29 +186,48 @@ def versions() -> dict[str, str]:
     }
 
 
+class _Info:
+    """ComfyUI's extra_pnginfo, the very object, of the newest prompt alone: a model patch that
+    stays in ComfyUI's cache would keep the whole workflow of its own."""
+
+    prompt_id: str | None = None
+    info: dict[str, Any] | None = None
+
+
 @dataclass(frozen=True)
 class Metadata:
     """What SaveImage will write into the pictures of one prompt, if the client sent a workflow."""
 
-    info: dict[str, Any] | None  # ComfyUI's extra_pnginfo, the very object
-    prompt_id: str
+    prompt_id: str | None  # None where nothing runs in ComfyUI's executor
 
     @classmethod
     def of(cls, info: dict[str, Any] | None) -> Metadata:
         """Of the prompt that runs; `info` from a node's hidden input."""
-        return cls(info, get_executing_context().prompt_id)
+        context = get_executing_context()
+        if context is None:
+            return cls(None)
+        _Info.prompt_id, _Info.info = context.prompt_id, info
+        return cls(context.prompt_id)
 
-    def write(self, node_id: str, facts: dict[str, Any]) -> str:
+    def write(self, node_id: str | None, facts: dict[str, Any]) -> str:
         """Put the facts beside the workflow; returns why not, or "".
 
-        A model patch that ComfyUI did not run again knows the metadata of an earlier prompt only.
+        A node that samples several times in a prompt has a list of them, in their order. A model
+        patch that ComfyUI did not run again knows the metadata of an earlier prompt only.
         """
         context = get_executing_context()
-        if context is None or context.prompt_id != self.prompt_id:
+        if context is None or node_id is None:
+            return NO_PROMPT
+        if self.prompt_id != context.prompt_id or _Info.prompt_id != context.prompt_id:
             return NOT_AGAIN
-        if not self.info or not self.info.get("workflow"):
+        if not _Info.info or not _Info.info.get("workflow"):
             return NO_WORKFLOW
-        self.info.setdefault(METADATA, {})[node_id] = facts
+        every = _Info.info.setdefault(METADATA, {})
+        before = every.get(node_id)
+        if before is None:
+            every[node_id] = facts
+        else:
+            every[node_id] = [*before, facts] if isinstance(before, list) else [before, facts]
         return ""
 
 

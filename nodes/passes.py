@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -14,10 +15,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor
 
 from ..core import budget
-from ..core.budget import Memory
-from ..core.budget_text import failure_text
+from ..core.budget import POLICIES, Memory, Plan
+from ..core.budget_text import failure_text, share_of_sides
 from ..core.units import size_text
-from . import foreign, outcome, recovery, reductions
+from . import foreign, outcome, recovery, reductions, slicing
 from .outcome import Record
 from .place import MEASURED, Place
 from .slicing import Plans
@@ -29,6 +30,7 @@ log = logging.getLogger("qwen_vram")
 # In transformer_options: what patches that record or count commit after a call that succeeded,
 # and what patches hold on the GPU.
 ON_SUCCESS, HOLDINGS = "qwen_vram.on_success", "qwen_vram.holdings"
+TILES = Plan(tiles=2)
 REPEATS = 2  # on a rung to which nothing follows
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.2, 20.0
 Conds = dict[str, list[dict[str, Any]]]
@@ -36,6 +38,11 @@ SPARE_BYTES = 512_000_000  # to make room with for what is not predicted
 NEVER_RAN = (
     "There is not enough memory even to load the model. Close what else uses the device, or load "
     "the model in a smaller format."
+)
+BESIDE = (
+    "Memory ran out outside of the model's forward passes, in {} runs one after the other: in the "
+    "sampler's own arithmetic, in a ControlNet, or in another node's patch. Free now: {}. Make the "
+    "picture or the batch smaller, or close what else uses the device."
 )
 LIMITED = "vram_limit holds this run within {}: a higher limit, or 0, leaves more."
 REPEATING = "out of memory: memory given back, repeating a forward pass, {}"
@@ -48,13 +55,13 @@ class DoesNotFit(RuntimeError):
     Not what ComfyUI takes for out of memory, which would make it
     unload all models and give its own advice.
 
-    `tokens` of a picture that did not fit (0: not known), `free` bytes, and the `largest` side (px)
-    of a square picture that should.
+    There were `free` bytes. Of the sides of the picture the share `scale` should fit: 0 if no size
+    would, 1 if this size should have.
     """
 
-    def __init__(self, text: str, tokens: int, free: int, largest: int) -> None:
+    def __init__(self, text: str, free: int, scale: float) -> None:
         super().__init__(text)
-        self.tokens, self.free, self.largest = tokens, free, largest
+        self.free, self.scale = free, scale
 
 
 class Passes:
@@ -97,7 +104,9 @@ class Passes:
         """Run it on the first rung that should fit, and further down until it does."""
         place = self._place(executor.class_obj, options)
         together = reductions.together(executor.class_obj, x, options)
-        work = work_of(executor.class_obj, self.sliced, x, c_crossattn, more, together)
+        work = work_of(executor.class_obj, place.sliced, x, c_crossattn, more, together)
+        whole = reductions.possible(TILES, x, control, options)[1]
+        work = replace(work, tileable=not whole)
         with self._host:
             place.begin(work, self.policy, self._memory(place))
             self._make_room(place, failed=False)
@@ -106,7 +115,8 @@ class Passes:
             plan = place.rung.plan
             self.plans.set(place.patcher.load_device, plan)
             self.record.use(place.index, place.rung, place.need())
-            self.record.note(reductions.possible(plan, x, control, options)[1])
+            if place.rung is place.rungs[-1] and self.policy != POLICIES[0]:
+                self.record.note(whole)  # else there would be more to try
             arguments = (executor, plan, x, t, c_concat, c_crossattn, control, options)
             peak = _Peak(place.patcher.load_device, self._is_new(place))
             restore = foreign.kept(options, x)
@@ -124,8 +134,12 @@ class Passes:
     def _place(self, model: BaseModel, options: dict[str, Any]) -> Place:
         patcher = model.current_patcher
         with self._lock:
-            new = Place(patcher, model)
-            place = self._places.setdefault(patcher.load_device, new)
+            place = self._places.get(patcher.load_device)
+            if place is None:
+                replaced = slicing.replaced(model) if self.sliced else ""
+                self.record.note(replaced)
+                place = Place(patcher, model, self.sliced and not replaced)
+                self._places[patcher.load_device] = place
         place.holdings = options.get(HOLDINGS) or ()
         return place
 
@@ -222,8 +236,9 @@ class Passes:
         """
         recovery.recover(self.used, alone=True)
         comfy.model_management.throw_exception_if_processing_interrupted()
-        for patcher in self.used:
-            recovery.unload_others(patcher.load_device, self.used)
+        devices = {patcher.load_device for patcher in self.used}
+        for device in devices or {self.limit.device}:  # nothing is in use: the load itself failed
+            recovery.unload_others(device, self.used)
         needs = [place.need() for place in self._places.values()] or [self._expected]
         if self.limit.enforced and self.used:  # recovering lifted the watermark
             self.limit.fit_weights(self.used[0], max(needs) + SPARE_BYTES, self.used)
@@ -246,7 +261,7 @@ class Passes:
         x = torch.empty(tuple(shape), device="meta")
         text = max(texts, key=lambda tensor: tensor.shape[1], default=None)
         work = work_of(model.model, self.sliced, x, text, {"ref_latents": list(references)})
-        place = Place(model, model.model)
+        place = Place(model, model.model, self.sliced)
         memory = memory_of(model, [model], (), self.limit.room([model]))
         if model.model_size() + place.need_of(work, self.policy, memory) > memory.free:
             recovery.unload_others(model.load_device, [model])
@@ -277,18 +292,28 @@ class Passes:
         log.info("%s", text)
         outcome.tell(text, *self._nodes)
 
-    def failure(self, place: Place | None = None) -> DoesNotFit:
+    def failure(self, place: Place) -> DoesNotFit:
         """The final error: what was tried, what it needed, and what would fit."""
-        place = place or next(iter(self._places.values()), None)
-        if place is None:
-            return DoesNotFit(NEVER_RAN, 0, 0, 0)
         memory = self._memory(place)
         largest = budget.largest_side(place.work, self.policy, memory, place.factor)
         attempts = list(place.attempts.values())
         text = failure_text(place.work, attempts, memory, largest, self.policy)
-        if self.limit.limit:
-            text += "\n" + LIMITED.format(size_text(self.limit.limit))
-        return DoesNotFit(text, place.work.tokens, memory.free, largest)
+        scale = min(1.0, share_of_sides(place.work, largest))
+        return DoesNotFit(self._with_limit(text), memory.free, scale)
+
+    def failure_beside(self, runs: int) -> DoesNotFit:
+        """The final error where it was never a forward pass that failed in the end."""
+        if not self.used:
+            return DoesNotFit(self._with_limit(NEVER_RAN), 0, 0.0)
+        patcher = self.used[0]
+        cap = self.limit.room() if patcher.load_device == self.limit.device else None
+        free = memory_of(patcher, self.used, (), cap).free
+        return DoesNotFit(self._with_limit(BESIDE.format(runs, size_text(free))), free, 1.0)
+
+    def _with_limit(self, text: str) -> str:
+        if not self.limit.limit:
+            return text
+        return text + "\n" + LIMITED.format(size_text(self.limit.limit))
 
     # -------------------------------------------------------------------------------- learning
     def _is_new(self, place: Place) -> bool:

@@ -26,8 +26,10 @@ class Place:
 
     patcher: ModelPatcher
     model: BaseModel
+    sliced: bool  # whether it can run in slices
     holdings: Sequence[Holding] = ()
     work: Work | None = None
+    held: bool = False  # whether other patches hold something
     rungs: tuple[Rung, ...] = ()
     index: int = 0
     last_exact: int = 0
@@ -68,9 +70,11 @@ class Place:
 
     def begin(self, work: Work, policy: str, memory: Memory) -> None:
         """Take up a new pass, on the first rung that should fit of those not left behind."""
-        if work != self.work:
-            rungs = budget.ladder(work, policy, held=bool(self.holdings))
-            self.work, self.rungs = work, tuple(r for r in rungs if r.exactness != CHANGED)
+        held = memory.held > 0
+        if (work, held) != (self.work, self.held):
+            ladder = budget.ladder(work, policy, held)
+            self.rungs = tuple(rung for rung in ladder if rung.exactness != CHANGED)
+            self.work, self.held = work, held
             exact = [i for i, r in enumerate(self.rungs) if r.exactness in (EXACT, ROUNDING)]
             self.last_exact = exact[-1]
         self.failures, self.repeats, self.waited = 0, 0, 0.0

@@ -19,14 +19,39 @@ from . import loaded_models
 
 log = logging.getLogger("qwen_vram")
 
+BUFFER_FAILED = ("VRAM grow failed", "VRAM reservation failed")
+ALLOCATORS = (  # that fail by a plain RuntimeError: CPU (and on Windows), Apple, DirectML, Intel
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "MPS backend out of memory",
+    "Could not allocate tensor with",
+    "XPU out of memory",
+)
+CUDA_INVALID_VALUE = 1  # of torch.AcceleratorError
 PINNED = 2  # in the flags of ModelVBAR.get_residency
 MOST_PINS = 1000  # of one page; each pin is one cast that did not end
 STEP_SECONDS = 0.1  # how long an interrupt may go unnoticed
 
 
 def is_oom(error: BaseException) -> bool:
-    """Whether ComfyUI takes this error for a want of memory."""
-    return comfy.model_management.is_oom(error)
+    """Whether an error means that memory lacked: what ComfyUI knows, what other devices than
+    NVIDIA's and AMD's say, and two of dynamic VRAM's.
+
+    Dynamic VRAM's buffers fail by a plain RuntimeError (comfy_aimdo/vram_buffer.py). Where the
+    driver refuses to map a page, its error shows at torch's next call as "invalid argument"; seen
+    on a card whose memory another program took and returned.
+    """
+    if comfy.model_management.is_oom(error):
+        return True
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in ALLOCATORS):
+        return True
+    if not comfy.memory_management.aimdo_enabled:
+        return False
+    mapped = getattr(error, "error_code", None) == CUDA_INVALID_VALUE
+    if mapped:
+        log.warning("taken for out of memory: %s", str(error).partition("\n")[0])
+        comfy.model_management.discard_cuda_async_error()
+    return mapped or (type(error) is RuntimeError and str(error).startswith(BUFFER_FAILED))
 
 
 def recover(patchers: Sequence[ModelPatcher], alone: bool, thorough: bool = True) -> None:

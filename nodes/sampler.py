@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.samplers
-import comfy.utils
-import node_helpers
 import nodes as comfy_nodes
-import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
-from comfy_execution.utils import get_executing_context
 
 from ..core import fallback_settings
-from ..core.budget import POLICIES, TOKEN_SIDE
+from ..core.budget import POLICIES
 from ..core.fallback_settings import Row
+from .changed_settings import Conditioning, Request
 from .fitting import Fitting, Told
-from .outcome import Metadata
+from .outcome import Metadata, Record, running_node
 from .passes import DoesNotFit
 from .status import shown
 from .vram_limit import GB
 
 SMALLER = 0.75  # of the sides, where a size that should have fitted did not
 TIMES_SMALLER = 4
-LEAST_LATENT_SIDE = 8  # 64 px
 RAN_AGAIN = "as asked it did not fit: the whole run was done again"
 WAITS = "fits itself to the memory when a sampler runs with it"
-Conditioning = list[list[Any]]
 
 
 class Sampler(io.ComfyNode):
@@ -123,8 +115,9 @@ class Sampler(io.ComfyNode):
                 default=POLICIES[0],
                 tooltip=(
                     "What may be done when memory is short. exact only: nothing that changes the "
-                    "picture. allow approximations: then also smaller references and tiles. allow "
-                    "changed settings: then also a smaller picture and the settings below."
+                    "picture by more than the rounding of its last digits. allow approximations: "
+                    "then also smaller references and tiles. allow changed settings: then also a "
+                    "smaller picture and the settings below."
                 ),
             ),
             io.Float.Input(
@@ -166,6 +159,7 @@ class Sampler(io.ComfyNode):
     ) -> io.NodeOutput:
         """Sample, and say what was done."""
         rows = _rows(settings) if policy == POLICIES[2] else ()
+        metadata = Metadata.of(cls.hidden.extra_pnginfo)
         fitting = Fitting(policy, round(vram_limit * GB))
         request = Request(steps, cfg, sampler_name, positive, negative, latent_image)
         more = {"seed": seed, "scheduler": scheduler, "denoise": denoise}
@@ -181,40 +175,8 @@ class Sampler(io.ComfyNode):
         if used is not request:
             record.note(RAN_AGAIN)
         facts = record.facts()
-        metadata = Metadata.of(cls.hidden.extra_pnginfo)
-        record.note(metadata.write(get_executing_context().node_id, facts))
+        record.note(metadata.write(running_node(), facts))
         return shown(latent, record.line(), text=record.line(), **facts)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What of a run may be changed if nothing else helps."""
-
-    steps: int
-    cfg: float
-    sampler_name: str
-    positive: Conditioning
-    negative: Conditioning
-    latent: dict[str, Any]
-
-    def settings(self) -> dict[str, Any]:
-        """For the report; the size in latent pixels."""
-        samples = self.latent["samples"]
-        size = "x".join(map(str, samples.shape[:-3:-1])) if _is_picture(samples) else None
-        named = {"steps": self.steps, "cfg": self.cfg, "sampler_name": self.sampler_name}
-        return {**named, "latent_size": size}
-
-    def changed(self, row: Row, scale: float) -> Request:
-        """With a row of the table, never more than was asked, and sides made smaller."""
-        return dataclasses.replace(
-            self,
-            steps=min(self.steps, row.steps),
-            cfg=min(self.cfg, row.cfg),
-            sampler_name=row.sampler,
-            positive=_smaller_references(self.positive, scale),
-            negative=_smaller_references(self.negative, scale),
-            latent={**self.latent, "samples": _smaller(self.latent["samples"], scale)},
-        )
 
 
 def _sample(
@@ -226,17 +188,24 @@ def _sample(
 ) -> tuple[dict[str, Any], Request]:
     """The latent, and what it was made with. Raises DoesNotFit."""
     scale, used = 1.0, request
-    for _ in range(TIMES_SMALLER if rows else 0):
+    before: list[Record] = []
+    for _ in range(TIMES_SMALLER + 1):
         latent, failure = _try(model, used, more)
         if latent is not None:
+            fitting.record.before = before
             return latent, used
-        scale = _next_scale(failure, scale)
-        if not _is_picture(request.latent["samples"]) or scale == 0.0:
+        before.append(fitting.record)
+        scale *= min(SMALLER, failure.scale)
+        if not rows or scale == 0:
             break
-        row = fallback_settings.row_for(rows, failure.free)
-        used = request.changed(row, scale)
-        failure = None
-    return _run(model, used, more), used
+        changed = request.changed(fallback_settings.row_for(rows, failure.free), scale)
+        if changed.sizes() == used.sizes():
+            break
+        used = changed
+    try:
+        raise failure
+    finally:
+        del failure  # whose traceback holds this frame, and that the model
 
 
 def _try(
@@ -261,34 +230,6 @@ def _run(model: ModelPatcher, request: Request, more: dict[str, Any]) -> dict[st
         latent=request.latent,
         **more,
     )[0]
-
-
-def _next_scale(failure: DoesNotFit, scale: float) -> float:
-    """Of the sides that were asked: what should fit; at least a step smaller than before."""
-    if not failure.tokens:
-        return scale * SMALLER
-    return scale * min(SMALLER, failure.largest / (math.sqrt(failure.tokens) * TOKEN_SIDE))
-
-
-def _is_picture(samples: torch.Tensor) -> bool:
-    """Or a video: a latent (B, C, ..., h, w). Sound has no sides, nested latents several."""
-    return not samples.is_nested and samples.ndim >= 4
-
-
-def _smaller(samples: torch.Tensor, scale: float) -> torch.Tensor:
-    """A latent (B, C, ..., h, w) with smaller sides, even as the model's patches want them."""
-    sides = [max(LEAST_LATENT_SIDE, 2 * int(side * scale / 2)) for side in samples.shape[-2:]]
-    height, width = (min(new, old) for new, old in zip(sides, samples.shape[-2:], strict=True))
-    return comfy.utils.common_upscale(samples, width, height, "area", "disabled")
-
-
-def _smaller_references(conditioning: Conditioning, scale: float) -> Conditioning:
-    made = []
-    for entry in conditioning:
-        latents = entry[1].get("reference_latents")
-        values = {"reference_latents": [_smaller(x, scale) for x in latents]} if latents else {}
-        made += node_helpers.conditioning_set_values([entry], values)
-    return made
 
 
 def _rows(settings: str) -> tuple[Row, ...]:
@@ -327,7 +268,8 @@ class Fit(io.ComfyNode):
                     default=POLICIES[0],
                     tooltip=(
                         "What may be done when memory is short. exact only: nothing that changes "
-                        "the picture. allow approximations: then also smaller references and tiles."
+                        "the picture by more than the rounding of its last digits. allow "
+                        "approximations: then also smaller references and tiles."
                     ),
                 ),
                 io.Float.Input(
@@ -346,9 +288,8 @@ class Fit(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, policy: str, vram_limit: float) -> io.NodeOutput:
         """Patch a clone."""
-        node_id = get_executing_context().node_id
-        metadata = Metadata.of(cls.hidden.extra_pnginfo)
-        fitting = Fitting(policy, round(vram_limit * GB), Told(node_id, metadata))
+        told = Told(running_node(), Metadata.of(cls.hidden.extra_pnginfo))
+        fitting = Fitting(policy, round(vram_limit * GB), told)
         return shown(fitting.patch(model), text=fitting.not_sliced or WAITS)
 
 

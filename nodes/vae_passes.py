@@ -26,6 +26,7 @@ from ..core.vae_plan import (
     whole_bytes,
 )
 from ..core.vae_tiles import Buffer, Load, Steps, Tiles, axis, scale_of, steps_of
+from . import recovery
 
 WHOLE, BY_TILES = "whole", "tiles"
 
@@ -191,7 +192,7 @@ class Pass:
         for done, (source, sink) in enumerate(pairs):
             if not _succeeds(lambda s=source, t=sink: t.copy_(self.layers.whole(load(s)))):
                 self.failures += 1
-                model_management.soft_empty_cache()
+                self._recover()
                 return pairs[done:]
             self.progress.update(1)
         return []
@@ -268,7 +269,7 @@ class Pass:
     def _give_way(self, work: Tiles | AttentionSlices) -> None:
         """Make what is left smaller, or room for it. Raises RuntimeError if nothing is left."""
         self.failures += 1
-        model_management.soft_empty_cache()
+        self._recover()
         pending = len(work.pending)
         if work.shrink():
             if isinstance(work, Tiles):
@@ -281,6 +282,10 @@ class Pass:
             self._free_others()
         else:
             raise RuntimeError(self._exhausted(work))
+
+    def _recover(self) -> None:
+        """Drop what a failed part left: half a cast of a streamed weight would change the rest."""
+        recovery.recover([self.vae.patcher], alone=True, thorough=False)
 
     def _exhausted(self, work: Tiles | AttentionSlices) -> str:
         """What was tried, what it needed, what is free, and what would fit."""
@@ -341,5 +346,6 @@ def _succeeds(act: Callable[[], Any]) -> bool:
         act()
         return True
     except Exception as error:
-        model_management.raise_non_oom(error)
+        if not recovery.is_oom(error):
+            raise
     return False

@@ -16,7 +16,13 @@ from .recovery import is_used, stream_more, vbar_of
 from .status import size_text
 
 GB = 1_000_000_000
-NOT_HERE = "the VRAM limit only decides how to run: {} memory cannot be limited"
+NOT_HERE = "the VRAM limit only decides how to run: PyTorch cannot limit {}"
+MEMORIES = {  # by the kind of device
+    "cpu": "how much RAM it takes",
+    "mps": "how much of Apple's shared memory it takes",
+    "privateuseone": "memory under DirectML",
+    "xpu": "the memory of Intel cards",
+}
 TOO_LARGE = "the VRAM limit of {} is more than the {} there are: it changes nothing"
 TOO_SMALL = (
     "vram_limit is {}, but ComfyUI takes {} on {} before any model is loaded. "
@@ -38,7 +44,8 @@ class VRAMLimit:
         self.total = self.overhead = 0
         self._before: float | None = None
         if limit > 0 and not self.enforced:
-            self.note = NOT_HERE.format("RAM" if device.type == "cpu" else device.type)
+            memory = MEMORIES.get(device.type, f"the memory of {device.type} devices")
+            self.note = NOT_HERE.format(memory)
         if self.enforced:
             self._look()
 

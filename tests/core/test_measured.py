@@ -48,10 +48,22 @@ def test_a_disturbed_run_does_not_move_what_many_agree_on(path: Path) -> None:
 
 def test_the_last_runs_count(path: Path) -> None:
     measured = Measured(path)
-    for took in [1900] * SAMPLES + [1100] * SAMPLES:
+    for number in range(3 * SAMPLES):
+        measured.learn(KEY, 1000 * MB, (1900 - 20 * number) * MB)
+    newest = json.loads(path.read_text())[KEY]
+    assert len(newest) == SAMPLES and newest[-1] == 1.9 - 0.02 * (3 * SAMPLES - 1)
+
+
+def test_what_many_runs_have_said_is_not_written_again(path: Path) -> None:
+    measured = Measured(path)
+    for took in (1900, 1100, 1100, 1100, 1100, 1100, 1100, 1101, 1109, 1091):
         measured.learn(KEY, 1000 * MB, took * MB)
-    assert measured.factor(KEY) == pytest.approx(1.1)
-    assert len(json.loads(path.read_text())[KEY]) == SAMPLES
+    assert json.loads(path.read_text())[KEY] == [1.9, 1.1, 1.1, 1.1, 1.1]
+    path.unlink()
+    measured.learn(KEY, 1000 * MB, 1102 * MB)
+    assert not path.exists()
+    measured.learn(KEY, 1000 * MB, 1300 * MB)
+    assert path.exists()
 
 
 def test_what_ran_out_is_known_until_a_restart(path: Path) -> None:

@@ -311,7 +311,150 @@ class LeaveCache(TextList):
         return ("done",)
 
 
+class NoiseConditioning(TextList):
+    """Numbers in the shape of an encoded text."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+    OUTPUT_IS_LIST = (False,)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT",), "tokens": ("INT",), "width": ("INT",)}}
+
+    def run(self, seed, tokens, width):
+        draw = torch.Generator().manual_seed(seed)
+        return ([[torch.randn(1, tokens, width, generator=draw), {"pooled_output": None}]],)
+
+
+class NoiseLatent(TextList):
+    """A latent of Qwen-Image's."""
+
+    RETURN_TYPES = ("LATENT",)
+    OUTPUT_IS_LIST = (False,)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT",), "side": ("INT",)}}
+
+    def run(self, seed, side):
+        draw = torch.Generator().manual_seed(seed)
+        return ({"samples": torch.randn(1, 16, 1, side // 8, side // 8, generator=draw)},)
+
+
+class FailingModel(TextList):
+    """A model that raises an out-of-memory after some of its blocks, counted over a whole run."""
+
+    RETURN_TYPES = ("MODEL",)
+    OUTPUT_IS_LIST = (False,)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "at": ("STRING",), "inside": ("BOOLEAN",)}}
+
+    def run(self, model, at, inside):
+        calls, wanted = [0], {int(number) for number in at.split()}
+
+        def count(args):
+            calls[0] += 1
+            if calls[0] - 1 in wanted:
+                if inside:
+                    self.fail_in_the_next_cast()
+                else:
+                    raise torch.OutOfMemoryError("as asked")
+            return args
+
+        failing = model.clone()
+        failing.set_model_patch(count, "double_block")
+        return (failing,)
+
+    def fail_in_the_next_cast(self):
+        """Where a real one leaves a page pinned: between two halves of a cast."""
+        import comfy.ops
+
+        name = "resolve_cast_module_with_vbar"
+        real = getattr(comfy.ops, name)
+
+        def fail(*args, **kwargs):
+            setattr(comfy.ops, name, real)
+            raise torch.OutOfMemoryError("as asked, in a cast")
+
+        setattr(comfy.ops, name, fail)
+
+
+class TakenMoment(TextList):
+    """A model in whose run all memory of the card is taken for some seconds, after a block."""
+
+    RETURN_TYPES = ("MODEL",)
+    OUTPUT_IS_LIST = (False,)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        required = {"model": ("MODEL",), "at": ("INT",), "seconds": ("FLOAT",)}
+        return {"required": required}
+
+    def run(self, model, at, seconds):
+        calls, held = [0], []
+
+        def count(args):
+            calls[0] += 1
+            if calls[0] == at:
+                self.take(held)
+                threading.Timer(seconds, held.clear).start()
+            return args
+
+        taken = model.clone()
+        taken.set_model_patch(count, "double_block")
+        return (taken,)
+
+    def take(self, held):
+        """In ever smaller pieces, down to 2 MB."""
+        size = 1 << 33
+        while size >= 1 << 21:
+            try:
+                held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+            except torch.OutOfMemoryError:
+                size //= 2
+
+
+class Pages(TextList):
+    """What a failed pass could have left on the models that are loaded."""
+
+    OUTPUT_IS_LIST = (False,)
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"after": ("LATENT",)}}
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def run(self, after):
+        import comfy.model_management
+
+        found = {"pinned": 0, "prefetched": 0, "dynamic": 0, "resident": 0}
+        for entry in comfy.model_management.current_loaded_models:
+            if not entry.model.is_dynamic():
+                continue
+            vbar = entry.model.model.dynamic_vbars[entry.model.load_device]
+            flags = vbar.get_residency()
+            found["dynamic"] += 1
+            found["resident"] += sum(flag & 1 for flag in flags)
+            found["pinned"] += sum(flag >> 1 & 1 for flag in flags)
+            found["prefetched"] += sum(
+                hasattr(module, "_prefetch") for module in entry.model.model.modules()
+            )
+        fraction = torch.cuda.get_per_process_memory_fraction()
+        return {"ui": {"pages": [{**found, "fraction": fraction}]}, "result": ("done",)}
+
+
 CLASSES = (
+    NoiseConditioning,
+    NoiseLatent,
+    FailingModel,
+    TakenMoment,
+    Pages,
     Gated,
     GatedAsync,
     LeaveCache,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pack.core.budget import Memory
-from pack.tests.graphs import text_to_image
+from pack.tests.graphs import node, text_to_image
 from pack.tests.host import RunError
 from pack.tests.nodes.faults import Faults, blocks_fail, fitted, latent, small, transformer, within
 from pack.tests.nodes.test_warmup import Queue
@@ -24,8 +24,8 @@ CUDA = torch.device("cuda:0")
 
 
 # ------------------------------------------------------------------------------- the metadata
-def queued(host: Any, graph: dict[str, Any], **extra: Any) -> Path:
-    """Run a graph as ComfyUI's worker does, from its queue; returns the picture that it saved."""
+def queued(host: Any, graph: dict[str, Any], **extra: Any) -> list[Path]:
+    """Run a graph as ComfyUI's worker does, from its queue; returns the pictures that it saved."""
     queue, prompt_id = host.server.prompt_queue, uuid.uuid4().hex
     folder = Path(host.folder_paths.get_output_directory())
     before = set(folder.rglob("*.png"))
@@ -35,8 +35,7 @@ def queued(host: Any, graph: dict[str, Any], **extra: Any) -> Path:
     status = queue.ExecutionStatus("success", host.executor.success, [])
     queue.task_done(number, host.executor.history_result, status, lambda prompt: prompt[:5])
     queue.wipe_history()
-    (made,) = set(folder.rglob("*.png")) - before
-    return made
+    return sorted(set(folder.rglob("*.png")) - before)
 
 
 @pytest.mark.parametrize("build", [within, fitted])
@@ -45,7 +44,7 @@ def test_the_picture_says_what_was_done_if_the_client_sent_a_workflow(host, buil
     workflow = {"nodes": [{"id": 1}], "links": []}
     model = transformer(host, graph)
     with blocks_fail(model, Faults({2})):
-        path = queued(host, graph, extra_pnginfo={"workflow": workflow})
+        (path,) = queued(host, graph, extra_pnginfo={"workflow": workflow})
     written = Image.open(path).info
     assert json.loads(written["workflow"]) == workflow  # as it was: it can be opened again
     (said,) = json.loads(written["qwen_vram"]).items()
@@ -62,7 +61,7 @@ def test_a_patch_that_did_not_run_again_says_so(host, monkeypatch) -> None:
     graph, info = fitted(text_to_image(size=32)), {"workflow": {"nodes": [{"id": 1}]}}
     queued(host, graph, extra_pnginfo=info)
     graph["sampler"]["inputs"]["seed"] += 1
-    path = queued(host, graph, extra_pnginfo=info)
+    (path,) = queued(host, graph, extra_pnginfo=info)
     assert "qwen_vram" not in Image.open(path).info
     assert told[-1] == (
         "as asked (exact) · not in the picture's metadata: ComfyUI did not run this node again"
@@ -70,9 +69,53 @@ def test_a_patch_that_did_not_run_again_says_so(host, monkeypatch) -> None:
 
 
 def test_without_a_workflow_the_node_says_so(host) -> None:
-    assert "qwen_vram" not in Image.open(queued(host, within(text_to_image(size=32)))).info
+    assert "qwen_vram" not in Image.open(queued(host, within(text_to_image(size=32)))[0]).info
     shown = host.run(within(small())).status("sampler")
     assert shown["text"].endswith("not in the picture's metadata: the client sent no workflow")
+
+
+@pytest.mark.parametrize("build", [within, fitted])
+def test_a_list_of_latents_has_what_was_done_for_each(host, build) -> None:
+    graph = text_to_image(size=32, seed=hash(build.__name__) % 1000)
+    graph["latent"]["inputs"]["batch_size"] = 2
+    graph["each"] = node("RebatchLatents", latents=["latent", 0], batch_size=1)
+    graph["sampler"]["inputs"].update(latent_image=["each", 0], steps=1)
+    graph = build(graph)
+    info = {"workflow": {"nodes": [{"id": 1}]}}
+    with blocks_fail(transformer(host, graph), Faults({5})):  # in the second
+        paths = queued(host, graph, extra_pnginfo=info)
+    for path in paths:
+        said = json.loads(Image.open(path).info["qwen_vram"])["sampler"]
+        assert [one["forward_passes_repeated"] for one in said] == [0, 1]
+
+
+def test_a_patch_in_the_cache_keeps_no_workflow(host) -> None:
+    """Only the newest prompt's is known."""
+    outcome = host.part("nodes.outcome")
+    graph, info = fitted(text_to_image(size=32)), {"workflow": {"nodes": [{"id": 1}]}}
+    queued(host, graph, extra_pnginfo=info)
+    patched = host.executor.caches.outputs.get_local("fit").outputs[0][0]
+    (wrapper,) = patched.wrappers["outer_sample"]["qwen_vram.fit"]
+    assert vars(wrapper.__self__.told.metadata).keys() == {"prompt_id"}
+    assert outcome._Info.info["workflow"] == info["workflow"]
+    queued(host, within(text_to_image(size=32)), extra_pnginfo={})
+    assert not (outcome._Info.info or {}).get("workflow")
+
+
+def test_without_a_prompt_a_sampler_works_all_the_same(host) -> None:
+    """Called by a script: nothing runs in ComfyUI's executor."""
+    host.restart()
+    outputs = host.run(small()).outputs
+    sampler = host.nodes.NODE_CLASS_MAPPINGS["QwenVRAMSampler"]
+    positive, negative, empty = (outputs[name][0][0] for name in ("positive", "negative", "latent"))
+    model = outputs["shift"][0][0]
+    sampler.hidden = SimpleNamespace(extra_pnginfo={"workflow": {"nodes": []}})
+    given = (5, 2, 2.5, "euler", "simple", positive, negative, empty, 1.0, "exact only", 0.0, "")
+    made = sampler.execute(model, *given)
+    assert made.args[0]["samples"].isfinite().all() and "runs no prompt" in made.args[1]
+    fit = host.nodes.NODE_CLASS_MAPPINGS["QwenVRAMFit"]
+    fit.hidden = sampler.hidden
+    assert fit.execute(model, "exact only", 0.0).args
 
 
 # -------------------------------------------------------------------------------- the warm-up
@@ -214,6 +257,23 @@ def test_pages_that_a_failed_pass_left_pinned_are_unpinned(host) -> None:
     assert not any(hasattr(module, "_prefetch") for module in patcher.model.modules())
 
 
+class FromCUDA(RuntimeError):
+    """As torch.AcceleratorError: cudaErrorInvalidValue."""
+
+    error_code = 1
+
+
+def test_what_dynamic_vram_raises_for_want_of_memory_is_known(host, monkeypatch) -> None:
+    import comfy.memory_management
+
+    is_oom = host.part("nodes.recovery").is_oom
+    own = (RuntimeError("VRAM grow failed: 56659968 bytes"), FromCUDA("CUDA error: invalid value"))
+    assert is_oom(torch.OutOfMemoryError("no")) and not any(map(is_oom, own))
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    assert all(map(is_oom, own))
+    assert not is_oom(RuntimeError("shapes")) and not is_oom(ValueError("VRAM grow failed"))
+
+
 def test_pages_that_left_come_back_after_a_failure(host) -> None:
     """ComfyUI's pages stay below their watermark, which a failure leaves at nothing."""
     recovery = host.part("nodes.recovery")
@@ -335,6 +395,16 @@ def test_a_limit_above_what_there_is_is_said_and_left(host, card, size: int) -> 
     assert card.set_to == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "memory"),
+    [("mps", "Apple's shared memory"), ("privateuseone", "DirectML"), ("xpu", "Intel cards")],
+)
+def test_elsewhere_the_limit_is_said_to_hold_nothing(host, kind: str, memory: str) -> None:
+    note = limit(host, GB, torch.device(kind, 0)).note
+    assert note.startswith("the VRAM limit only decides how to run: PyTorch cannot limit ")
+    assert memory in note and kind not in note
+
+
 def test_a_limit_below_what_the_driver_takes_is_refused(host, card) -> None:
     with pytest.raises(ValueError, match="Set vram_limit higher"):
         limit(host, GB // 4)
@@ -345,7 +415,10 @@ def test_on_the_cpu_the_limit_only_decides_how_to_run(host) -> None:
     usual = latent(host.run(graph))
     run = host.run(within(graph, vram_limit=0.0006))
     status = run.status("sampler")
-    assert "RAM memory cannot be limited" in status["text"] and "limit 0.6 MB" in status["text"]
+    assert (
+        "PyTorch cannot limit how much RAM it takes" in status["text"]
+        and "limit 0.6 MB" in status["text"]
+    )
     assert "slices" in status["done"] and status["forward_passes_repeated"] == 0
     assert torch.allclose(latent(run), usual, atol=1e-2)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pack.core.budget import POLICIES
 from pack.demo.tiny_checkpoints import TEXT_HIDDEN
 from pack.tests.graphs import node, text_to_image
 from pack.tests.host import RunError
@@ -258,9 +259,16 @@ def test_it_starts_again_twice_at_most(host, model, stock, monkeypatch) -> None:
 
     faults = Faults(range(100))
     monkeypatch.setattr(comfy.samplers, "cfg_function", lambda *a, **k: faults.call())
-    with pytest.raises(RunError, match="There is not enough memory"):
-        host.run(within(small()))
+    told: list[str] = []
+    monkeypatch.setattr(host.server, "send_progress_text", lambda text, *_: told.append(text))
+    with pytest.raises(RunError) as caught:
+        host.run(within(small(), vram_limit=2.0))
+    text = str(caught.value)
+    assert "outside of the model's forward passes, in 3 runs one after the other" in text
+    assert "Tried" not in text and "px" not in text and "vram_limit holds this run" in text
     assert faults.raised == 3
+    again = host.part("nodes.fitting").RESTARTING
+    assert told.count(again) == 2 and told[-1] == again
 
 
 def test_a_preview_that_fails_is_skipped(host, model, stock, monkeypatch) -> None:
@@ -370,6 +378,92 @@ def test_an_interrupt_ends_a_wait(host) -> None:
         recovery.wait(60)
     moments = iter([0.0, 0.0, 0.05, 0.2])
     recovery.wait(0.1, clock=lambda: next(moments))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_load_that_fails_makes_room_and_is_not_tried_for_ever(
+    host, model, monkeypatch, policy: str
+) -> None:
+    """Policy 3 does not make a picture smaller that no load was ever followed by."""
+    import comfy.sampler_helpers
+
+    faults, unloaded = Faults(range(100)), []
+    monkeypatch.setattr(comfy.sampler_helpers, "_prepare_sampling", lambda *a, **k: faults.call())
+    recovery = host.part("nodes.recovery")
+    monkeypatch.setattr(recovery, "unload_others", lambda *arguments: unloaded.append(arguments))
+    with pytest.raises(RunError, match="not enough memory even to load the model"):
+        host.run(within(larger(), policy=policy))
+    assert faults.raised == 3 and unloaded == [(torch.device("cpu"), [])] * 2
+
+
+@pytest.mark.parametrize(("act", "ended"), [(None, "failed"), ("interrupt", "cancelled")])
+def test_a_run_without_a_picture_is_not_told_as_one_that_succeeded(
+    host, model, monkeypatch, act: str | None, ended: str
+) -> None:
+    told: list[tuple[str, str]] = []
+    tell = lambda text, node_id, sid: told.append((node_id, text))  # noqa: E731
+    monkeypatch.setattr(host.server, "send_progress_text", tell)
+    written: list[Any] = []
+    metadata = host.part("nodes.outcome").Metadata
+    monkeypatch.setattr(metadata, "write", lambda self, *facts: written.append(facts))
+    faults = Faults(range(100), act=interrupt if act else None)
+    with blocks_fail(model, faults), pytest.raises(RunError):
+        host.run(fitted(small(seed=77)))
+    assert [node for node, _ in told[-2:]] == ["sampler", "fit"] and written == []
+    assert told[-1][1].startswith(f"{ended} · forward passes repeated: ")
+    assert "exact" not in told[-1][1]
+    host.run(fitted(small(seed=78)))
+    assert told[-1][1].startswith("as asked (exact)") and len(written) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 9 bytes. Error code 12 (Cannot allocate memory)",
+        "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you "
+        "tried to allocate 9 bytes.",
+        "MPS backend out of memory (MPS allocated: 9 GB, other allocations: 1 GB, max allowed: 9)",
+        "Could not allocate tensor with 9 bytes. There is not enough GPU video memory available!",
+        "XPU out of memory. Tried to allocate 9 GiB",
+    ],
+)
+def test_other_devices_say_it_by_their_own_words(host, model, stock, text: str) -> None:
+    class Other(Faults):
+        def call(self, *tensors: torch.Tensor) -> None:
+            try:
+                super().call(*tensors)
+            except torch.OutOfMemoryError:
+                raise RuntimeError(text) from None
+
+    with blocks_fail(model, Other({1})) as faults:
+        run = host.run(within(small()))
+    assert faults.raised == 1 and latent(run).equal(stock["euler"])
+    assert not host.part("nodes.recovery").is_oom(ValueError(text))
+
+
+def test_the_cpu_s_own_want_of_memory_is_known(host) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert host.part("nodes.recovery").is_oom(caught.value)
+
+
+def test_a_model_with_blocks_of_another_node_tries_no_slices(host, model, stock) -> None:
+    class Foreign(type(model.transformer_blocks[1].img_mlp)):
+        pass
+
+    block = model.transformer_blocks[1]
+    whole = block.img_mlp
+    block.img_mlp = foreign = host.part("nodes.slicing")._copy(whole, Foreign)
+    try:
+        with blocks_fail(model, Faults({0, 1, 2})):
+            run = host.run(within(larger()))
+        assert type(foreign) is Foreign
+    finally:
+        block.img_mlp = whole
+    status = run.status("sampler")
+    assert "Another node replaced the feed-forward" in status["text"]
+    assert "slices" not in status["done"] and latent(run).equal(stock["euler larger"])
 
 
 # -------------------------------------------------------------------------------- what is left

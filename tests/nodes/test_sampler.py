@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pack.core.budget import POLICIES
 from pack.tests.graphs import LORA, node, text_to_image
 from pack.tests.host import RunError
@@ -74,7 +76,7 @@ def test_masks_batches_and_loras_are_as_in_a_ksampler(host, graph: dict[str, Any
     model = transformer(host, graph)
     with blocks_fail(model, Faults({1, 6})) as faults:
         run = host.run(within(graph))
-    assert faults.raised == 2 and latent(run).equal(stock["samples"])
+    assert faults.raised == 2 and latent(run).equal(stock["samples"]), run.status("sampler")["text"]
 
 
 def test_its_inputs_are_those_of_a_ksampler_and_three_more(host) -> None:
@@ -179,7 +181,12 @@ def test_as_a_last_resort_settings_and_size_change(host) -> None:
         "latent_size": "18x18",
     }
     assert status["settings_asked"]["latent_size"] == "24x24"
-    assert status["exactness"] == "changed settings"
+    assert status["exactness"] == "changed settings" and status["rung"] == "settings"
+    assert status["done"] == "a smaller picture with other settings"
+    assert status["text"].startswith(f"{status['done']} (changed settings) · steps 3 instead of 4")
+    assert status["runs_that_did_not_fit"] == 1
+    count = status["forward_passes_repeated"]
+    assert count >= 4 and f"forward passes repeated: {count} in 2 runs" in status["text"]
     assert "steps 3 instead of 4" in status["text"] and "cfg 5.0 instead of 9.0" in status["text"]
     graph["latent"]["inputs"].update(width=144, height=144)
     graph["sampler"]["inputs"].update(steps=3, cfg=5.0, sampler_name="ddim")
@@ -207,7 +214,7 @@ def test_a_wrong_table_is_refused_with_a_sentence(host, table: str, sentence: st
 
 
 def test_references_and_sides_become_smaller_together(host) -> None:
-    sampler = host.part("nodes.sampler")
+    sampler = host.part("nodes.changed_settings")
     references = [torch.rand(1, 16, 1, 16, 24), torch.rand(1, 16, 10, 4)]
     positive = [[torch.zeros(1, 3, 8), {"reference_latents": references, "strength": 1.0}]]
     row = sampler.Row(0, 30, 3.0, "euler")
@@ -219,3 +226,93 @@ def test_references_and_sides_become_smaller_together(host) -> None:
     assert made.latent["samples"].shape == (2, 16, 1, 32, 24)
     shapes = [tuple(x.shape[-2:]) for x in made.positive[0][1]["reference_latents"]]
     assert shapes == [(8, 12), (8, 4)] and references[0].shape[-1] == 24
+    assert made.settings()["reference_sizes"] == "12x8, 4x8"
+    least = request.changed(row, 0.01)
+    assert least.sizes() != made.sizes() and least.changed(row, 0.5).sizes() == least.sizes()
+
+
+@pytest.mark.parametrize("side", [20, 10])
+def test_an_area_stays_where_it_was_in_a_smaller_picture(host, monkeypatch, side: int) -> None:
+    """In the right half of a picture of 24 latent pixels, which becomes one of 18 or 10."""
+    graph = text_to_image(size=192, steps=1)
+    area = {"conditioning": ["positive", 0], "width": 96, "height": 64, "x": 96, "y": 128}
+    graph["right"] = node("ConditioningSetArea", strength=1.0, **area)
+    graph["all"] = node(
+        "ConditioningCombine", conditioning_1=["positive", 0], conditioning_2=["right", 0]
+    )
+    graph["sampler"]["inputs"]["positive"] = ["all", 0]
+
+    def forward(executor: Any, plan: Any, x: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        if max(x.shape[-2:]) > side:
+            raise torch.OutOfMemoryError("injected by a test")
+        return usual(executor, plan, x, *rest, **more)
+
+    reductions = host.part("nodes.reductions")
+    usual = reductions.forward
+    monkeypatch.setattr(reductions, "forward", forward)
+    run = host.run(within(graph, policy=POLICIES[2]))
+    assert run.status("sampler")["exactness"] == "changed settings"
+    assert latent(run).isfinite().all() and latent(run).shape[-1] <= side
+
+
+@given(
+    old=st.tuples(st.integers(4, 64), st.integers(4, 64)),
+    new=st.tuples(st.integers(4, 64), st.integers(4, 64)),
+    corners=st.tuples(*[st.floats(0, 1)] * 4),
+)
+def test_an_area_is_never_outside_of_the_picture(host, old, new, corners) -> None:
+    smaller = tuple(min(pair) for pair in zip(old, new, strict=True))
+    starts = [min(side - 1, int(side * part)) for side, part in zip(old, corners, strict=False)]
+    lengths = [
+        max(1, int((side - start) * part))
+        for side, start, part in zip(old, starts, corners[2:], strict=True)
+    ]
+    area = host.part("nodes.changed_settings")._area
+    *made, y, x = area((*lengths, *starts), old, smaller)
+    for length, start, side in zip(made, (y, x), smaller, strict=True):
+        assert length >= 1 and start >= 0 and start + length <= side
+    assert area((*lengths, *starts), old, old) == (*lengths, *starts)
+    film = (99, *lengths, 0, *starts)  # with frames
+    assert area(film, old, smaller) == (99, *made, 0, y, x)
+
+
+def test_an_area_in_per_cent_stays_as_it_is(host) -> None:
+    module = host.part("nodes.changed_settings")
+    share = ("percentage", 0.5, 0.5, 0.5, 0.0)
+    positive = [
+        [torch.zeros(1, 3, 8), {"area": share}],
+        [torch.zeros(1, 3, 8), {"area": (4, 8, 2, 8)}],
+    ]
+    samples = {"samples": torch.zeros(1, 16, 12, 24)}
+    request = module.Request(20, 4.0, "heun", positive, [], samples)
+    made = request.changed(module.Row(0, 3, 3.0, "euler"), 0.75)
+    assert made.latent["samples"].shape[-2:] == (8, 18)
+    assert [values["area"] for _, values in made.positive] == [share, (3, 6, 1, 6)]
+    assert positive[1][1]["area"] == (4, 8, 2, 8)
+
+
+@pytest.mark.parametrize(("size", "scale", "runs"), [(64, 0.5, 1), (128, 0.0, 1), (512, 1.0, 5)])
+def test_what_will_fail_again_is_not_run_again(
+    host, monkeypatch, size: int, scale: float, runs: int
+) -> None:
+    """A picture that cannot become smaller, one of which no size would fit, and one that can."""
+    sampler, tried = host.part("nodes.sampler"), []
+
+    def run(model: Any, request: Any, more: Any) -> None:
+        tried.append(request.latent["samples"].shape[-1])
+        raise sampler.DoesNotFit("not enough", 0, scale)
+
+    monkeypatch.setattr(sampler, "_run", run)
+    with pytest.raises(RunError, match="not enough"):
+        host.run(within(text_to_image(size=size), policy=POLICIES[2]))
+    assert len(tried) == runs and tried == sorted(set(tried), reverse=True)
+
+
+def test_nested_latents_are_not_made_smaller(host) -> None:
+    from comfy.nested_tensor import NestedTensor
+
+    module = host.part("nodes.changed_settings")
+    nested = NestedTensor([torch.zeros(1, 16, 8, 8), torch.zeros(1, 8, 32)])
+    request = module.Request(20, 4.0, "heun", [], [], {"samples": nested})
+    assert request.changed(module.Row(0, 3, 3.0, "euler"), 0.5) is request
+    assert request.settings()["latent_size"] is None

@@ -267,12 +267,16 @@ def test_out_of_memory_anywhere_changes_no_bit(host, vae, act) -> None:
             assert "out of memory 1 times, went on smaller" in said["text"]
 
 
-def test_memory_that_stays_short_ends_in_smaller_tiles(host, vae) -> None:
+def test_memory_that_stays_short_ends_in_smaller_tiles(host, vae, monkeypatch) -> None:
     samples = latents(768, 256)
     exact, _ = decode(host, vae, samples)
+    recovery, recovered = host.part("nodes.recovery"), []
+    real = recovery.recover
+    monkeypatch.setattr(recovery, "recover", lambda *a, **k: recovered.append(a) or real(*a, **k))
     with Memory(vae.first_stage_model, lambda _, made: made.numel() > 500_000):
         found, said = decode(host, vae, samples)
     assert found.equal(exact) and said["failures"] >= 2 and said["tiles"] > 6
+    assert recovered == [([vae.patcher],)] * said["failures"]  # no half a cast is left behind
 
 
 def test_if_nothing_fits_the_error_tells_what_was_tried(host, vae, monkeypatch) -> None:
