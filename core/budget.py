@@ -42,6 +42,7 @@ class Work:
     timestep_zero: bool = False  # references are modulated on their own: Qwen-Image-Edit-2511
     aspect: float = 1.0  # longer side of the picture by the shorter
     tileable: bool = True  # no other node's patch looks at the whole picture
+    together: int = 1  # items that have to stay in one call where a batch runs apart
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ _ALWAYS = {  # they change something else than the plan; what they add to its te
     RELEASE: "what other patches hold released",
     SETTINGS: SETTINGS_TEXT,
 }
-_ORDER = (EXACT, ROUNDING, APPROXIMATE, CHANGED)
+ORDER = (EXACT, ROUNDING, APPROXIMATE, CHANGED)
 _ALLOWED = dict(zip(POLICIES, (ROUNDING, APPROXIMATE, CHANGED), strict=True))
 
 
@@ -121,7 +122,7 @@ def need(work: Work, plan: Plan, factor: float = 1.0) -> int:
     from how the slices of this pack run it. Scores of attention are no part of it: the usual
     kernels keep none, and ComfyUI's own (sub-quadratic, split) as many as there is room for.
     """
-    batch = 1 if plan.apart else work.batch
+    batch = min(work.batch, work.together) if plan.apart else work.batch
     references = ceil(work.reference_tokens * plan.reference_scale**2)
     tokens = _tile_tokens(work, plan.tiles) + references
     if work.host_estimate is not None:
@@ -217,18 +218,18 @@ def ladder(work: Work, policy: str, held: bool = True) -> tuple[Rung, ...]:
             continue
         before = rungs[-1]
         plan = replace(before.plan, **change)
-        worst = max(before.exactness, exactness, key=_ORDER.index)
-        if _ORDER.index(worst) > _ORDER.index(_ALLOWED[policy]):
+        worst = max(before.exactness, exactness, key=ORDER.index)
+        if ORDER.index(worst) > ORDER.index(_ALLOWED[policy]):
             break
         if name in _ALWAYS or need(work, plan) < need(work, before.plan):
             extra += [_ALWAYS[name]] if name in _ALWAYS else []
-            text = ", ".join([plan_text(plan), *extra])
+            text = ", ".join([plan_text(plan, work.together == 1), *extra])
             rungs.append(Rung(name, text, worst, plan, True, True, _ALWAYS[RELEASE] in extra))
     return tuple(rungs)
 
 
-def plan_text(plan: Plan) -> str:
-    """What a plan does, for people."""
+def plan_text(plan: Plan, pictures: bool = True) -> str:
+    """What a plan does, for people; `pictures`: a batch apart is each of its pictures."""
     parts = []
     if plan.attention > 1 and plan.attention == plan.feed_forward:
         parts.append(f"feed-forward and attention in {plan.attention} slices")
@@ -239,7 +240,7 @@ def plan_text(plan: Plan) -> str:
     elif plan.feed_forward > 1:
         parts.append(f"feed-forward in {plan.feed_forward} slices")
     if plan.apart:
-        parts.append("pictures and sides of CFG one at a time")
+        parts.append(f"{'pictures and ' if pictures else ''}sides of CFG one at a time")
     if plan.reference_scale < 1:
         parts.append(f"references at {plan.reference_scale:.0%} of their size")
     if plan.tiles > 1:
@@ -260,7 +261,7 @@ def room(rung: Rung, memory: Memory) -> int:
 def choose(
     rungs: Sequence[Rung], work: Work, memory: Memory, factor: Factor = 1.0, start: int = 0
 ) -> int:
-    """Index of the first rung from `start` that should fit, else of the last.
+    """Index of the first rung from `start` that should fit, else of the last that gives anything.
 
     Deliberately optimistic: an attempt that fails costs less than a second, once, while slices that
     were not needed cost a few per cent of every step; so a card on which the host itself completes
@@ -272,7 +273,15 @@ def choose(
         needed = need(work, rungs[index].plan, _factor_of(factor, rungs[index].plan))
         if needed * OPTIMISM <= room(rungs[index], memory):
             return index
-    return len(rungs) - 1
+    last = len(rungs) - 1
+    while last > start and _gives_nothing(rungs[last - 1], rungs[last], memory):
+        last -= 1
+    return last
+
+
+def _gives_nothing(before: Rung, rung: Rung, memory: Memory) -> bool:
+    """Whether a rung does the same as the one before, with no more memory."""
+    return rung.plan == before.plan and room(rung, memory) <= room(before, memory)
 
 
 def following(

@@ -30,7 +30,7 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """For the report; sizes (width x height) in latent pixels."""
         samples = self.latent["samples"]
-        size = None if samples.is_nested else _size(samples)
+        size = _size(samples) if is_picture(samples) else None
         named = {"steps": self.steps, "cfg": self.cfg, "sampler_name": self.sampler_name}
         references = [_size(latent) for latent in self._references()]
         return {
@@ -50,10 +50,10 @@ class Request:
     def changed(self, row: Row, scale: float) -> Request:
         """With a row of the table, never more than was asked, and sides made smaller.
 
-        Nested latents cannot be made smaller: then it is the same request.
+        What is no picture cannot be made smaller: then it is the same request.
         """
         samples = self.latent["samples"]
-        if samples.is_nested:
+        if not is_picture(samples):
             return self
         latent = {**self.latent, "samples": _smaller(samples, scale)}
         sides = samples.shape[-2:], latent["samples"].shape[-2:]
@@ -66,6 +66,11 @@ class Request:
             negative=[_fitting(entry, scale, *sides) for entry in self.negative],
             latent=latent,
         )
+
+
+def is_picture(samples: torch.Tensor) -> bool:
+    """Or a video: a latent (B, C, ..., h, w). Sound has no sides, nested latents several."""
+    return not samples.is_nested and samples.ndim >= 4
 
 
 def _size(samples: torch.Tensor) -> str:

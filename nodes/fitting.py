@@ -12,7 +12,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
-from . import outcome, recovery, slicing
+from . import foreign, outcome, recovery, slicing
 from .outcome import CANCELLED, FAILED, Metadata, Record
 from .passes import Passes
 from .vram_limit import VRAMLimit
@@ -130,8 +130,8 @@ class Fitting:
         need = passes.expect(model, shape, conds)
         planned = passes.limit.load_shape(model, list(shape), need)
         loaded = executor(model, planned, conds, *rest, **more)
-        passes.limit.fit_weights(model, need)
         passes.used = [model, *loaded[2]]
+        passes.limit.fit_weights(model, need, passes.used)
         return loaded
 
     def _calculate(self, executor: WrapperExecutor, *arguments: Any) -> list[torch.Tensor]:
@@ -142,12 +142,16 @@ class Fitting:
         passes, options = self._passes, arguments[-1]
         if passes is None:
             return executor(*arguments)
+        transformer_options = options["transformer_options"]
         for _ in range(0 if "multigpu_clones" in options else CALLS - 1):
             passes.hold()
+            restore = foreign.kept(transformer_options)
             output = recovery.attempt(lambda: executor(*arguments))
             if output is not None:
                 passes.commit()
                 return output
+            restore()
+            passes.suspect(transformer_options, foreign.AROUND_A_CALCULATION, options)
             passes.record.calculated_again += 1
             passes.make_room()
             passes.say(CALCULATING)
@@ -181,6 +185,8 @@ def _finish(
         if restarts == RESTARTS:
             break
         _clean_up(guider)
+        options = guider.model_options
+        passes.suspect(options["transformer_options"], foreign.AROUND_A_STEP, options)
         passes.make_room()
         guider.conds = _copied(conds)
         random.restore()

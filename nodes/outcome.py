@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,22 @@ import torch
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..core.budget import AS_ASKED, CHANGED, SETTINGS, SETTINGS_TEXT, Rung
+from ..core.budget import (
+    AS_ASKED,
+    CHANGED,
+    EXACT,
+    ORDER,
+    ROUNDING,
+    SETTINGS,
+    SETTINGS_TEXT,
+    Rung,
+)
 from ..core.units import size_text
 
 METADATA = "qwen_vram"
 NOT_COUNTED = "not measurable: torch counts the allocations of NVIDIA and AMD cards only"
 NOT_AGAIN = "not in the picture's metadata: ComfyUI did not run this node again"
+NOT_KNOWN = "not known"  # how the picture relates to the one that was asked for
 NO_WORKFLOW = "not in the picture's metadata: the client sent no workflow"
 NO_PROMPT = "not in the picture's metadata: ComfyUI runs no prompt"
 FAILED, CANCELLED = "failed", "cancelled"
@@ -30,8 +41,8 @@ class Record:
 
     policy: str
     limit: int = 0  # bytes, 0 without
-    rung: Rung | None = None  # the last one on the ladder that was used
-    position: int = -1  # of it on the ladder
+    rung: Rung | None = None  # the worst that was used
+    position: int = -1  # of it on its ladder
     need: int = 0  # bytes that it was predicted to need
     peak: int | None = None  # bytes that a pass on it took, where torch counts them
     steps: int = 0  # of the sampler
@@ -46,25 +57,43 @@ class Record:
     notes: list[str] = field(default_factory=list)
     ended: str = ""  # FAILED or CANCELLED, where no picture was made
     before: list[Record] = field(default_factory=list)  # runs of the same node that did not fit
+    doubtful: bool = False  # whether something else may have changed the picture
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def note(self, sentence: str) -> None:
         """Say something once."""
-        if sentence and sentence not in self.notes:
-            self.notes.append(sentence)
+        with self._lock:
+            if sentence and sentence not in self.notes:
+                self.notes.append(sentence)
+
+    def doubt(self, sentence: str) -> None:
+        """Say why nobody knows whether the picture is the one that was asked for."""
+        self.note(sentence)
+        self.doubtful = True
 
     def use(self, position: int, rung: Rung, need: int) -> None:
-        """A forward pass runs on this rung."""
-        if position > self.position:
-            self.position, self.rung, self.need, self.peak = position, rung, need, None
+        """A forward pass runs on this rung. Ladders differ: what it does to the picture counts
+        first, and its place on its ladder then."""
+        worse = ORDER.index(rung.exactness), position
+        with self._lock:
+            if self.rung is None or worse > (ORDER.index(self.rung.exactness), self.position):
+                self.position, self.rung, self.need, self.peak = position, rung, need, None
 
-    def took(self, position: int, peak: int) -> None:
+    def took(self, rung: Rung, peak: int) -> None:
         """The bytes of a pass on a rung, as measured."""
-        if position == self.position:
-            self.peak = max(peak, self.peak or 0)
+        with self._lock:
+            if rung == self.rung:
+                self.peak = max(peak, self.peak or 0)
 
     def repeat(self) -> None:
         """A forward pass of this step is repeated."""
-        self.repeated_at.append(min(self.step + 1, self.steps))
+        with self._lock:
+            self.repeated_at.append(min(self.step + 1, self.steps))
+
+    def wait(self, seconds: float) -> None:
+        """It waited so long for memory."""
+        with self._lock:
+            self.waited += seconds
 
     @property
     def repeated(self) -> int:
@@ -91,7 +120,8 @@ class Record:
         """How the picture relates to the one that was asked for."""
         if self.changed():
             return CHANGED
-        return self.rung.exactness if self.rung else "exact"
+        known = self.rung.exactness if self.rung else EXACT
+        return NOT_KNOWN if self.doubtful and known in (EXACT, ROUNDING) else known
 
     def done(self) -> str:
         """What was done, in words."""

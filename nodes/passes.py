@@ -18,7 +18,7 @@ from ..core import budget
 from ..core.budget import POLICIES, Memory, Plan
 from ..core.budget_text import failure_text, share_of_sides
 from ..core.units import size_text
-from . import outcome, recovery, reductions, slicing
+from . import foreign, outcome, recovery, reductions, slicing
 from .outcome import Record
 from .place import MEASURED, Place
 from .slicing import Plans
@@ -85,6 +85,8 @@ class Passes:
         self._seen: set[tuple[Any, ...]] = set()
         self._pending: list[Callable[[], None]] | None = None
         self._lock = threading.Lock()
+        # ComfyUI walks its list of loaded models by index and takes models out: one at a time.
+        self._host = threading.Lock()
         self._nodes = nodes
 
     # ------------------------------------------------------------------------- one forward pass
@@ -101,11 +103,13 @@ class Passes:
     ) -> torch.Tensor:
         """Run it on the first rung that should fit, and further down until it does."""
         place = self._place(executor.class_obj, options)
-        work = work_of(executor.class_obj, place.sliced, x, c_crossattn, more)
+        together = reductions.together(executor.class_obj, x, options)
         whole = reductions.possible(TILES, x, control, options)[1]
+        work = work_of(executor.class_obj, place.sliced, x, c_crossattn, more, together)
         work = replace(work, tileable=not whole)
-        place.begin(work, self.policy, self._memory(place))
-        self._make_room(place, failed=False)
+        with self._host:
+            place.begin(work, self.policy, self._memory(place))
+            self._make_room(place, failed=False)
         while True:
             done = options[ON_SUCCESS] = []
             plan = place.rung.plan
@@ -115,13 +119,16 @@ class Passes:
                 self.record.note(whole)  # else there would be more to try
             arguments = (executor, plan, x, t, c_concat, c_crossattn, control, options)
             peak = _Peak(place.patcher.load_device, self._is_new(place))
+            restore = foreign.kept(options, x)
             output = recovery.attempt(lambda a=arguments: reductions.forward(*a, **more))
             options.pop(ON_SUCCESS)
             if output is not None:
                 self._note_peak(place, peak)
                 self._commit(done)
                 return output
-            del arguments, done
+            restore()
+            self.suspect(options, foreign.AROUND_A_PASS)
+            del arguments, done, restore
             self._step_down(place, alone="multigpu_thread_device" not in options)
 
     def _place(self, model: BaseModel, options: dict[str, Any]) -> Place:
@@ -138,7 +145,7 @@ class Passes:
 
     def _memory(self, place: Place) -> Memory:
         limited = place.patcher.load_device == self.limit.device
-        cap = self.limit.room() if limited else None
+        cap = self.limit.room([*self.used, place.patcher]) if limited else None
         return memory_of(place.patcher, self.used, place.holdings, cap)
 
     def _step_down(self, place: Place, alone: bool) -> None:
@@ -146,14 +153,15 @@ class Passes:
 
         Raises DoesNotFit, or ComfyUI's InterruptProcessingException.
         """
-        with self._lock:
-            self.record.repeat()
-        recovery.recover([place.patcher], alone, thorough=place.failures > 0)
+        self.record.repeat()
+        with self._host:
+            recovery.recover([place.patcher], alone, thorough=place.failures > 0)
+            memory = self._memory(place)
         comfy.model_management.throw_exception_if_processing_interrupted()
-        memory = self._memory(place)
         if not place.fail(memory):
             self._descend(place, memory)
-        self._make_room(place, failed=True)
+        with self._host:
+            self._make_room(place, failed=True)
         self.say(REPEATING.format(place.rung.text))
         comfy.model_management.throw_exception_if_processing_interrupted()
 
@@ -178,12 +186,11 @@ class Passes:
         self.say(WAITING)
         recovery.wait(pause)
         place.waited += pause
-        with self._lock:
-            self.record.waited += pause
+        self.record.wait(pause)
         return True
 
     def _make_room(self, place: Place, failed: bool) -> None:
-        """What the rung allows, as far as the pass lacks memory, or has failed."""
+        """What the rung allows, as far as the pass lacks memory, or has failed. Under `_host`."""
         memory, rung, need = self._memory(place), place.rung, place.need()
         doubted = rung.plan in place.doubted
         place.doubted.discard(rung.plan)  # once
@@ -207,13 +214,26 @@ class Passes:
     def _stream(self, place: Place, lacking: int, need: int) -> None:
         """Let more of the weights be streamed; within a limit, as it divides the memory."""
         if self._limited(place):
-            self.limit.fit_weights(place.patcher, need)
+            self.limit.fit_weights(place.patcher, need, self.used)
         else:
             recovery.stream_more(place.patcher, lacking)
 
     # --------------------------------------------------------------- outside of a forward pass
+    def suspect(self, options: dict[str, Any], kinds: Sequence[str], *more: dict[str, Any]) -> None:
+        """Something is repeated: what other nodes put around it may remember the first time.
+
+        `options` are the transformer's; `more` the model's, where its function is repeated too.
+        """
+        names = foreign.strangers(options, kinds)
+        names += [foreign.FUNCTION] if any(foreign.FUNCTION in each for each in more) else []
+        if names:
+            self.record.doubt(foreign.SAW_A_FAILURE.format(", ".join(names)))
+
     def make_room(self) -> None:
-        """After something else than a forward pass failed: whatever costs the picture nothing."""
+        """After something else than a forward pass failed: whatever costs the picture nothing.
+
+        No other thread computes then.
+        """
         recovery.recover(self.used, alone=True)
         comfy.model_management.throw_exception_if_processing_interrupted()
         devices = {patcher.load_device for patcher in self.used}
@@ -221,7 +241,7 @@ class Passes:
             recovery.unload_others(device, self.used)
         needs = [place.need() for place in self._places.values()] or [self._expected]
         if self.limit.enforced and self.used:  # recovering lifted the watermark
-            self.limit.fit_weights(self.used[0], max(needs) + SPARE_BYTES)
+            self.limit.fit_weights(self.used[0], max(needs) + SPARE_BYTES, self.used)
         for place in self._places.values():
             if not self._limited(place):
                 recovery.stream_more(place.patcher, SPARE_BYTES)
@@ -242,10 +262,10 @@ class Passes:
         text = max(texts, key=lambda tensor: tensor.shape[1], default=None)
         work = work_of(model.model, self.sliced, x, text, {"ref_latents": list(references)})
         place = Place(model, model.model, self.sliced)
-        memory = memory_of(model, [model], (), self.limit.room())
+        memory = memory_of(model, [model], (), self.limit.room([model]))
         if model.model_size() + place.need_of(work, self.policy, memory) > memory.free:
             recovery.unload_others(model.load_device, [model])
-            memory = memory_of(model, [model], (), self.limit.room())
+            memory = memory_of(model, [model], (), self.limit.room([model]))
         self._expected = place.need_of(work, self.policy, memory)
         return self._expected
 
@@ -286,7 +306,7 @@ class Passes:
         if not self.used:
             return DoesNotFit(self._with_limit(NEVER_RAN), 0, 0.0)
         patcher = self.used[0]
-        cap = self.limit.room() if patcher.load_device == self.limit.device else None
+        cap = self.limit.room(self.used) if patcher.load_device == self.limit.device else None
         free = memory_of(patcher, self.used, (), cap).free
         return DoesNotFit(self._with_limit(BESIDE.format(runs, size_text(free))), free, 1.0)
 
@@ -308,7 +328,7 @@ class Passes:
         if (measured := peak.bytes()) is None:
             return
         predicted, key = budget.need(place.work, place.rung.plan), place.key(place.rung.plan)
-        self.record.took(place.index, measured)
+        self.record.took(place.rung, measured)
         with self._lock:
             if measured > self._peaks.get(key, (0, 0))[1]:
                 self._peaks[key] = predicted, measured

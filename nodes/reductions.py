@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..core.budget import Plan
 from ..core.tiling import PATCH, Tile, TileGrid, window
+from . import foreign
 from .slicing import COMPILED, compiled, sliced
 
 OVERLAP = 16  # latent pixels that neighbouring tiles share at least: 128 px
@@ -68,9 +70,25 @@ def forward(
     """
     call = Call(x, t, c_concat, c_crossattn, control, transformer_options or {}, kwargs)
     plan, _ = possible(plan, x, control, call.transformer_options)
-    items = _apart(call) if plan.apart and x.shape[0] > 1 else [call]
+    size = together(getattr(executor, "class_obj", None), x, call.transformer_options)
+    items = _apart(call, size) if plan.apart and x.shape[0] > size else [call]
     results = [_one(executor, plan, item) for item in items]
     return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def together(model: Any, x: Tensor, transformer_options: dict[str, Any]) -> int:
+    """How many items of a batch have to stay in one call of this model.
+
+    Only a Qwen-Image that nobody patched surely treats each picture on its own. Of other models the
+    batch may be the frames of a video, and caches keep one state for all pictures of a side of CFG;
+    the sides themselves ComfyUI runs apart, too, where memory is short.
+    """
+    batch, sides = x.shape[0], len(transformer_options.get("cond_or_uncond", ())) or 1
+    inner = getattr(model, "diffusion_model", None)
+    own = type(inner) is QwenImageTransformer2DModel
+    if own and not foreign.sees_the_batch(transformer_options):
+        return 1
+    return batch if batch % sides else batch // sides
 
 
 def possible(
@@ -89,6 +107,8 @@ def possible(
 
 def _untiled(x: Tensor, control: dict[str, Any] | None, transformer_options: dict[str, Any]) -> str:
     """What is in the way of tiles, or ""."""
+    if foreign.cached(transformer_options):
+        return WHOLE_PATCHES.format("EasyCache")
     found = transformer_options.get("patches", {})
     if patches := sorted(name for name in found if found[name]):
         return WHOLE_PATCHES.format(", ".join(patches))
@@ -109,43 +129,45 @@ def _one(executor: WrapperExecutor, plan: Plan, call: Call) -> Tensor:
 
 
 # ------------------------------------------------------------------------------ apart
-def _apart(call: Call) -> list[Call]:
-    """A call for each item: the sides of CFG, and within them the pictures."""
+def _apart(call: Call, size: int) -> list[Call]:
+    """A call for each `size` items: the sides of CFG, and within them maybe the pictures."""
     batch = call.x.shape[0]
+    parts = [slice(start, start + size) for start in range(0, batch, size)]
     return [
         Call(
-            *(_item(value, index, batch) for value in (call.x, call.t)),
-            *(_item(value, index, batch) for value in (call.c_concat, call.c_crossattn)),
-            _item(call.control, index, batch),
-            _item_options(call.transformer_options, index, batch),
-            {name: _item(value, index, batch) for name, value in call.extra.items()},
+            *(_items(value, part, batch) for value in (call.x, call.t)),
+            *(_items(value, part, batch) for value in (call.c_concat, call.c_crossattn)),
+            _items(call.control, part, batch),
+            _options_of(call.transformer_options, part, batch),
+            {name: _items(value, part, batch) for name, value in call.extra.items()},
         )
-        for index in range(batch)
+        for part in parts
     ]
 
 
-def _item(value: Any, index: int, batch: int) -> Any:
+def _items(value: Any, part: slice, batch: int) -> Any:
     """Of whatever has the batch as its first dimension, also in lists and dicts."""
     if isinstance(value, Tensor):
-        return value[index : index + 1] if value.ndim and value.shape[0] == batch else value
+        return value[part] if value.ndim and value.shape[0] == batch else value
     if isinstance(value, list):
-        return [_item(part, index, batch) for part in value]
+        return [_items(each, part, batch) for each in value]
     if isinstance(value, dict):
-        return {name: _item(part, index, batch) for name, part in value.items()}
+        return {name: _items(each, part, batch) for name, each in value.items()}
     return value
 
 
-def _item_options(options: dict[str, Any], index: int, batch: int) -> dict[str, Any]:
-    """What tells about the batch, for one item; patches ask which side of CFG they see."""
+def _options_of(options: dict[str, Any], part: slice, batch: int) -> dict[str, Any]:
+    """What tells about the batch, for a part of a side of CFG; patches ask which one they see."""
     sides = len(options.get("cond_or_uncond", ())) or 1
     pictures = batch // sides
-    side, picture = divmod(index, pictures)
+    side, first = divmod(part.start, pictures)
     own = dict(options)
     for name in ("cond_or_uncond", "uuids"):
         if name in options:
             own[name] = options[name][side : side + 1]
     if "sigmas" in options:
-        own["sigmas"] = _item(options["sigmas"], picture, pictures)
+        size = part.stop - part.start
+        own["sigmas"] = _items(options["sigmas"], slice(first, first + size), pictures)
     return own
 
 

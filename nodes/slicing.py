@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -40,6 +41,7 @@ from torch.nn import Module
 
 from ..core.budget import Plan
 from ..core.slicing import slices
+from . import foreign
 
 KEY = "qwen_vram.slicing"
 NOT_QWEN = "The model is no Qwen-Image ({}): only Qwen-Image runs in slices."
@@ -47,6 +49,7 @@ COMPILED = "The model runs under torch.compile, which slices would compile anew:
 TRAINING = "Training needs what slices write over: the model runs whole."
 REPLACED = "Another node replaced the {}: it runs whole."
 WHOLE_QUERIES = "Another node's patch (attn1_patch) wants whole queries: attention runs whole."
+WHOLE_OVERRIDE = "Another node's attention wants whole queries: attention runs whole."
 OWN_SCALES = (
     "This file's layers scale their input by its largest value. Each slice has its own, so the "
     "picture differs slightly from the one without slices."
@@ -191,6 +194,9 @@ def _sliced_model(
     if attention and options.get("patches", {}).get("attn1_patch"):
         plans.stepped_aside(WHOLE_QUERIES)
         attention = False
+    if plan.attention > 1 and foreign.wants_whole_queries(options):
+        plans.stepped_aside(WHOLE_OVERRIDE)
+        plan = replace(plan, attention=1)
     copied = _copy(model)
     blocks = _copy(model.transformer_blocks)
     for name, block in model.transformer_blocks.named_children():
@@ -291,8 +297,7 @@ class SlicedAttention(Attention):
         image, text, pe = hidden_states, encoder_hidden_states, image_rotary_emb
         tokens, length = image.shape[1], text.shape[1]
         key, value = self._keys_and_values(image, text, pe)
-        # An override of optimized_attention gets each slice with all keys and values: what needs
-        # whole queries, as a cache of the references does, has to come before this module.
+        # An override of optimized_attention that allows slices gets each with all keys and values.
         mask = _mask(encoder_hidden_states_mask, image, length)
         options = {"transformer_options": transformer_options, "skip_reshape": True}
 

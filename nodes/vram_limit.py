@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
@@ -11,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 
 from .devices import device_memory
 from .loaded_models import loaded
-from .recovery import stream_more, vbar_of
+from .recovery import is_used, stream_more, vbar_of
 from .status import size_text
 
 GB = 1_000_000_000
@@ -72,29 +73,40 @@ class VRAMLimit:
             torch.cuda.set_per_process_memory_fraction(self._before, self.device)
             self._before = None
 
-    def room(self) -> int | None:
+    def room(self, used: Sequence[ModelPatcher] = ()) -> int | None:
         """Bytes that the activations may still have while all of torch's tensors stay; None
-        without a limit. Pages of dynamic VRAM give way, and count as free."""
+        without a limit. Pages of dynamic VRAM give way, and count as free: those of the models
+        `used`, since other models' only do once the whole card is full."""
         if not self.limit:
             return None
         if not self.enforced:
             return self.limit
         allocated = torch.cuda.memory_allocated(self.device)
-        return max(0, self.limit - self.overhead - allocated)
+        return max(0, self.limit - self.overhead - allocated - self._pages(used))
 
-    def fit_weights(self, patcher: ModelPatcher, need: int) -> None:
-        """Once a model is loaded: keep so much of its weights streamed that `need` bytes fit."""
+    def fit_weights(
+        self, patcher: ModelPatcher, need: int, used: Sequence[ModelPatcher] = ()
+    ) -> None:
+        """Once a model is loaded: keep so much of its weights streamed that `need` bytes fit.
+
+        With dynamic VRAM the models `used` beside it, as ControlNets, share what is left.
+        """
         if not self.enforced:
             return
-        allowed = max(0, self.limit - self.overhead - need)
-        vbar = vbar_of(patcher)
-        if vbar is None:
+        used = [patcher, *used]
+        kept = self._pages(used)
+        allowed = max(0, self.limit - self.overhead - kept - need)
+        if vbar_of(patcher) is None:
             others = torch.cuda.memory_allocated(self.device) - patcher.loaded_size()
             stream_more(patcher, patcher.loaded_size() + max(0, others) - allowed)
             return
         pages = max(0, allowed - torch.cuda.memory_allocated(self.device))
-        vbar.set_watermark(pages)  # a load, which comes before every run, lifts it again
-        self._allow(self.limit - self.overhead - pages)
+        shares = [(vbar, p.model_size()) for p in used if (vbar := self._vbar(p)) is not None]
+        sizes = {id(vbar): (vbar, max(1, size)) for vbar, size in shares}
+        total = sum(size for _, size in sizes.values())
+        for vbar, size in sizes.values():  # a load, which comes before every run, lifts it again
+            vbar.set_watermark(pages * size // total)
+        self._allow(self.limit - self.overhead - kept - pages)
 
     def load_shape(self, patcher: ModelPatcher, shape: list[int], need: int) -> list[float]:
         """The shape of the noise to plan a load with, so that ComfyUI leaves more weights in RAM.
@@ -118,9 +130,12 @@ class VRAMLimit:
     def _reserved(self) -> int:
         return torch.cuda.memory_reserved(self.device)
 
-    def _pages(self) -> int:
-        """Bytes in pages of dynamic VRAM, of all models on this device."""
-        vbars = [vbar_of(p) for entry, p in loaded() if entry.device == self.device]
+    def _vbar(self, patcher: ModelPatcher) -> Any:
+        return vbar_of(patcher) if patcher.load_device == self.device else None
+
+    def _pages(self, but: Sequence[ModelPatcher] = ()) -> int:
+        """Bytes in pages of dynamic VRAM, of all models on this device but these."""
+        vbars = [self._vbar(patcher) for _, patcher in loaded() if not is_used(patcher, but)]
         return sum(vbar.loaded_size() for vbar in vbars if vbar is not None)
 
 

@@ -30,15 +30,22 @@ class Holding(Protocol):
 
 
 def work_of(
-    model: BaseModel, sliced: bool, x: torch.Tensor, text: torch.Tensor | None, more: dict[str, Any]
+    model: BaseModel,
+    sliced: bool,
+    x: torch.Tensor,
+    text: torch.Tensor | None,
+    more: dict[str, Any],
+    together: int = 1,
 ) -> Work:
     """One forward pass. `x` is (B, C, ..., h, w), `text` (B, tokens, width), `more` the kwargs of
-    apply_model; of a model that cannot be `sliced` only what ComfyUI thinks it needs is known."""
+    apply_model; of a model that cannot be `sliced` only what ComfyUI thinks it needs is known.
+    `together`: items that have to stay in one call where a batch runs apart."""
     fixed = LATENT_COPIES * x.nbytes
     size = comfy.model_management.dtype_size(model.get_dtype_inference())
     if not sliced:
         estimate = round(_host_estimate(model, x, more))
-        return Work(x.shape[0], _tokens(x), 0, 0, 0, 1, 0, size, fixed, estimate)
+        numbers = (x.shape[0], _tokens(x), 0, 0, 0, 1, 0, size, fixed, estimate)
+        return Work(*numbers, together=together)
     inner = model.diffusion_model
     references = sum(_tokens(latent) for latent in more.get("ref_latents") or ())
     words = text.shape[1] if text is not None else 0
@@ -57,11 +64,15 @@ def work_of(
         fixed=fixed,
         timestep_zero=references > 0 and method == "index_timestep_zero",
         aspect=max(x.shape[-2:]) / min(x.shape[-2:]),
+        together=together,
     )
 
 
 def _tokens(latent: torch.Tensor) -> int:
-    """Tokens of one item of a latent (B, C, ..., h, w): patches of 2 x 2."""
+    """Tokens of one item of a latent (B, C, ..., h, w): patches of 2 x 2. Sound, meshes and latents
+    packed into one, (B, C, n), have as many as numbers in a channel."""
+    if latent.ndim < 4:
+        return math.prod(latent.shape[2:])
     *frames, height, width = latent.shape[2:]
     return math.prod(frames) * math.ceil(height / 2) * math.ceil(width / 2)
 
@@ -79,7 +90,8 @@ def _host_estimate(model: BaseModel, x: torch.Tensor, more: dict[str, Any]) -> f
 def memory_of(
     patcher: ModelPatcher, used: Sequence[ModelPatcher], held: Iterable[Holding], cap: int | None
 ) -> Memory:
-    """The memory of a model's device now, without waiting for it; `cap` is what a limit leaves."""
+    """The memory of a model's device now, without waiting for it; `cap` is what a limit leaves:
+    within one, pages of other models do not give way by themselves."""
     device = patcher.load_device
     free = patcher.get_free_memory(device)  # with what dynamic VRAM gives up by itself
     if cap is not None:
@@ -89,7 +101,9 @@ def memory_of(
     others = sum(
         other.loaded_size()
         for entry, other in loaded_models.loaded()
-        if entry.device == device and not other.is_dynamic() and not is_used(other, used)
+        if entry.device == device
+        and (cap is not None or not other.is_dynamic())
+        and not is_used(other, [*used, patcher])
     )
     streamable = 0 if patcher.is_dynamic() else patcher.loaded_size()
     return Memory(int(free), int(others), int(streamable), sum(part.bytes_held() for part in held))

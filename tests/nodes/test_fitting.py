@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
@@ -244,6 +246,9 @@ class Dynamic:
     def is_dynamic(self) -> bool:
         return True
 
+    def model_size(self) -> int:
+        return 3 * GB
+
 
 def test_pages_that_a_failed_pass_left_pinned_are_unpinned(host) -> None:
     patcher = Dynamic()
@@ -284,6 +289,7 @@ def test_pages_that_left_come_back_after_a_failure(host) -> None:
 def card(host, monkeypatch) -> Any:
     """A card of 12 GB of which torch has 1 GB reserved and the driver takes half a GB."""
     card = SimpleNamespace(fraction=0.9, allocated=1 * GB, own=1_500_000_000, set_to=[])
+    card.loaded = []  # other models
     module = host.part("nodes.vram_limit")
 
     def set_fraction(fraction: float, device: torch.device) -> None:
@@ -298,7 +304,7 @@ def card(host, monkeypatch) -> Any:
         "set_per_process_memory_fraction": set_fraction,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(module, "loaded", lambda: [])
+    monkeypatch.setattr(module, "loaded", lambda: [(None, other) for other in card.loaded])
     monkeypatch.setattr(module, "device_memory", lambda _: SimpleNamespace(own_bytes=card.own))
     return card
 
@@ -325,6 +331,35 @@ def test_pages_and_torch_share_the_limit(host, card) -> None:
         assert card.fraction == pytest.approx(3.0 / 12, abs=1e-5)
         held.fit_weights(patcher, 9 * GB)
         assert patcher.pages.watermark == 0
+
+
+def test_pages_of_other_models_count_within_the_limit(host, card) -> None:
+    """They leave by themselves only when the whole card is full."""
+    patcher, other, control = Dynamic(), Dynamic(), Dynamic()
+    other.pages.resident, control.pages.resident, patcher.pages.resident = GB // 2, GB // 4, 0
+    control.model_size = lambda: GB
+    card.own += GB // 2 + GB // 4
+    card.loaded = [patcher, other, control]
+    with limit(host, 6 * GB) as held:
+        assert held.room() == 3.75 * GB  # 6 less the driver's, torch's own, all pages
+        assert held.room([patcher]) == 3.75 * GB and held.room([patcher, control]) == 4 * GB
+        held.fit_weights(patcher, 2 * GB, [patcher, control])
+        # 6 less the driver's, torch's own, the other's pages and the need; three to one by size
+        assert (patcher.pages.watermark, control.pages.watermark) == (1.5 * GB, 0.5 * GB)
+        assert other.pages.watermark == 0 and card.fraction == pytest.approx(3.0 / 12, abs=1e-5)
+
+
+def test_within_a_limit_other_dynamic_models_can_be_unloaded(host, monkeypatch) -> None:
+    workload = host.part("nodes.workload")
+    own, other = Dynamic(), Dynamic()
+    own.get_free_memory = lambda device: 9 * GB
+    own.loaded_size = lambda: 5 * GB
+    other.loaded_size = lambda: 2 * GB
+    entries = [(SimpleNamespace(device=CUDA), patcher) for patcher in (own, other)]
+    monkeypatch.setattr(workload.loaded_models, "loaded", lambda: entries)
+    assert workload.memory_of(own, [], (), None) == Memory(9 * GB, 0, 0, 0)
+    assert workload.memory_of(own, [], (), GB) == Memory(GB, 2 * GB, 0, 0)
+    assert workload.memory_of(own, [own, other], (), GB) == Memory(GB, 0, 0, 0)
 
 
 def test_without_dynamic_vram_the_load_leaves_more_in_ram(host, card, monkeypatch) -> None:
@@ -442,11 +477,11 @@ def test_room_is_made_only_as_far_as_the_rung_allows(host, monkeypatch) -> None:
 
 # ------------------------------------------------------------------------------ after a failure
 @pytest.fixture
-def eight_gb(host, monkeypatch) -> Any:
+def eight_gb(host, monkeypatch, tmp_path) -> Any:
     """A card, invented: how much of it a pass finds, and above what need it runs out."""
     passes, place = host.part("nodes.passes"), host.part("nodes.place")
     card = SimpleNamespace(memory=Memory(6 * GB, 0, 0, 0), fits=2 * GB, tried=[], streamed=[])
-    card.measured = host.part("core.measured").Measured(Path("there-is-no-such-folder/a.json"))
+    card.measured = host.part("core.measured").Measured(tmp_path / "a.json")
     scale = GB / 150_000  # the tiny model's bytes to those of the real one
     need = host.part("core.budget").need
     forward = passes.reductions.forward
@@ -468,7 +503,8 @@ def eight_gb(host, monkeypatch) -> Any:
     monkeypatch.setattr(place.Place, "begin", begin)
     monkeypatch.setattr(host.part("core.budget"), "need", scaled)
     monkeypatch.setattr(place, "TELLING", ("cpu",))
-    monkeypatch.setattr(place, "MEASURED", card.measured)
+    for module in (place, passes):
+        monkeypatch.setattr(module, "MEASURED", card.measured)
     monkeypatch.setattr(passes, "memory_of", lambda *_: card.memory)
     monkeypatch.setattr(passes.reductions, "forward", limited)
     monkeypatch.setattr(
@@ -537,9 +573,21 @@ def test_weights_that_can_leave_do_so_in_one_step(host, eight_gb, monkeypatch) -
     assert freed == ["others", needed // 4 - GB // 10]  # at once, and only once
 
 
-def limited(host: Any, monkeypatch: Any) -> list[int]:
-    """A limit that is enforced on the CPU; returns the needs (bytes) that weights are fitted to."""
+def limited(host: Any, monkeypatch: Any) -> Any:
+    """A limit that is enforced on the CPU; returns the needs (bytes) that weights are `fitted_to`,
+    how loads were `planned`, and the `loads` of ComfyUI."""
+    import comfy.sampler_helpers
+
     fitted_to: list[int] = []
+    planned: list[Any] = []
+    loads: list[Any] = []
+    load = comfy.sampler_helpers._prepare_sampling
+
+    def loading(model: Any, noise_shape: Any, *rest: Any, **more: Any) -> Any:
+        loads.append(list(noise_shape))
+        return load(model, noise_shape, *rest, **more)
+
+    monkeypatch.setattr(comfy.sampler_helpers, "_prepare_sampling", loading)
 
     class Limit:
         enforced, note, limit = True, "", 6 * GB
@@ -551,23 +599,25 @@ def limited(host: Any, monkeypatch: Any) -> list[int]:
 
         def __exit__(self, *error: object) -> None: ...
 
-        def room(self) -> int:
+        def room(self, used: Any = ()) -> int:
             return 6 * GB
 
         def load_shape(self, model: Any, shape: list[int], need: int) -> list[int]:
-            return shape
+            planned.append((model.load_device.type, list(shape), need))
+            return [2 * shape[0], *shape[1:]]
 
-        def fit_weights(self, model: Any, need: int) -> None:
+        def fit_weights(self, model: Any, need: int, used: Any = ()) -> None:
             fitted_to.append(need)
 
     monkeypatch.setattr(host.part("nodes.fitting"), "VRAMLimit", Limit)
-    return fitted_to
+    return SimpleNamespace(fitted_to=fitted_to, planned=planned, loads=loads)
 
 
 def test_a_limit_holds_after_a_failure_beside_the_model(host, eight_gb, monkeypatch) -> None:
     import comfy.samplers
 
-    fitted_to, faults, whole = limited(host, monkeypatch), Faults({0}), comfy.samplers.cond_cat
+    held, faults, whole = limited(host, monkeypatch), Faults({0}), comfy.samplers.cond_cat
+    fitted_to = held.fitted_to
     monkeypatch.setattr(
         comfy.samplers, "cond_cat", lambda *a, **k: (faults.call(), whole(*a, **k))[1]
     )
@@ -579,7 +629,7 @@ def test_a_limit_holds_after_a_failure_beside_the_model(host, eight_gb, monkeypa
 
 def test_after_a_failure_a_limit_divides_the_memory_anew(host, eight_gb, monkeypatch) -> None:
     """The pages of dynamic VRAM are prioritised then, which lifts the limit's watermark."""
-    fitted_to = limited(host, monkeypatch)
+    fitted_to = limited(host, monkeypatch).fitted_to
     eight_gb.fits = 9 * GB
     host.run(within(picture(), vram_limit=6.0))
     assert len(fitted_to) == 1  # when it was loaded
@@ -587,3 +637,142 @@ def test_after_a_failure_a_limit_divides_the_memory_anew(host, eight_gb, monkeyp
         run = host.run(within(picture(), vram_limit=6.0))
     need = run.status("sampler")["need_bytes"]
     assert fitted_to[2:] == [need + need // 4] and run.status("sampler")["done"] == "as asked"
+
+
+def test_a_load_within_a_limit_is_planned_for_what_passes_need(host, eight_gb, monkeypatch) -> None:
+    held = limited(host, monkeypatch)
+    eight_gb.fits = 9 * GB
+    need = host.run(within(picture(), vram_limit=6.0)).status("sampler")["need_bytes"]
+    assert held.planned == [("cpu", [1, 16, 1, 12, 12], need)] and held.fitted_to == [need]
+    assert held.loads == [[2, 16, 1, 12, 12]]  # what the limit made of it
+
+
+def test_predictions_learn_from_what_a_run_took(host, eight_gb, monkeypatch) -> None:
+    """Here twice what was predicted, as if torch had counted it."""
+    passes = host.part("nodes.passes")
+    took: list[int] = []
+
+    class Peak:
+        def __init__(self, device: torch.device, wanted: bool) -> None:
+            self.wanted = wanted
+
+        def bytes(self) -> int | None:
+            if self.wanted:
+                took.append(2 * eight_gb.needs(host.part("core.budget").Plan()))
+            return took[-1] if self.wanted else None
+
+    monkeypatch.setattr(passes, "_Peak", Peak)
+    eight_gb.fits = 9 * GB
+    first = host.run(within(picture())).status("sampler")
+    assert first["peak_bytes"] == max(took) and "peak " in first["text"]
+    again = host.run(within(picture())).status("sampler")
+    assert again["need_bytes"] > 1.3 * first["need_bytes"]
+
+
+# -------------------------------------------------------------------------- what is really done
+def test_nothing_is_said_of_what_could_not_be_done(host, monkeypatch) -> None:
+    """Too little by the numbers, and nothing that could be unloaded or streamed."""
+    passes, slicing = host.part("nodes.passes"), host.part("nodes.slicing")
+    monkeypatch.setattr(slicing, "install", lambda patcher, plans: "It is of another kind.")
+    monkeypatch.setattr(passes, "memory_of", lambda *_: Memory(0, 0, 0, 0))
+    assert host.run(within(small())).status("sampler")["done"] == "as asked"
+    failing = blocks_fail(transformer(host, small()), Faults(range(100)))
+    with failing, pytest.raises(RunError) as caught:
+        host.run(within(small()))
+    text = str(caught.value)
+    assert "- as asked: needs" in text
+    assert not any(word in text for word in ("unloaded", "streamed", "released"))
+
+
+def test_the_worst_that_was_done_is_told(host) -> None:
+    """Passes of two shapes have two ladders: places on them cannot be compared."""
+    budget, Record = host.part("core.budget"), host.part("nodes.outcome").Record
+    plan = budget.Plan()
+    exact = budget.Rung("as-asked", "as asked", budget.EXACT, plan, False, False, False)
+    third = budget.Rung("attention-4", "slices", budget.ROUNDING, plan, True, True, False)
+    tiles = budget.Rung("tiles-2", "tiles", budget.APPROXIMATE, plan, True, True, False)
+    record = Record("allow approximations")
+    for position, rung, need in [(0, exact, 1), (3, tiles, 2), (7, third, 3), (0, exact, 4)]:
+        record.use(position, rung, need)
+        record.took(rung, 10 * need)
+    assert record.rung == tiles and (record.need, record.peak) == (2, 20)
+    assert record.exactness() == "approximate"
+    record.doubt("Somebody saw it.")
+    assert record.exactness() == "approximate"
+
+
+# ------------------------------------------------------------------------- what the host keeps
+def test_threads_of_several_gpus_make_room_one_at_a_time(host, monkeypatch) -> None:
+    """ComfyUI walks its list of loaded models by index."""
+    passes, recovery = host.part("nodes.passes"), host.part("nodes.recovery")
+    record = host.part("nodes.outcome").Record("exact only")
+    limit = SimpleNamespace(device=None, enforced=False)
+    run = passes.Passes("exact only", None, True, record, limit, ())
+    inside, most = [], []
+
+    def touches(*_: Any, **__: Any) -> Any:
+        inside.append(1)
+        time.sleep(0.01)
+        most.append(len(inside))
+        inside.pop()
+        return Memory(0, 5, 5, 0)
+
+    monkeypatch.setattr(passes, "memory_of", touches)
+    for name in ("recover", "unload_others", "stream_more"):
+        monkeypatch.setattr(recovery, name, touches)
+    budget = host.part("core.budget")
+    rung = budget.Rung("headroom", "as asked", budget.EXACT, budget.Plan(), True, True, False)
+    place = SimpleNamespace(
+        patcher=SimpleNamespace(load_device=CUDA),
+        failures=0,
+        fail=lambda memory: True,
+        rung=rung,
+        need=lambda: 100,
+        doubted=set(),
+        holdings=(),
+    )
+    threads = [threading.Thread(target=run._step_down, args=(place, False)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(most) == {1} and len(most) >= 4 * 4 and record.repeated == 4
+
+
+def test_pins_stay_active_and_prefetches_end_after_a_failure(host, monkeypatch) -> None:
+    import comfy.model_management as management
+    import comfy.model_prefetch as prefetch
+
+    recovery = host.part("nodes.recovery")
+    dynamic, idle = Dynamic(), Dynamic()
+    dynamic.model.dynamic_pins = {CUDA: {"active": True}}
+    idle.model.dynamic_pins = {CUDA: {"active": False}}
+    pins = [patcher.model.dynamic_pins[CUDA] for patcher in (dynamic, idle)]
+    entries = [(None, dynamic), (None, idle)]
+    monkeypatch.setattr(recovery.loaded_models, "loaded", lambda: entries)
+    reset = lambda: [pin.update(active=False) for pin in pins]  # noqa: E731
+    monkeypatch.setattr(management, "reset_cast_buffers", reset)
+    monkeypatch.setattr(
+        prefetch, "PREFETCH_QUEUES", [[None, (0, (dynamic.model, [dynamic.model[1]]))]]
+    )
+    recovery.recover([], alone=True)
+    assert pins == [{"active": True}, {"active": False}]
+    assert prefetch.PREFETCH_QUEUES == [] and not hasattr(dynamic.model[1], "_prefetch")
+
+
+def test_beside_the_model_other_models_leave_too(host, monkeypatch) -> None:
+    import comfy.model_management as management
+    import comfy.samplers
+    from comfy.model_patcher import ModelPatcher
+
+    cpu = torch.device("cpu")
+    other = ModelPatcher(torch.nn.Linear(1000, 1000), cpu, cpu)
+    management.load_models_gpu([other])
+    model, faults, whole = transformer(host, small()), Faults({0}), comfy.samplers.cond_cat
+    monkeypatch.setattr(
+        comfy.samplers, "cond_cat", lambda *a, **k: (faults.call(), whole(*a, **k))[1]
+    )
+    host.run(within(small()))
+    loaded = [patcher.model for _, patcher in host.part("nodes.loaded_models").loaded()]
+    assert faults.raised == 1 and other.model not in loaded
+    assert model in [own.diffusion_model for own in loaded]

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pack.core.budget import POLICIES
 from pack.demo.tiny_checkpoints import TEXT_HIDDEN
-from pack.tests.graphs import text_to_image
+from pack.tests.graphs import node, text_to_image
 from pack.tests.host import RunError
 from pack.tests.nodes.faults import Faults, blocks_fail, fitted, latent, small, transformer, within
 
@@ -529,6 +529,122 @@ def test_what_records_commits_only_after_success(host, model, stock) -> None:
     assert run.status("sampler")["forward_passes_repeated"] == 4
     assert passes == 8 and len(committed) == 4  # two sides of CFG, two steps
     assert committed == sorted(committed) and not {1, 2} & set(committed)
+
+
+def test_what_records_commits_once_where_a_calculation_is_repeated(
+    host, model, stock, monkeypatch
+) -> None:
+    """The first pass of it has succeeded, and runs again: memory runs out before the second."""
+    import comfy.patcher_extension as extension
+    import comfy.samplers
+
+    committed: list[int] = []
+    passes = 0
+    whole, faults = comfy.samplers.cond_cat, Faults({1, 5})
+
+    def recording(executor: Any, *arguments: Any, **more: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        arguments[5]["qwen_vram.on_success"].append(lambda number=passes: committed.append(number))
+        return executor(*arguments, **more)
+
+    failing = lambda *a, **k: (faults.call(), whole(*a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(comfy.samplers, "cond_cat", failing)
+    patcher = host.executor.caches.outputs.get_local("unet").outputs[0][0]
+    kind = extension.WrappersMP.APPLY_MODEL
+    patcher.add_wrapper_with_key(kind, "qwen_vram.recording", recording)
+    try:
+        run = host.run(within(small()))
+    finally:
+        patcher.remove_wrappers_with_key(kind, "qwen_vram.recording")
+    assert run.status("sampler")["calculations_repeated"] == faults.raised == 2
+    assert passes == 6 and committed == [2, 3, 5, 6]
+    assert latent(run).equal(stock["euler"])
+
+
+def test_wrappers_that_lie_beside_the_model_are_repeated_too(host, model, stock) -> None:
+    """Other nodes put them into the options, where they would come before the model's own."""
+    import comfy.patcher_extension as extension
+
+    faults = Faults({1})
+
+    def failing(executor: Any, *arguments: Any, **more: Any) -> Any:
+        faults.call()
+        return executor(*arguments, **more)
+
+    patcher = host.executor.caches.outputs.get_local("unet").outputs[0][0]
+    options = patcher.model_options["transformer_options"]
+    kind = extension.WrappersMP.APPLY_MODEL
+    extension.add_wrapper_with_key(kind, "qwen_vram.test", failing, options)
+    try:
+        run = host.run(within(small()))
+    finally:
+        del options["wrappers"]
+    said = run.status("sampler")
+    assert said["forward_passes_repeated"] == faults.raised == 1
+    assert said["calculations_repeated"] == 0 and latent(run).equal(stock["euler"])
+
+
+def test_controlnets_let_go_of_a_run_that_starts_again(host, model, stock, monkeypatch) -> None:
+    import comfy.samplers
+    import nodes as comfy_nodes
+    from comfy.controlnet import ControlBase
+
+    events: list[str] = []
+
+    class Control(ControlBase):
+        def pre_run(self, *rest: Any) -> None:
+            events.append("begin")
+
+        def get_control(self, *rest: Any) -> dict[str, Any]:
+            return {"input": []}
+
+        def cleanup(self) -> None:
+            events.append("end")
+
+    outputs, whole, faults = host.run(small()).outputs, comfy.samplers.cfg_function, Faults({1})
+    failing = lambda *a, **k: (faults.call(), whole(*a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(comfy.samplers, "cfg_function", failing)
+    text, rest = outputs["positive"][0][0][0]
+    conds = [[[text, {**rest, "control": Control()}]], outputs["negative"][0][0]]
+    settings = (5, 2, 2.5, "euler", "simple", *conds, {"samples": torch.zeros(1, 16, 1, 4, 4)})
+    fitting = host.part("nodes.fitting").Fitting("exact only")
+    comfy_nodes.common_ksampler(fitting.patch(outputs["shift"][0][0]), *settings)
+    assert fitting.record.restarts == faults.raised == 1
+    assert events == ["begin", "end", "begin", "end"]
+
+
+@pytest.mark.parametrize("at", [{0}, {3}, {5, 6}])
+def test_comfyui_s_custom_sampler_runs_with_the_patch(host, model, at: set) -> None:
+    graph = custom()
+    usual = host.run(graph).outputs["sampler"][0][0]["samples"]
+    patched = {**fitted(graph), "sampler": graph["sampler"]}
+    patched["guider"] = {**graph["guider"], "inputs": {**graph["guider"]["inputs"]}}
+    patched["guider"]["inputs"]["model"] = ["fit", 0]
+    with blocks_fail(model, Faults(at)) as faults:
+        run = host.run(patched)
+    assert faults.raised == len(at)
+    assert torch.allclose(run.outputs["sampler"][0][0]["samples"], usual, atol=ROUNDING)
+
+
+def custom() -> dict[str, Any]:
+    """The same picture by SamplerCustomAdvanced and its parts."""
+    graph = small()
+    conds = {"positive": ["positive", 0], "negative": ["negative", 0]}
+    graph["guider"] = node("CFGGuider", model=["shift", 0], cfg=2.5, **conds)
+    graph["noise"] = node("RandomNoise", noise_seed=3)
+    graph["algorithm"] = node("KSamplerSelect", sampler_name="euler")
+    given = {"scheduler": "simple", "steps": 3, "denoise": 1.0}
+    graph["sigmas"] = node("BasicScheduler", model=["shift", 0], **given)
+    graph["sampler"] = node(
+        "SamplerCustomAdvanced",
+        noise=["noise", 0],
+        guider=["guider", 0],
+        sampler=["algorithm", 0],
+        sigmas=["sigmas", 0],
+        latent_image=["latent", 0],
+    )
+    return graph
 
 
 def test_what_other_patches_hold_is_let_go_of_on_the_rung_for_it(host, model, stock) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 import importlib
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from pack.tests.graphs import UNET
 from pack.tests.host import Host
-from pack.tests.nodes.slicing_models import SIDES, conditioning, random, sample
+from pack.tests.nodes.slicing_models import SIDES, conditioning, random, sample, transformer
 from torch import Tensor
 
 BATCH = 2
@@ -57,9 +57,10 @@ def patched(reductions: ModuleType, model: Any, **plan: Any) -> tuple[Any, list[
             calls.append((args, kwargs))
             return executor(*args, **kwargs)
 
+        noting.class_obj = executor.class_obj
         return reductions.forward(noting, reductions.Plan(**plan), *args, **kwargs)
 
-    clone.add_wrapper_with_key("apply_model", "test", wrapper)
+    clone.add_wrapper_with_key("apply_model", "qwen_vram.test", wrapper)
     return clone, calls
 
 
@@ -94,15 +95,34 @@ def test_apart_computes_what_it_computes_together(reductions, model) -> None:
     assert {kwargs["ref_latents"][0].shape for _, kwargs in first} == {(1, 16, 1, 12, 10)}
 
 
-def test_apart_cuts_whatever_has_the_batch_first(reductions) -> None:
+QWEN_WITH = {
+    "nothing else": {},
+    "a recording attention": {"optimized_attention_override": lambda attend, *a, **k: attend(*a)},
+    "a patch": {"patches": {"double_block": [print]}},
+    "a replaced block": {"patches_replace": {"dit": {("double_block", 0): print}}},
+    "EasyCache": {"wrappers": {"diffusion_model": {"easycache": [print]}}},
+    "another wrapper": {"wrappers": {"apply_model": {"another's": [print]}}},
+}
+
+
+@pytest.mark.parametrize("what", [*QWEN_WITH, "no Qwen-Image"])
+def test_apart_cuts_whatever_has_the_batch_first(reductions, what: str) -> None:
+    """A batch of three on two sides of CFG: within a side only for a Qwen-Image of nobody else.
+
+    Elsewhere the batch may be the frames of a video, or what a cache keeps for a side.
+    """
     recorder = Recorder()
+    inner = torch.nn.Linear(2, 2) if what not in QWEN_WITH else transformer(torch.float32)
+    recorder.class_obj = SimpleNamespace(diffusion_model=inner)
     batch, hint = 6, random(6, 5, 4)
+    size = 1 if what == "nothing else" else 3
     x, t, text = random(batch, 4, 8, 8), torch.arange(6.0), random(batch, 3, 5)
     options = {
         "cond_or_uncond": [1, 0],
         "uuids": ["u", "c"],
         "sigmas": torch.tensor([3.0, 3.0, 3.0]),
         "sample_sigmas": torch.arange(6.0),
+        **QWEN_WITH.get(what, {}),
     }
     whole = random(1, 5, 4)
     out = reductions.forward(
@@ -118,16 +138,31 @@ def test_apart_cuts_whatever_has_the_batch_first(reductions) -> None:
         method="index",
     )
     assert torch.equal(out, x)
-    for index, (args, kwargs) in enumerate(recorder.calls):
-        assert torch.equal(args[0], x[index : index + 1]) and args[1].tolist() == [index]
-        assert torch.equal(args[3], text[index : index + 1])
-        assert torch.equal(args[4]["input"][0], hint[index : index + 1])
+    for index, (args, kwargs) in zip(range(0, batch, size), recorder.calls, strict=True):
+        part = slice(index, index + size)
+        assert torch.equal(args[0], x[part]) and torch.equal(args[1], t[part])
+        assert torch.equal(args[3], text[part])
+        assert torch.equal(args[4]["input"][0], hint[part])
         assert args[4]["input"][1] is None and args[4]["input"][2] is whole
         assert args[5]["cond_or_uncond"] == [1 if index < 3 else 0]
         assert args[5]["uuids"] == ["u" if index < 3 else "c"]
-        assert args[5]["sigmas"].shape == (1,)
-        assert kwargs["ref_latents"][0].shape == (1, 4, 2, 2) and kwargs["method"] == "index"
-    assert len(recorder.calls) == batch and options["cond_or_uncond"] == [1, 0]
+        assert args[5]["sigmas"].shape == (size,)
+        assert kwargs["ref_latents"][0].shape == (size, 4, 2, 2) and kwargs["method"] == "index"
+    assert options["cond_or_uncond"] == [1, 0]
+
+
+def test_frames_that_are_one_side_stay_together(reductions) -> None:
+    recorder, x = Recorder(), random(4, 4, 8, 8)
+    reductions.forward(recorder, reductions.Plan(apart=True), x, torch.ones(4))
+    assert [args[0] is x for args, _ in recorder.calls] == [True]
+    odd = {"cond_or_uncond": [1, 0, 0]}
+    assert reductions.together(None, x, odd) == 4
+
+
+def test_no_tiles_where_easycache_compares_passes(reductions) -> None:
+    options = QWEN_WITH["EasyCache"]
+    plan, why = reductions.possible(reductions.Plan(tiles=2), random(1, 4, 8, 8), None, options)
+    assert plan == reductions.Plan() and "EasyCache" in why
 
 
 def test_areas_and_masks_of_prompts_go_on(reductions, model) -> None:

@@ -194,6 +194,7 @@ def test_a_failure_in_a_slice_leaves_nothing_behind(slicing, load) -> None:
             raise torch.OutOfMemoryError("a test wants it")
         return function(*args, **kwargs)
 
+    fails.sliceable = True
     clone.model_options["transformer_options"]["optimized_attention_override"] = fails
     with pytest.raises(torch.OutOfMemoryError):
         sample(clone)
@@ -280,6 +281,7 @@ def test_an_override_of_attention_gets_slices_with_all_keys(slicing, load) -> No
         shapes.append((q.shape[2], k.shape[2], v.shape[2]))
         return function(q, k, v, *args, **kwargs)
 
+    override.sliceable = True
     clone.model_options["transformer_options"]["optimized_attention_override"] = override
     sample(clone, steps=1)
     assert [q for q, _, _ in shapes[:6]] == [77, 64, 64, 64, 104, 77]
