@@ -41,8 +41,8 @@ class Work:
     host_estimate: int | None = None
     timestep_zero: bool = False  # references are modulated on their own: Qwen-Image-Edit-2511
     aspect: float = 1.0  # longer side of the picture by the shorter
-    together: int = 1  # items that have to stay in one call where a batch runs apart
     tileable: bool = True  # no other node's patch looks at the whole picture
+    together: int = 1  # items that have to stay in one call where a batch runs apart
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def failure_text(
     tried = [attempt.rung.plan for attempt in attempts]
     others = [
         rung
-        for rung in ladder(work, policy, memory.held > 0)
+        for rung in ladder(work, policy, held=memory.held > 0)
         if rung.plan not in tried and rung.exactness != CHANGED  # which needs as much
     ]
     lines = [

@@ -30,7 +30,7 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """For the report; sizes (width x height) in latent pixels."""
         samples = self.latent["samples"]
-        size = _size(samples) if _is_picture(samples) else None
+        size = _size(samples) if is_picture(samples) else None
         named = {"steps": self.steps, "cfg": self.cfg, "sampler_name": self.sampler_name}
         references = [_size(latent) for latent in self._references()]
         return {
@@ -53,7 +53,7 @@ class Request:
         What is no picture cannot be made smaller: then it is the same request.
         """
         samples = self.latent["samples"]
-        if not _is_picture(samples):
+        if not is_picture(samples):
             return self
         latent = {**self.latent, "samples": _smaller(samples, scale)}
         sides = samples.shape[-2:], latent["samples"].shape[-2:]
@@ -68,7 +68,7 @@ class Request:
         )
 
 
-def _is_picture(samples: torch.Tensor) -> bool:
+def is_picture(samples: torch.Tensor) -> bool:
     """Or a video: a latent (B, C, ..., h, w). Sound has no sides, nested latents several."""
     return not samples.is_nested and samples.ndim >= 4
 

@@ -14,7 +14,16 @@ import torch
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..core.budget import AS_ASKED, CHANGED, EXACT, ORDER, ROUNDING, SETTINGS, SETTINGS_TEXT, Rung
+from ..core.budget import (
+    AS_ASKED,
+    CHANGED,
+    EXACT,
+    ORDER,
+    ROUNDING,
+    SETTINGS,
+    SETTINGS_TEXT,
+    Rung,
+)
 from ..core.units import size_text
 
 METADATA = "qwen_vram"
@@ -46,10 +55,10 @@ class Record:
     asked: dict[str, Any] = field(default_factory=dict)  # settings
     used: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    doubtful: bool = False  # whether something else may have changed the picture
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
     ended: str = ""  # FAILED or CANCELLED, where no picture was made
     before: list[Record] = field(default_factory=list)  # runs of the same node that did not fit
+    doubtful: bool = False  # whether something else may have changed the picture
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def note(self, sentence: str) -> None:
         """Say something once."""

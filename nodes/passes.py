@@ -104,8 +104,8 @@ class Passes:
         """Run it on the first rung that should fit, and further down until it does."""
         place = self._place(executor.class_obj, options)
         together = reductions.together(executor.class_obj, x, options)
-        work = work_of(executor.class_obj, place.sliced, x, c_crossattn, more, together)
         whole = reductions.possible(TILES, x, control, options)[1]
+        work = work_of(executor.class_obj, place.sliced, x, c_crossattn, more, together)
         work = replace(work, tileable=not whole)
         with self._host:
             place.begin(work, self.policy, self._memory(place))
@@ -306,7 +306,7 @@ class Passes:
         if not self.used:
             return DoesNotFit(self._with_limit(NEVER_RAN), 0, 0.0)
         patcher = self.used[0]
-        cap = self.limit.room() if patcher.load_device == self.limit.device else None
+        cap = self.limit.room(self.used) if patcher.load_device == self.limit.device else None
         free = memory_of(patcher, self.used, (), cap).free
         return DoesNotFit(self._with_limit(BESIDE.format(runs, size_text(free))), free, 1.0)
 
