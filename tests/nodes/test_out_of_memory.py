@@ -128,8 +128,24 @@ def test_approximations_come_last_and_only_if_they_are_allowed(host, model, stoc
     with blocks_fail(model, TooLarge(143)):
         run = host.run(within(graph, policy="allow approximations"))
     assert run.status("sampler")["exactness"] == "approximate"
-    assert "overlapping tiles" in run.status("sampler")["text"]
+    text = run.status("sampler")["text"]
+    assert "overlapping tiles" in text and "other patches" not in text  # which hold nothing
     assert latent(run).shape == usual.shape and not latent(run).equal(usual)
+
+
+def test_tiles_are_not_tried_where_a_patch_looks_at_the_whole_picture(host, model, stock) -> None:
+    patcher = host.executor.caches.outputs.get_local("unet").outputs[0][0]
+    options = patcher.model_options["transformer_options"]
+    options["patches"] = {"of_another_node": [lambda *_: None]}
+    try:
+        with blocks_fail(model, TooLarge(0)), pytest.raises(RunError) as caught:
+            host.run(within(text_to_image(size=192, steps=1), policy="allow approximations"))
+        with blocks_fail(model, Faults(range(4))):
+            run = host.run(within(larger(), policy="allow approximations"))
+    finally:
+        del options["patches"]
+    assert "tiles" not in str(caught.value) and "Tried" in str(caught.value)
+    assert "tiles" not in run.status("sampler")["done"]
 
 
 # ------------------------------------------------------------------ beside the model itself
