@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,13 @@ from pack.tests.graphs import node
 from pack.tests.nodes.faults import Faults, blocks_fail, latent, small, transformer, within
 
 STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(host) -> Iterator[None]:
+    """Clones of a model that a test patched would be cached for the tests that follow."""
+    yield
+    transformer(host, small())
 
 
 def cached(kind: str = "EasyCache", threshold: float = 1.0, batch: int = 1) -> dict[str, Any]:

@@ -573,6 +573,7 @@ def test_what_records_commits_once_where_a_calculation_is_repeated(
         run = host.run(within(small()))
     finally:
         patcher.remove_wrappers_with_key(kind, "qwen_vram.recording")
+        transformer(host, small())  # the clones are forgotten
     assert run.status("sampler")["calculations_repeated"] == faults.raised == 2
     assert passes == 6 and committed == [2, 3, 5, 6]
     assert latent(run).equal(stock["euler"])
@@ -596,6 +597,7 @@ def test_wrappers_that_lie_beside_the_model_are_repeated_too(host, model, stock)
         run = host.run(within(small()))
     finally:
         del options["wrappers"]
+        transformer(host, small())  # the clones are forgotten
     said = run.status("sampler")
     assert said["forward_passes_repeated"] == faults.raised == 1
     assert said["calculations_repeated"] == 0 and latent(run).equal(stock["euler"])
