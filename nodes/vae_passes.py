@@ -134,6 +134,8 @@ class Pass:
         if not _succeeds(lambda: self._load(asked)):
             self._free_others()
             self._load(asked)
+        if self.vae.patcher.is_dynamic():
+            recovery.unpin(self.vae.patcher)  # what a node that failed may have left
         free = self.free_bytes()
         return free if self.limit is None else min(self.limit, free)
 
