@@ -39,12 +39,31 @@ def slices(start: int, stop: int, size: int) -> list[tuple[int, int]]:
     return list(zip(cuts, [*cuts[1:], stop], strict=True))
 
 
+def whole_layer(block: nn.Module, attend: Attend, x: Tensor) -> Tensor:
+    """The layer's own forward pass [b, c, 1, h, w], operation by operation.
+
+    ComfyUI's catches what its attention fails with and goes on with another kernel, whose bits
+    differ (pytorch_attention in ldm/modules/diffusionmodules/model.py). Here the failure arrives.
+    """
+    b, c, t, h, w = x.shape
+    flat = x.permute(0, 2, 1, 3, 4).reshape(b * t, c, h, w)
+    every = block.to_qkv(block.norm(flat)).chunk(3, dim=1)
+    shape = every[0].shape
+    query, keys, values = (
+        each.view(*shape[:1], 1, shape[1], -1).transpose(2, 3).contiguous() for each in every
+    )
+    del every
+    found = attend(query, keys, values).transpose(2, 3).reshape(shape)
+    found = block.proj(found)
+    return found.reshape(b, t, c, h, w).permute(0, 2, 1, 3, 4) + x
+
+
 class AttentionSlices:
     """The layer over `x` [b, c, 1, h, w], some positions at a time; its result takes their place.
 
     `step` may fail; what is done stays done. `x` may lie in the RAM: `load` brings a part of it
     to the device. `block` has a norm over channels and two 1x1 convolutions, to_qkv and proj;
-    with all positions in one slice it is its own forward pass.
+    with all positions in one slice `whole` is called. `fewest`: positions of the smallest slice.
     """
 
     def __init__(
@@ -54,8 +73,11 @@ class AttentionSlices:
         size: int,
         attend: Attend,
         load: Load,
+        whole: Load,
+        fewest: int = BLOCK,
     ) -> None:
         self.block, self.x, self.attend, self.load = block, x, attend, load
+        self.whole, self.fewest = whole, fewest
         self.count = x.shape[-2] * x.shape[-1]
         self.keys = self.values = None
         self.pending = deque(slices(0, self.count, size))
@@ -75,7 +97,7 @@ class AttentionSlices:
         """Do the first pending slice."""
         if self.size == self.count:
             # Its output may have another layout, on which the kernels behind it depend.
-            self.x.tensor = self.block(self.load(self.x.tensor)).to(self.x.device)
+            self.x.tensor = self.whole(self.load(self.x.tensor)).to(self.x.device)
         else:
             if self.keys is None:
                 self._make_keys()
@@ -86,10 +108,10 @@ class AttentionSlices:
 
     def shrink(self) -> bool:
         """Half the size from here on; False if it is the smallest already."""
-        if self.size <= BLOCK:
-            return False
-        self.pending = deque(slices(self.pending[0][0], self.count, self.size // 2))
-        return True
+        before, half = self.size, max(self.fewest, self.size // 2)
+        if before > half:
+            self.pending = deque(slices(self.pending[0][0], self.count, half))
+        return self.size < before
 
     def _flat(self) -> Tensor:
         """x as [b, c, 1, n]."""

@@ -214,6 +214,7 @@ def _attention(network: Network, count: int, limit: int, in_ram: bool) -> tuple[
 
 
 # -------------------------------------------------------------------------------------- all of it
+@functools.lru_cache(maxsize=256)
 def plan_for(network: Network, height: int, width: int, limit: int) -> Plan:
     """The cheapest plan within `limit` bytes for a source of this size, else the smallest one."""
     places = (False,) if network.in_ram else (False, True)
@@ -241,6 +242,7 @@ def _plan(network: Network, height: int, width: int, limit: int, in_ram: bool) -
     )
 
 
+@functools.lru_cache(maxsize=256)
 def whole_bytes(network: Network, height: int, width: int) -> int:
     """The peak of the network's own pass over one whole picture."""
     sizes = _sizes(network.before, height)[-1], _sizes(network.before, width)[-1]
@@ -253,6 +255,7 @@ def whole_bytes(network: Network, height: int, width: int) -> int:
     return max(*ways, math.prod(sizes) * (LAYER * each + scores))
 
 
+@functools.lru_cache(maxsize=256)
 def comfortable_bytes(network: Network, height: int, width: int) -> int:
     """The least in which the work is hardly more than at once: what is worth freeing for."""
     limit = whole_bytes(network, height, width)

@@ -153,8 +153,9 @@ def axis(steps: Steps, size: int, parts: int) -> Axis:
 
 
 # What a convolution takes beside its input and output, as a part of both: its workspace, and the
-# copies that normalising makes before it (measured, benchmarks/RESULTS.md).
+# copies that normalising makes before it. cuDNN's workspace is larger where channels are many.
 WORKSPACE = 1.0
+DEEP, DEEP_FACTOR = 384, 1.25
 
 
 def tile_bytes(
@@ -168,6 +169,8 @@ def tile_bytes(
             held = step.channels_in * before  # a layer's input lives as long as it runs
         moved = step.channels_in * before + (step.channels_out or step.channels_in) * behind
         factor = 1 + WORKSPACE if step.channels_out else 1
+        if step.channels_out and step.channels_in >= DEEP:
+            factor *= DEEP_FACTOR
         peak = max(peak, held + factor * moved)
     return int(peak * element_size)
 
@@ -175,6 +178,8 @@ def tile_bytes(
 # On the CPU torch chooses the kernel of a convolution by channels times rows, and for pictures
 # without a time axis by all of their elements (20480 in ATen's ConvParams::use_mkldnn); products of
 # few columns round differently, too. So there tiles keep all rows and are never smaller than this.
+# With one thread the bits are then those of the whole in all that has been tried; no rule of torch
+# promises it, and with more threads some differ.
 FEW = 1 << 16
 
 
@@ -231,7 +236,7 @@ class Buffer:
     def __init__(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
         self.shape, self.device, self.dtype = tuple(shape), device, dtype
         self.tensor: Tensor | None = None
-        self.movable = True
+        self.movable, self.lacking = True, False
 
     @classmethod
     def of(cls, tensor: Tensor) -> Buffer:
@@ -244,9 +249,11 @@ class Buffer:
         """A rectangle, from a tile of the same size, of whose channels the first ones are taken."""
         if self.tensor is None:
             strides = strides_like(self.shape, tile)
+            self.lacking = True  # if memory runs out in the next line
             self.tensor = torch.empty_strided(
                 self.shape, strides, dtype=self.dtype, device=self.device
             )
+            self.lacking = False
         self.tensor[..., rows, columns].copy_(tile[:, : self.shape[1]])
 
     def release(self) -> None:
@@ -258,9 +265,9 @@ class Buffer:
         """Move them; False if they are there already, or may not be moved."""
         if self.device.type == "cpu" or not self.movable:
             return False
-        self.device = torch.device("cpu")
         if self.tensor is not None:
-            self.tensor = self.tensor.to(self.device)
+            self.tensor = self.tensor.to("cpu")
+        self.device = torch.device("cpu")
         return True
 
 

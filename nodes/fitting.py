@@ -130,6 +130,8 @@ class Fitting:
         need = passes.expect(model, shape, conds)
         planned = passes.limit.load_shape(model, list(shape), need)
         loaded = executor(model, planned, conds, *rest, **more)
+        if model.is_dynamic():
+            recovery.unpin(model)  # what a run of another node that failed may have left
         passes.used = [model, *loaded[2]]
         passes.limit.fit_weights(model, need, passes.used)
         return loaded

@@ -37,9 +37,8 @@ def is_oom(error: BaseException) -> bool:
     """Whether an error means that memory lacked: what ComfyUI knows, what other devices than
     NVIDIA's and AMD's say, and two of dynamic VRAM's.
 
-    Dynamic VRAM's buffers fail by a plain RuntimeError (comfy_aimdo/vram_buffer.py). Where the
-    driver refuses to map a page, its error shows at torch's next call as "invalid argument"; seen
-    on a card whose memory another program took and returned.
+    Its buffers fail by a plain RuntimeError (comfy_aimdo/vram_buffer.py). And a cast that an
+    out-of-memory left half done points into a buffer that is gone: CUDA's "invalid argument".
     """
     if comfy.model_management.is_oom(error):
         return True

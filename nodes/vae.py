@@ -60,6 +60,8 @@ class Decode(io.ComfyNode):
         latents = samples["samples"]
         if latents.is_nested:
             latents = latents.unbind()[0]
+        if not len(latents):
+            raise ValueError("samples holds no latents: its batch is empty. Connect at least one.")
         if why := why_stock_decodes(vae, latents):
             images = vae.decode(latents)
             text, facts = f"ComfyUI's own decode: {why}", {"how": STOCK, "why": why}
@@ -104,6 +106,8 @@ class Encode(io.ComfyNode):
     @classmethod
     def execute(cls, pixels: Tensor, vae: comfy.sd.VAE, vram_limit: float) -> io.NodeOutput:
         """As ComfyUI's VAEEncode."""
+        if not len(pixels):
+            raise ValueError("pixels holds no picture: its batch is empty. Connect at least one.")
         if why := why_stock_encodes(vae, pixels):
             latents = vae.encode(pixels)
             text, facts = f"ComfyUI's own encode: {why}", {"how": STOCK, "why": why}

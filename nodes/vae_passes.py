@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import comfy.ldm.wan.vae as wan
-import comfy.ops
 import comfy.sd
 import comfy.utils
 import torch
 from comfy import model_management
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.units import size_text
-from ..core.vae_attention import AttentionSlices, attend_by_products
+from ..core.vae_attention import BLOCK, FEWEST, AttentionSlices
 from ..core.vae_plan import (
-    Network,
     Plan,
     Segment,
     comfortable_bytes,
@@ -25,117 +23,46 @@ from ..core.vae_plan import (
     shape_before,
     whole_bytes,
 )
-from ..core.vae_tiles import Buffer, Load, Steps, Tiles, axis, scale_of, steps_of
+from ..core.vae_tiles import Buffer, Load, Steps, Tiles, axis, scale_of
 from . import recovery
+from .vae_layers import BY_TILES, WHOLE, Layers, Outcome, times
 
-WHOLE, BY_TILES = "whole", "tiles"
-
-
-class Layers(NamedTuple):
-    """One direction of Wan 2.1's VAE, its layers in their order, and what does all of it."""
-
-    before: list[nn.Module]
-    attention: nn.Module
-    after: list[nn.Module]
-    whole: Load
-
-    @classmethod
-    def decoding(cls, model: wan.WanVAE) -> Layers:
-        """From latents to pixels."""
-        decoder = model.decoder
-        first, attention, last = decoder.middle
-        after = [last, *decoder.upsamples, *decoder.head]
-        return cls([model.conv2, decoder.conv1, first], attention, after, model.decode)
-
-    @classmethod
-    def encoding(cls, model: wan.WanVAE) -> Layers:
-        """From pixels to the mean of the latents; the last layer adds channels of the variance."""
-        encoder = model.encoder
-        first, attention, last = encoder.middle
-        before = [encoder.conv1, *encoder.downsamples, first]
-        return cls(before, attention, [last, *encoder.head, model.conv1], model.encode)
-
-    def network(self, vae: comfy.sd.VAE, pictures: int = 1) -> Network:
-        """What a plan needs to know of `pictures` that go at once."""
-        fused = (
-            model_management.xformers_enabled_vae()
-            or model_management.pytorch_attention_enabled_vae()
-        )
-        steps = (tuple(map(steps_of, part)) for part in (self.before, self.after))
-        element_size = model_management.dtype_size(vae.vae_dtype) * pictures
-        kind = vae.device.type
-        return Network(*steps, element_size, fused, kind in ("cpu", "mps"), kind == "cpu")
-
-
-class Outcome(NamedTuple):
-    """What was done, for the node. `tile_px`: width and height of the largest planned tile."""
-
-    how: str
-    predicted_bytes: int
-    tiles: int = 1
-    tile_px: tuple[int, int] = (0, 0)
-    slices: int = 1
-    in_ram: bool = False
-    failures: int = 0
-    on_cpu: bool = True
-
-    def text(self) -> str:
-        """One line."""
-        peak = size_text(self.predicted_bytes)
-        if self.how == WHOLE:
-            return f"whole picture at once, peak {peak} predicted; exact"
-        width, height = self.tile_px
-        line = f"{self.tiles} tiles of {width}x{height} px, peak {peak} predicted; "
-        line += "exact" if self.on_cpu and self.slices == 1 else "exact up to rounding"
-        if self.slices > 1:
-            line += f"; attention in {self.slices} slices"
-        if self.in_ram:
-            line += "; pictures between them in RAM"
-        if self.failures:
-            line += f"; out of memory {self.failures} times, went on smaller"
-        return line
+WAIT_SECONDS, WAIT_STEP = 20.0, 1.0  # for memory that another program takes for a moment
 
 
 class Pass:
     """Pictures through one direction of a VAE. `limit` in bytes; None is what is free.
 
-    `size`: height and width of the sources, latents to decode or pixels to encode; `pictures`: how
-    many of them a source holds.
+    `size`: height and width of the sources, latents to decode or pixels to encode.
     """
 
     def __init__(
-        self,
-        vae: comfy.sd.VAE,
-        layers: Layers,
-        size: tuple[int, int],
-        limit: int | None,
-        pictures: int = 1,
+        self, vae: comfy.sd.VAE, layers: Layers, size: tuple[int, int], limit: int | None
     ) -> None:
         self.vae, self.layers, self.size, self.limit = vae, layers, size, limit
-        self.network = layers.network(vae, pictures)
-        self.tile_limit: int | None = None  # since memory ran out
+        self.network = layers.network(vae)
+        self.tile_limit: int | None = None  # bytes, since memory ran out
+        self.attention_limit: int | None = None  # positions, likewise
         self.failures = self.tiles = self.slices = 0
-        self.freed_others = self.in_ram = False
-        self.pictures = pictures
+        self.freed_others = self.in_ram = self.apart = False
+        self.pictures, self.waited = 1, 0.0
 
     # ------------------------------------------------------------------------------------ memory
-    def make_room(self) -> int:
-        """Load the VAE and return the bytes that its pass may take. Raises ValueError."""
-        asked = comfortable_bytes(self.network, *self.size)
-        if self.limit is not None:
-            least = plan_for(self.network, *self.size, 0).bytes
-            if least > self.limit:
-                width, height = self._pixels()
-                raise ValueError(
-                    f"vram_limit is {size_text(self.limit)}, but {width}x{height} px take at "
-                    f"least {size_text(least)}. Raise it, or set it to 0 to use what is free."
-                )
-            asked = min(asked, self.limit)
-        if not _succeeds(lambda: self._load(asked)):
-            self._free_others()
-            self._load(asked)
-        free = self.free_bytes()
-        return free if self.limit is None else min(self.limit, free)
+    def make_room(self, beside: int = 0) -> None:
+        """Load the VAE, with room for one picture and `beside` bytes. Raises ValueError."""
+        if self.limit is not None and self._least() > self.limit:
+            width, height = self._pixels()
+            raise ValueError(
+                f"vram_limit is {size_text(self.limit)}, but {width}x{height} px take at "
+                f"least {size_text(self._least())}. Raise it, or set it to 0 to use what is free."
+            )
+        asked = whole_bytes(self.network, *self.size)
+        if self.free_bytes() < asked + beside + self.vae.model_size():
+            asked = comfortable_bytes(self.network, *self.size)
+        asked = (asked if self.limit is None else min(asked, self.limit)) + beside
+        self._insist(lambda: self._load(asked), "while the VAE was loaded")
+        if self.vae.patcher.is_dynamic():
+            recovery.unpin(self.vae.patcher)  # what a node that failed may have left
 
     def _load(self, asked: int) -> None:
         """The VAE, with room beside it."""
@@ -146,9 +73,7 @@ class Pass:
     def _free_others(self) -> None:
         """Unload every other model from the device."""
         self.freed_others = True
-        loaded = model_management.current_loaded_models
-        own = [entry for entry in loaded if entry.model is self.vae.patcher]
-        model_management.free_memory(1e30, self.vae.device, keep_loaded=own)
+        recovery.unload_others(self.vae.device, [self.vae.patcher])
         model_management.soft_empty_cache()
 
     def free_bytes(self) -> int:
@@ -156,43 +81,84 @@ class Pass:
         free = self.vae.patcher.get_free_memory(self.vae.device)
         return max(0, int(free) - int(model_management.extra_reserved_memory()))
 
+    def room(self) -> int:
+        """Bytes that the pass may take from now on."""
+        free = self.free_bytes()
+        return free if self.limit is None else min(self.limit, free)
+
+    def _least(self) -> int:
+        """Bytes of the smallest plan."""
+        return plan_for(self.network, *self.size, 0).bytes
+
     def _pixels(self) -> tuple[int, int]:
         """Width and height of the picture."""
         up = scale_of(_joined(self.network.after))[0]
         return self.size[1] * up, self.size[0] * up
 
-    # --------------------------------------------------------------------------------- the passes
-    def run(self, sources: Sequence[Tensor], sinks: Sequence[Tensor], load: Load) -> Outcome:
-        """Every source [b, c, 1, h, w] into its sink: whole if it fits, else by tiles.
+    def _choose_count(self, batch: int, estimate: int) -> int:
+        """How many pictures go at once: as many as ComfyUI takes, which chooses the kernels, too.
 
-        `load` brings a part of a source to the device and dtype of the VAE.
+        `estimate` is ComfyUI's, of one picture. One if the limit is too small for so many.
         """
-        room = self.make_room()
-        need = whole_bytes(self.network, *self.size)
-        pairs = list(zip(sources, sinks, strict=True))
+        free = self.vae.patcher.get_free_memory(self.vae.device)
+        count = max(1, min(batch, int(free / estimate)))
+        network = self.layers.network(self.vae, count)
+        if self.limit is not None and plan_for(network, *self.size, 0).bytes > self.limit:
+            self.apart = count > 1
+            return 1
+        self.network = network
+        return count
+
+    # --------------------------------------------------------------------------------- the passes
+    def run(
+        self, source: Tensor, shape: Sequence[int], load: Load, estimate: int
+    ) -> tuple[Tensor, Outcome]:
+        """The result [b, c, 1, h, w] of this shape of a source [b, c, 1, h, w].
+
+        `load` brings a part of the source to the device and dtype of the VAE; `estimate` is
+        ComfyUI's of one picture, in bytes.
+        """
+        device, dtype = self.vae.output_device, self.vae.vae_output_dtype()
+        held = math.prod(shape) * dtype.itemsize
+        self.make_room(held if device == self.vae.device and device.type != "cpu" else 0)
+        count = self._choose_count(len(source), estimate)
+        made: list[Tensor] = []
+        self._insist(
+            lambda: made.append(torch.empty(shape, device=device, dtype=dtype)),
+            "while the memory of the result was taken",
+        )
+        pairs = zip(source.split(count), made[0].split(count), strict=True)
+        return made[0], self._run(list(pairs), load)
+
+    def _run(self, pairs: list[tuple[Tensor, Tensor]], load: Load) -> Outcome:
+        """Every source into its sink: whole if it fits, else by tiles."""
+        room, need = self.room(), whole_bytes(self.network, *self.size)
+        self.progress = comfy.utils.ProgressBar(len(pairs))
         if need <= room:
             pairs = self._run_whole(pairs, load)
             if not pairs:
-                return Outcome(WHOLE, need)
-            room = need // 2
+                return Outcome(WHOLE, need, failures=self.failures, apart=self.apart)
+            room = min(need // 2, self.room())
         plan = plan_for(self.network, *self.size, room)
         self.in_ram = plan.in_ram
         planned = len(self._attention(plan, None).pending)
         planned += sum(s.rows * s.columns for s in (*plan.before, *plan.after))
-        self.progress = comfy.utils.ProgressBar(planned * len(pairs))
+        self._expect((planned - 1) * len(pairs))
         for source, sink in pairs:
             self._run_tiled(plan, Buffer.of(source), Buffer.of(sink), load)
         return self._outcome(plan)
 
+    def _expect(self, more: int) -> None:
+        """So many steps more than the progress bar knows of."""
+        self.progress.update_absolute(self.progress.current, self.progress.total + more)
+
     def _run_whole(
         self, pairs: list[tuple[Tensor, Tensor]], load: Load
     ) -> list[tuple[Tensor, Tensor]]:
-        """By the model's own call, one source after another; returns those not done."""
-        self.progress = comfy.utils.ProgressBar(len(pairs))
+        """By all layers over whole pictures, one source after another; returns those not done."""
         for done, (source, sink) in enumerate(pairs):
             if not _succeeds(lambda s=source, t=sink: t.copy_(self.layers.whole(load(s)))):
-                self.failures += 1
-                self._recover()
+                self._failed()
                 return pairs[done:]
             self.progress.update(1)
         return []
@@ -200,7 +166,7 @@ class Pass:
     def _run_tiled(self, plan: Plan, source: Buffer, sink: Buffer, load: Load) -> None:
         """One source by a plan."""
         self.pictures = source.shape[0]
-        x = self._between(plan, self.network.after, 0, self._inner_size())
+        x = self._between(self.network.after, 0, self._inner_size())
         self._run_part(plan, True, (source, x), load)
         self.slices = max(self.slices, self._finish(self._attention(plan, x)))
         self._run_part(plan, False, (x, sink), self._to_device)
@@ -213,7 +179,7 @@ class Pass:
         source, sink = ends
         for segment in plan.before if before else plan.after:
             last = segment.last == len(layers)
-            target = sink if last else self._between(plan, steps, segment.last, size)
+            target = sink if last else self._between(steps, segment.last, size)
             tiles = Tiles(
                 layers[segment.first : segment.last],
                 (segment.rows, segment.columns),
@@ -222,26 +188,39 @@ class Pass:
                 self.network.element_size,
                 self.network.strips,
             )
-            if self.tile_limit is not None:
-                tiles.fit(self.tile_limit)
+            self._cut_as_before(tiles)
             self.tiles += self._finish(tiles)
             source.release()
             source, load = target, self._to_device
 
-    def _attention(self, plan: Plan, x: Buffer | None) -> AttentionSlices:
-        """The middle, in the plan's slices."""
-        x = x or self._between(plan, self.network.after, 0, self._inner_size())
-        attend = comfy.ops.scaled_dot_product_attention
-        if not self.network.fused:
-            attend = attend_by_products
-        return AttentionSlices(self.layers.attention, x, plan.attention, attend, self._to_device)
+    def _cut_as_before(self, tiles: Tiles) -> None:
+        """Smaller tiles where memory has run out; larger again as far as half of it is free."""
+        if self.tile_limit is None:
+            return
+        pending = len(tiles.pending)
+        taken = [b for b in tiles.buffers if b.movable and b.device == self.vae.device]
+        bytes_of = [math.prod(b.shape) * b.dtype.itemsize for b in taken]
+        free = self.free_bytes() - sum(
+            n for b, n in zip(taken, bytes_of, strict=True) if b.tensor is None
+        )
+        if self.limit is not None:
+            free = min(free, self.limit - sum(bytes_of))
+        tiles.fit(max(self.tile_limit, free // 2))
+        self._expect(len(tiles.pending) - pending)
 
-    def _between(
-        self, plan: Plan, part: tuple[Steps, ...], layer: int, size: tuple[int, int]
-    ) -> Buffer:
+    def _attention(self, plan: Plan, x: Buffer | None) -> AttentionSlices:
+        """The middle, in the plan's slices, or smaller where memory has run out."""
+        x = x or self._between(self.network.after, 0, self._inner_size())
+        size = min(plan.attention, self.attention_limit or plan.attention)
+        layers, fewest = self.layers, FEWEST if self.network.strips else BLOCK
+        return AttentionSlices(
+            layers.attention, x, size, layers.attend, self._to_device, layers.attended, fewest
+        )
+
+    def _between(self, part: tuple[Steps, ...], layer: int, size: tuple[int, int]) -> Buffer:
         """A picture of channels before a layer."""
         channels, height, width = shape_before(part, layer, *size)
-        device = torch.device("cpu") if plan.in_ram else self.vae.device
+        device = torch.device("cpu") if self.in_ram else self.vae.device
         return Buffer((self.pictures, channels, 1, height, width), device, self.vae.vae_dtype)
 
     def _inner_size(self) -> tuple[int, int]:
@@ -268,41 +247,68 @@ class Pass:
 
     def _give_way(self, work: Tiles | AttentionSlices) -> None:
         """Make what is left smaller, or room for it. Raises RuntimeError if nothing is left."""
-        self.failures += 1
-        self._recover()
+        self._failed()
         pending = len(work.pending)
-        if work.shrink():
+        if isinstance(work, Tiles) and work.sink.lacking and work.sink.to_ram():
+            self.in_ram = True  # no smaller tile would have helped
+        elif work.shrink():
             if isinstance(work, Tiles):
                 self.tile_limit = work.limit
-            more = len(work.pending) - pending
-            self.progress.update_absolute(self.progress.current, self.progress.total + more)
+            else:
+                self.attention_limit = work.size
+            self._expect(len(work.pending) - pending)
         elif any([buffer.to_ram() for buffer in work.buffers]):
             self.in_ram = True
-        elif not self.freed_others:
-            self._free_others()
-        else:
-            raise RuntimeError(self._exhausted(work))
+        elif not self._more_room():
+            raise RuntimeError(
+                self._exhausted(
+                    "in the smallest tiles, with all that lies between in RAM and no other model "
+                    "loaded"
+                )
+            )
 
-    def _recover(self) -> None:
+    def _insist(self, act: Callable[[], Any], doing: str) -> None:
+        """What cannot be made smaller. Raises RuntimeError if it fails after all."""
+        while not _succeeds(act):
+            self._failed()
+            if not self._more_room():
+                raise RuntimeError(self._exhausted(f"{doing}, with no other model loaded"))
+
+    def _more_room(self) -> bool:
+        """By other models, then by waiting while there should be enough; False if all was tried."""
+        if not self.freed_others:
+            self._free_others()
+            return True
+        if self.waited >= WAIT_SECONDS or self.free_bytes() < self._least():
+            return False
+        recovery.wait(WAIT_STEP)
+        self.waited += WAIT_STEP
+        return True
+
+    def _failed(self) -> None:
         """Drop what a failed part left: half a cast of a streamed weight would change the rest."""
+        self.failures += 1
         recovery.recover([self.vae.patcher], alone=True, thorough=False)
 
-    def _exhausted(self, work: Tiles | AttentionSlices) -> str:
+    def _exhausted(self, doing: str) -> str:
         """What was tried, what it needed, what is free, and what would fit."""
         width, height = self._pixels()
         up = scale_of(_joined(self.network.after))[0]
-        free = self.free_bytes()
+        free, least = self.free_bytes(), self._least()
 
         def fits(side: int) -> bool:
             return plan_for(self.network, side // up, side // up, free).bytes <= free
 
         side = largest_side(fits, 64, max(width, height))
         would = f"A picture of {side}x{side} px should fit. " if side**2 < width * height else ""
-        least = plan_for(self.network, *self.size, 0).bytes
+        if least <= free:
+            would = (
+                f"That should be enough, but failed for {self.waited:.0f} s: another program may "
+                "take memory meanwhile. "
+            )
         return (
             f"{width}x{height} px do not fit in the memory of {self.vae.device}: out of memory "
-            f"{self.failures} times, at last in the smallest tiles, with all that lies between "
-            f"in RAM and no other model loaded. That needs about {size_text(least)}; "
+            f"{times(self.failures)}, at last {doing}. That needs about {size_text(least)}; "
             f"{size_text(free)} are free. {would}Close other programs that use the device, or "
             "start ComfyUI with --cpu-vae."
         )
@@ -319,7 +325,7 @@ class Pass:
             self.slices,
             self.in_ram,
             self.failures,
-            self.vae.device.type == "cpu",
+            self.apart,
         )
 
     def _tile_px(self, segment: Segment, decoding: bool) -> tuple[int, int]:

@@ -100,7 +100,7 @@ class VRAMLimit:
             others = torch.cuda.memory_allocated(self.device) - patcher.loaded_size()
             stream_more(patcher, patcher.loaded_size() + max(0, others) - allowed)
             return
-        pages = max(0, allowed - torch.cuda.memory_allocated(self.device))
+        pages = max(0, allowed - torch.cuda.memory_allocated(self.device) - _casts(patcher))
         shares = [(vbar, p.model_size()) for p in used if (vbar := self._vbar(p)) is not None]
         sizes = {id(vbar): (vbar, max(1, size)) for vbar, size in shares}
         total = sum(size for _, size in sizes.values())
@@ -137,6 +137,13 @@ class VRAMLimit:
         """Bytes in pages of dynamic VRAM, of all models on this device but these."""
         vbars = [self._vbar(patcher) for _, patcher in loaded() if not is_used(patcher, but)]
         return sum(vbar.loaded_size() for vbar in vbars if vbar is not None)
+
+
+def _casts(patcher: ModelPatcher) -> int:
+    """Bytes of torch's in which dynamic VRAM casts weights for their use: two of the largest, in
+    16 bits. Where a picture is small they are more than its activations."""
+    largest = max((weight.numel() for weight in patcher.model.parameters()), default=0)
+    return 2 * largest * torch.float16.itemsize
 
 
 def _fraction(device: torch.device) -> float:

@@ -38,6 +38,7 @@ LIMITS = {1024: 2.5, 2048: 3.0}  # GB; the weights alone have 2.7
 GRAIN = 0.5
 GONE_SECONDS = 2.0
 ROUNDING = 2  # of 255
+ROUNDED = 6e-2  # with random weights; stock itself differs by 4.5e-2 with another kernel
 Graph = dict[str, Any]
 
 
@@ -112,7 +113,7 @@ def close(made: torch.Tensor, stock: torch.Tensor, exactness: str) -> None:
     """Bit for bit, or within what kernels round."""
     error = float((made - stock).norm() / stock.norm())
     warnings.warn(f"{exactness}: relative difference {error:.1e}", stacklevel=1)
-    assert made.equal(stock) if exactness == "exact" else error < 2e-2
+    assert made.equal(stock) if exactness == "exact" else error < ROUNDED
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["between blocks", "in a cast"])
@@ -134,6 +135,22 @@ def test_out_of_memory_in_a_pass_changes_nothing(
     # The settings are not used; another text makes ComfyUI sample again.
     again, _, _ = run(server, sampling(seed=7, settings=DEFAULT + "\n" * len(at)))
     assert again.equal(stock)
+
+
+def test_what_a_ksampler_that_failed_left_changes_nothing(
+    running: tuple[str, Server, int],
+) -> None:
+    vram, server, _ = running
+    stock, _, _ = run(server, sampling(seed=11))
+    failing = sampling(seed=12)
+    inside = vram == "dynamic"
+    failing["fail"] = node("TestFailingModel", model=["unet", 0], at="3", inside=inside)
+    failing["shift"]["inputs"]["model"] = ["fail", 0]
+    result = server.submit(failing)
+    assert result.status == "error" and "as asked" in result.error
+    made, status, left = run(server, sampling(seed=11, policy="exact only"))
+    assert made.equal(stock), status
+    check_nothing_is_left(vram, left)
 
 
 def test_memory_that_is_gone_for_a_moment_is_waited_for(
