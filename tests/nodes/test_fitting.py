@@ -352,7 +352,8 @@ def test_pages_of_other_models_count_within_the_limit(host, card) -> None:
         assert held.room([patcher]) == 3.75 * GB and held.room([patcher, control]) == 4 * GB
         held.fit_weights(patcher, 2 * GB, [patcher, control])
         # 6 less the driver's, torch's own, the other's pages and the need; three to one by size
-        assert (patcher.pages.watermark, control.pages.watermark) == (1.5 * GB, 0.5 * GB)
+        marks = patcher.pages.watermark, control.pages.watermark
+        assert marks == pytest.approx((1.5 * GB, 0.5 * GB), abs=1000)
         assert other.pages.watermark == 0 and card.fraction == pytest.approx(3.0 / 12, abs=1e-5)
 
 
