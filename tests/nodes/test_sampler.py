@@ -76,10 +76,7 @@ def test_masks_batches_and_loras_are_as_in_a_ksampler(host, graph: dict[str, Any
     model = transformer(host, graph)
     with blocks_fail(model, Faults({1, 6})) as faults:
         run = host.run(within(graph))
-    assert faults.raised == 2
-    if run.status("sampler")["exactness"] == "exact":
-        assert latent(run).equal(stock["samples"])
-    assert torch.allclose(latent(run), stock["samples"], atol=1e-2)
+    assert faults.raised == 2 and latent(run).equal(stock["samples"]), run.status("sampler")["text"]
 
 
 def test_its_inputs_are_those_of_a_ksampler_and_three_more(host) -> None:
