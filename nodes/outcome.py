@@ -155,8 +155,12 @@ class Record:
         if self.peak and not self.ended:
             parts.append(f"peak {size_text(self.peak)}, predicted {size_text(self.need)}")
         if self.limit:
-            parts.append(f"limit {size_text(self.limit)}")
+            parts.append(f"limit {size_text(self.limit)}{self._above()}")
         return " · ".join([*parts, *self.notes])
+
+    def _above(self) -> str:
+        """Where even the last way that was allowed is predicted to need more than the limit."""
+        return f", needs about {size_text(self.need)}" if self.need > self.limit else ""
 
     def facts(self) -> dict[str, Any]:
         """The same as data. Sizes in bytes, times in seconds."""
