@@ -126,7 +126,7 @@ def test_tiles_have_the_bits_of_stock_s_untiled_pass(host, vae, act, width, heig
 
 
 def test_with_more_threads_tiles_are_exact_up_to_rounding(host, vae) -> None:
-    samples = latents(192, 256)
+    samples = latents(256, 256)
     torch.set_num_threads(2)  # the fixture restores it
     exact = stock_decode(host, vae, samples)
     tiled, said = decode(host, vae, samples, least(host, vae, decode, samples))
@@ -396,7 +396,7 @@ def test_memory_that_is_short_for_a_moment_is_waited_for(host, vae, waits) -> No
 
 
 def test_tiles_grow_again_when_memory_is_back(host, vae) -> None:
-    samples = latents(256, 192)
+    samples = latents(256, 256)
     exact, _ = decode(host, vae, samples)
     limit = 1.2 * least(host, vae, decode, samples)
     _, before = decode(host, vae, samples, limit)
