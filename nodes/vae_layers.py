@@ -116,8 +116,8 @@ class Outcome(NamedTuple):
         if self.in_ram:
             line += "; pictures between them in RAM"
         if self.failures:
-            line += f"; out of memory {times(self.failures)}, went on "
-            line += "again" if self.how == WHOLE else "smaller"
+            line += f"; out of memory {times(self.failures)}, "
+            line += "went on again" if self.how == WHOLE else "went on smaller"
         return line
 
 
