@@ -33,6 +33,7 @@ ON_SUCCESS, HOLDINGS = "qwen_vram.on_success", "qwen_vram.holdings"
 TILES = Plan(tiles=2)
 REPEATS = 2  # on a rung to which nothing follows
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.2, 20.0
+GIVEN_BACK_SECONDS = 6.0
 Conds = dict[str, list[dict[str, Any]]]
 SPARE_BYTES = 512_000_000  # to make room with for what is not predicted
 NEVER_RAN = (
@@ -179,9 +180,15 @@ class Passes:
         place.descend(index, memory)
 
     def _wait(self, place: Place, memory: Memory) -> bool:
-        """Wait for memory that another program took; False where none did, or it keeps it."""
-        pause = min(FIRST_WAIT_SECONDS + place.waited, LONGEST_WAIT_SECONDS - place.waited)
-        if pause <= 0 or not place.robbed(memory):
+        """Wait for memory that another program took; False where none did, or it keeps it.
+
+        Not long where it has given it back already: then the pass may fail for another reason.
+        """
+        longest = LONGEST_WAIT_SECONDS if place.robbed(memory) else 0.0
+        if place.gave_back(memory):
+            longest = max(longest, GIVEN_BACK_SECONDS)
+        pause = min(FIRST_WAIT_SECONDS + place.waited, longest - place.waited)
+        if pause <= 0:
             return False
         self.say(WAITING)
         recovery.wait(pause)

@@ -17,6 +17,7 @@ from .workload import Holding, key_of
 
 MEASURED = Measured(FOLDER / "forward_passes.json")
 FLUCTUATION_BYTES = 256_000_000  # less than this is no other program
+AMPLE = 1.25  # times the need
 TELLING = ("cuda",)  # kinds of device that tell what is free
 
 
@@ -126,6 +127,12 @@ class Place:
             MEASURED.ran_out(self.key(self.rung.plan), needed, budget.room(self.rung, memory))
         self.passed |= {rung.id for rung in self.rungs[:index]}
         self.index, self.repeats = index, 0
+
+    def gave_back(self, memory: Memory) -> bool:
+        """Whether there is clearly more than the pass needs, although it has just run out: what
+        another program took is back by now. Only of devices that tell what is free."""
+        room = budget.room(self.rung, memory)
+        return self.patcher.load_device.type in TELLING and self.need() * AMPLE <= room
 
     def robbed(self, memory: Memory) -> bool:
         """Whether another program has taken memory since the run began."""

@@ -385,6 +385,23 @@ def test_it_waits_before_it_approximates_and_not_for_ever(host, model, stock, th
     assert run.status("sampler")["exactness"] == "approximate"
 
 
+def test_it_repeats_a_pass_where_memory_is_back_before_one_looks(
+    host, model, stock, monkeypatch
+) -> None:
+    """Seen on a card: nothing lacks any more, and yet pass after pass has run out."""
+    pauses: list[float] = []
+    monkeypatch.setattr(host.part("nodes.recovery"), "wait", pauses.append)
+    monkeypatch.setattr(host.part("nodes.place"), "TELLING", ("cpu",))
+    with blocks_fail(model, Faults(range(9))):
+        run = host.run(within(larger()))
+    assert pauses and sum(pauses) <= 6.0
+    assert_like(latent(run), stock["euler larger"], run.status("sampler")["exactness"])
+    pauses.clear()
+    with blocks_fail(model, Faults(range(100))), pytest.raises(RunError):
+        host.run(within(small(seed=3)))
+    assert sum(pauses) == pytest.approx(6.0)
+
+
 def test_an_interrupt_ends_a_wait(host) -> None:
     recovery = host.part("nodes.recovery")
     import comfy.model_management as management
