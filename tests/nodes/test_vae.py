@@ -126,7 +126,7 @@ def test_tiles_have_the_bits_of_stock_s_untiled_pass(host, vae, act, width, heig
 
 
 def test_with_more_threads_tiles_are_exact_up_to_rounding(host, vae) -> None:
-    samples = latents(256, 256)
+    samples = latents(256, 192)
     torch.set_num_threads(2)  # the fixture restores it
     exact = stock_decode(host, vae, samples)
     tiled, said = decode(host, vae, samples, least(host, vae, decode, samples))
@@ -395,15 +395,18 @@ def test_memory_that_is_short_for_a_moment_is_waited_for(host, vae, waits) -> No
     assert sum(waits) == 20
 
 
-def test_tiles_grow_again_when_memory_is_back(host, vae) -> None:
-    samples = latents(256, 256)
-    exact, _ = decode(host, vae, samples)
-    limit = 1.2 * least(host, vae, decode, samples)
-    _, before = decode(host, vae, samples, limit)
-    with Memory(lambda call, _: 4 <= call < 8):
-        found, said = decode(host, vae, samples, limit)
-    assert found.equal(exact) and said["failures"] == 4 and before["how"] == "tiles"
-    assert said["tiles"] < 2 * before["tiles"] + 8
+def test_tiles_grow_again_when_memory_is_back(host, vae, monkeypatch) -> None:
+    passes = host.part("nodes.vae_passes")
+    work = passes.Pass(vae, passes.Layers.decoding(vae), (64, 64), None)
+    work.progress, work.tile_limit = passes.comfy.utils.ProgressBar(1), 1
+    counts = []
+    for free in (1 << 40, 0):
+        monkeypatch.setattr(passes.Pass, "free_bytes", lambda _, free=free: free)
+        ends = (passes.Buffer.of(latents(512, 512)), work._between(work.network.after, 0, (64, 64)))
+        tiles = passes.Tiles(work.layers.before, (1, 1), ends, lambda part: part, 4)
+        work._cut_as_before(tiles)
+        counts.append(len(tiles.pending))
+    assert counts[0] == 1 and counts[1] > 8 and work.progress.total == counts[1]
 
 
 def test_a_buffer_that_cannot_be_made_goes_to_the_ram(host, vae) -> None:
