@@ -275,15 +275,22 @@ class Pass:
                 raise RuntimeError(self._exhausted(f"{doing}, with no other model loaded"))
 
     def _more_room(self) -> bool:
-        """By other models, then by waiting while there should be enough; False if all was tried."""
+        """By other models, then by waiting for other programs; False if all was tried."""
         if not self.freed_others:
             self._free_others()
             return True
-        if self.waited >= WAIT_SECONDS or self.free_bytes() < self._least():
+        if self.waited >= WAIT_SECONDS or max(self.free_bytes(), self._at_most()) < self._least():
             return False
         recovery.wait(WAIT_STEP)
         self.waited += WAIT_STEP
         return True
+
+    def _at_most(self) -> int:
+        """What a pass could have if other programs gave all back; 0 where nothing tells."""
+        device = self.vae.device
+        if device.type != "cuda":
+            return 0
+        return int(model_management.get_total_memory(device)) - self.vae.model_size()
 
     def _failed(self) -> None:
         """Drop what a failed part left: half a cast of a streamed weight would change the rest."""

@@ -395,6 +395,17 @@ def test_memory_that_is_short_for_a_moment_is_waited_for(host, vae, waits) -> No
     assert sum(waits) == 20
 
 
+def test_what_another_program_may_give_back_is_waited_for(host, vae, waits, monkeypatch) -> None:
+    """On a card whose memory somebody else holds at the moment."""
+    samples = latents(256, 192)
+    passes = host.part("nodes.vae_passes").Pass
+    monkeypatch.setattr(passes, "_at_most", lambda _: 1 << 40)
+    monkeypatch.setattr(passes, "free_bytes", lambda _: 1000 if len(waits) < 3 else 1 << 40)
+    with Memory(lambda *_: len(waits) < 3):
+        _, said = decode(host, vae, samples)
+    assert len(waits) == 3 and said["failures"] >= 3
+
+
 def test_tiles_grow_again_when_memory_is_back(host, vae, monkeypatch) -> None:
     passes = host.part("nodes.vae_passes")
     work = passes.Pass(vae, passes.Layers.decoding(vae), (64, 64), None)
