@@ -18,7 +18,7 @@ from .fitting import Fitting, Told
 from .outcome import Metadata, Record, running_node
 from .passes import DoesNotFit
 from .status import shown
-from .vram_limit import GB
+from .vram_limit import GB, RANGE
 
 SMALLER = 0.75  # of the sides, where a size that should have fitted did not
 TIMES_SMALLER = 4
@@ -37,9 +37,9 @@ class Sampler(io.ComfyNode):
             display_name="Sampler within VRAM (Qwen VRAM)",
             category="Qwen VRAM/sampling",
             description=(
-                "A KSampler that does not fail when memory runs out: it repeats the forward pass "
-                "in a way that needs less, and goes on. Where nothing is short it does exactly "
-                "what a KSampler does."
+                "A KSampler that goes on when memory runs out: it repeats the forward pass "
+                "in a way that needs less. Where nothing is short it does exactly what a KSampler "
+                "does."
             ),
             search_aliases=["ksampler", "low vram", "out of memory", "oom", "fallback"],
             inputs=[
@@ -123,10 +123,7 @@ class Sampler(io.ComfyNode):
             io.Float.Input(
                 "vram_limit",
                 default=0.0,
-                min=0.0,
-                max=1024.0,
-                step=0.1,
-                round=0.01,
+                **RANGE,
                 tooltip="GB of VRAM that this run may use, with the weights. 0: all there is.",
             ),
             io.String.Input(
@@ -276,10 +273,7 @@ class Fit(io.ComfyNode):
                 io.Float.Input(
                     "vram_limit",
                     default=0.0,
-                    min=0.0,
-                    max=1024.0,
-                    step=0.1,
-                    round=0.01,
+                    **RANGE,
                     tooltip="GB of VRAM that a run may use, with the weights. 0: all there is.",
                 ),
             ],

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .status import shown
 from .vae_pictures import decode, encode, why_stock_decodes, why_stock_encodes
+from .vram_limit import GB, RANGE
 
 STOCK = "stock"
 LIMIT_TOOLTIP = (
@@ -19,7 +20,7 @@ LIMIT_TOOLTIP = (
 
 def _limit(vram_limit: float) -> int | None:
     """In bytes; None without one."""
-    return int(vram_limit * 1e9) if vram_limit else None
+    return round(vram_limit * GB) or None
 
 
 class Decode(io.ComfyNode):
@@ -43,10 +44,7 @@ class Decode(io.ComfyNode):
                 io.Float.Input(
                     "vram_limit",
                     default=0.0,
-                    min=0.0,
-                    max=1024.0,
-                    step=0.1,
-                    round=0.01,
+                    **RANGE,
                     tooltip=LIMIT_TOOLTIP,
                 ),
             ],
@@ -95,10 +93,7 @@ class Encode(io.ComfyNode):
                 io.Float.Input(
                     "vram_limit",
                     default=0.0,
-                    min=0.0,
-                    max=1024.0,
-                    step=0.1,
-                    round=0.01,
+                    **RANGE,
                     tooltip=LIMIT_TOOLTIP,
                 ),
             ],
