@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..core.budget import Plan
-from ..core.tiling import PATCH, Tile, TileGrid, window
+from ..core.tiling import PATCH, Tile, TileBlender, TileGrid, crop
 from . import foreign
 from .slicing import COMPILED, compiled, sliced
 
@@ -124,8 +124,8 @@ def _one(executor: WrapperExecutor, plan: Plan, call: Call) -> Tensor:
     if plan.tiles == 1:
         return call.run(executor)
     height, width = call.x.shape[-2:]
-    tiles = TileGrid.along(height, width, plan.tiles, OVERLAP).tiles()
-    return call.run(executor) if len(tiles) == 1 else _tiled(executor, call, tiles)
+    grid = TileGrid.along(height, width, plan.tiles, OVERLAP)
+    return call.run(executor) if len(grid) == 1 else _tiled(executor, call, grid)
 
 
 # ------------------------------------------------------------------------------ apart
@@ -190,26 +190,16 @@ def _smaller(latent: Tensor, scale: float) -> Tensor:
 
 
 # ------------------------------------------------------------------------------ tiles
-def _tiled(executor: WrapperExecutor, call: Call, tiles: tuple[Tile, ...]) -> Tensor:
+def _tiled(executor: WrapperExecutor, call: Call, grid: TileGrid) -> Tensor:
     """MultiDiffusion (arXiv 2302.08113): the mean of what overlapping tiles predict.
 
     The model sees each tile as a picture of its own: its positions begin in its own middle.
     """
-    x = call.x
-    total = x.new_zeros(x.shape, dtype=torch.float32)
-    weights = x.new_zeros(x.shape[-2:], dtype=torch.float32)
-    for tile in tiles:
-        weight = window(tile).to(x.device)
+    blender = TileBlender(grid, call.x.shape, device=call.x.device)
+    for index, tile in enumerate(grid.tiles()):
         predicted = _crop_call(call, tile).run(executor)
-        _crop(total, tile).add_(predicted.float() * weight)
-        _crop(weights, tile).add_(weight)
-    return (total / weights).to(predicted.dtype)
-
-
-def _crop(value: Tensor, tile: Tile) -> Tensor:
-    """The tile's part of the last two dimensions, as a view."""
-    rows = slice(tile.top, tile.top + tile.height)
-    return value[..., rows, tile.left : tile.left + tile.width]
+        blender.add(index, predicted)
+    return blender.result().to(predicted.dtype)
 
 
 def _crop_call(call: Call, tile: Tile) -> Call:
@@ -219,11 +209,11 @@ def _crop_call(call: Call, tile: Tile) -> Call:
     def own(value: Any) -> Any:
         """Whatever has the picture's sides."""
         picture = isinstance(value, Tensor) and value.ndim >= 4 and value.shape[-2:] == sides
-        return _crop(value, tile) if picture else value
+        return crop(value, tile) if picture else value
 
     return replace(
         call,
-        x=_crop(call.x, tile),
+        x=crop(call.x, tile),
         c_concat=own(call.c_concat),
         control=_crop_hints(call.control, tile, *sides),
         extra={name: own(value) for name, value in call.extra.items()},
@@ -264,6 +254,6 @@ def _crop_hints(
         if hint is None:
             return None
         grid = hint.unflatten(1, (height // PATCH, width // PATCH)).movedim(3, 1)
-        return _crop(grid, place).flatten(2).movedim(1, 2)
+        return crop(grid, place).flatten(2).movedim(1, 2)
 
     return {name: [own(hint) for hint in part] for name, part in control.items()}
