@@ -298,7 +298,7 @@ def table(rows: list[Row]) -> str:
     head = ("group", "card", "way", "side", "batch", "ended", "s per step", "peak, GB", "NVML, GiB")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
-        step = f"{statistics.median(row['steps'][-2:]):.3f}" if row["steps"] else ""
+        step = f"{statistics.median(row['step seconds'][-2:]):.3f}" if row["step seconds"] else ""
         peak = f"{row['peak'] / 1e9:.2f}" if row["peak"] else ""
         ended = "completed" if row["status"] == "success" else row["error"].splitlines()[0][:60]
         cells = [row[n] for n in ("group", "card", "way", "side", "batch")]
