@@ -50,7 +50,8 @@ def _reserve(descriptor: int, size: int, folder: Path) -> None:
     """Take the room now: a page that cannot be written back later ends the process."""
     free = shutil.disk_usage(folder).free
     full = DiskFullError(
-        f"A picture needs {size_text(size)} on the disk, but {size_text(free)} are free in {folder}."
+        f"A picture needs {size_text(size)} on the disk, but in {folder} only {size_text(free)} "
+        "are free."
     )
     if free < size:
         raise full

@@ -34,7 +34,7 @@ def draw(
     skipped: Collection[int] = (),
     longest: int = 1024,
 ) -> Tensor:
-    """The plan over a picture (1, H, W, C), C >= 1: (1, h, w, 3) float32, its longer side `longest`.
+    """The plan over a picture (1, H, W, C), C >= 1: (1, h, w, 3) float32, of `longest` pixels.
 
     Tiles are numbered from 1, with their `labels` below where there is room for them. Those in
     `skipped`, by their place in `TileGrid.tiles()`, have no colour and are hatched. A narrow
@@ -168,7 +168,7 @@ def _write(
 def _as_image(pixels: Tensor) -> Image.Image:
     levels = (pixels * 255).round().to(torch.uint8).contiguous()
     height, width, _ = levels.shape
-    return Image.frombytes("RGB", (width, height), bytes(levels.flatten().tolist()))
+    return Image.frombytes("RGB", (width, height), levels.numpy().tobytes())
 
 
 def _as_tensor(image: Image.Image) -> Tensor:

@@ -160,7 +160,8 @@ class Weights:
 
     Towards the picture's outer edge a window stays as high as in its middle. The weight of a pixel
     is the product of those along the two axes: `vertical` has one (tile height,) float32 for each
-    of the grid's tops, `horizontal` one (tile width,) for each of its lefts. Raises ValueError for a window that is none of `WINDOWS`.
+    of the grid's tops, `horizontal` one (tile width,) for each of its lefts.
+    Raises ValueError for a window that is none of `WINDOWS`.
     """
 
     def __init__(self, grid: TileGrid, window: str = "hann") -> None:
