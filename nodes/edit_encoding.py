@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.sd
-import torch
 
 from ..core.miss_reason import NEW
 from . import encoding

@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import ceil
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -111,7 +110,6 @@ class Blend:
         self.result[..., :3].copy_(canvas.rgb)
         if channels > 3:
             self.result[..., 3:].copy_(canvas.picture[..., 3:])
-        self.edited.zero_()
 
     def add(self, index: int, value: Tensor) -> None:
         """(1, h, w, 3), by the tile's place in the grid."""
