@@ -44,7 +44,7 @@ TOGETHER, TILE = "tiles together", "one tile by itself"
 MODES = {"node, together": "together", "node, one after another": "one after another"}
 TEXT_TOKENS, HUGE_RAM_GIB = 60, 8.0
 TINY_DIVISOR = 4
-LEFT, BOTTOM, WIDTH, HEIGHT = 70, 330, 640, 380  # of the plot, in pixels
+LEFT, BOTTOM, WIDTH, HEIGHT = 40, 350, 680, 400  # of the plot, in pixels
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def groups() -> dict[str, list[Cell]]:
     cards = [
         Cell("cards", card, way, side, 2 if side < 3072 else 1)
         for card in list(CARDS)[:3]
-        for side in (2048, 3072, 4096)
         for way in (TOGETHER, MEGAPIXEL, OWN)
+        for side in (2048, 3072, 4096)
     ]
-    cards += [Cell("cards", card, TILE, 1024, 4) for card in list(CARDS)[:3]]
+    cards = [Cell("cards", card, TILE, 1024, 4) for card in list(CARDS)[:3]] + cards
     linear = [Cell("linear", "whole", TOGETHER, s) for s in (1024, 2048, 3072, 4096, 6144, 8192)]
     blocks = [(TOGETHER, 4096), (MEGAPIXEL, 4096), (OWN, 4096)]
     blocks += [(TOGETHER, 8192), (MEGAPIXEL, 8192), (OWN, 8192)]
@@ -224,6 +224,8 @@ def serve(options: argparse.Namespace, cells: list[Cell]) -> None:
                 make = edit if cell.way in MODES else graph
                 row = run(server, peak, before, make(smaller(cell, options.tiny), number, tiny))
                 write(options.out, asdict(cell) | row)
+                if row["status"] != "success":
+                    return  # what a failure left on the model would fail others, too
 
 
 def smaller(cell: Cell, tiny: bool) -> Cell:
@@ -286,11 +288,13 @@ def cell_of(row: Row) -> Cell:
 
 def measure(options: argparse.Namespace) -> None:
     """What is wanted and not there yet, server by server."""
-    done = {cell_of(row) for row in seen(options.out)}
-    wanted = [c for group in options.groups for c in groups()[group] if c not in done]
-    for _, cells in groupby(wanted, key=lambda c: (c.card, c.models, c.group == "huge")):
-        if time.monotonic() < options.end:
-            serve(options, list(cells))
+    while time.monotonic() < options.end:
+        done = {cell_of(row) for row in seen(options.out)}
+        wanted = [c for group in options.groups for c in groups()[group] if c not in done]
+        if not wanted:
+            return
+        servers = groupby(wanted, key=lambda c: (c.card, c.models, c.group == "huge"))
+        serve(options, list(next(servers)[1]))
 
 
 def table(rows: list[Row]) -> str:
@@ -307,29 +311,34 @@ def table(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], out: Path) -> None:
-    """Seconds per step over megapixels, and the line through the largest picture and nothing."""
-    found = [r for r in rows if r["group"] == "linear" and r["step seconds"]]
-    points = sorted((r["side"] ** 2 / 2**20, r["step seconds"][-1]) for r in found)
-    most, slowest = points[-1][0], max(seconds for _, seconds in points)
+    """Seconds per step over megapixels: tiles, a line proportional to the largest, and untiled."""
+    colours = {TOGETHER: "#1f77b4", MEGAPIXEL: "#ff7f0e", OWN: "#d62728"}
+    found = [r for r in rows if r["step seconds"] and r["models"] == "full" and r["way"] in colours]
+    found = [r for r in found if r["group"] in ("linear", "large") or r["card"] == "24 GB"]
+    found = [r for r in found if r["way"] != TOGETHER or r["group"] == "linear"]
+    points = [(r["side"] ** 2 / 2**20, r["step seconds"][-1], r["way"]) for r in found]
+    most, slowest = max(point[:2] for point in points if point[2] == TOGETHER)
+    top = slowest * 1.1
     picture = PIL.Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = PIL.ImageDraw.Draw(picture)
 
     def place(megapixels: float, seconds: float) -> tuple[float, float]:
-        right, up = megapixels / most, seconds / slowest
-        return LEFT + right * (WIDTH - LEFT - 40), BOTTOM - up * (BOTTOM - 50)
+        right, up = megapixels / most, seconds / top
+        return LEFT + right * (WIDTH - LEFT - 40), BOTTOM - up * (BOTTOM - 60)
 
-    draw.text(
-        (LEFT, 14), "Tiles of 1024 px together: seconds per step over megapixels", fill="black"
-    )
     draw.line([place(0, 0), place(most, 0)], fill="black")
-    draw.line([place(0, 0), place(0, slowest)], fill="black")
-    draw.line([place(0, 0), place(most, points[-1][1])], fill="#bbbbbb", width=2)
-    for megapixels, seconds in points:
-        x, y = place(megapixels, seconds)
-        draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill="#1f77b4")
-        draw.text((x - 14, y - 20), f"{seconds:.1f}", fill="black")
+    draw.line([place(0, 0), place(0, top)], fill="black")
+    draw.line([place(0, 0), place(most, slowest)], fill="#bbbbbb", width=2)
+    for megapixels, seconds, way in points:
+        x, y = place(megapixels, min(seconds, top))
+        beyond = f"{seconds:.1f}" + (" (above)" if seconds > top else "")
+        draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colours[way])
+        draw.text((x + 7, y - 6 if way == TOGETHER else y - 16), beyond, fill=colours[way])
         draw.text((x - 6, BOTTOM + 8), f"{megapixels:.0f}", fill="black")
-    draw.text((LEFT, BOTTOM + 28), "MP; grey: proportional to the largest", fill="black")
+    for line, (way, colour) in enumerate(colours.items()):
+        draw.text((LEFT + 20, 6 + 14 * line), way, fill=colour)
+    note = "megapixels; seconds per step. Grey: proportional to the largest in tiles"
+    draw.text((LEFT, BOTTOM + 28), note, fill="black")
     picture.save(out, optimize=True)
 
 
