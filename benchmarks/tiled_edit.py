@@ -214,7 +214,8 @@ def serve(options: argparse.Namespace, cells: list[Cell]) -> None:
     ram = {"QWEN_VRAM_RAM_GIB": str(HUGE_RAM_GIB)} if first.group == "huge" else {}
     with small_card(None if options.tiny else CARDS[first.card]):
         before = device_bytes_used()
-        with running(base, ram) as (server, peak):
+        previews = "auto" if first.group == "huge" else "none"
+        with running(base, ram, previews) as (server, peak):
             touch = Cell("touch", first.card, OWN, 1024 // (TINY_DIVISOR if tiny else 1))
             ready = run(server, peak, before, graph(touch, 1, tiny))
             assert ready["status"] == "success", ready
@@ -237,10 +238,12 @@ def smaller(cell: Cell, tiny: bool) -> Cell:
 
 
 @contextlib.contextmanager
-def running(base: Path, environment: dict[str, str]) -> Iterator[tuple[Server, Peak]]:
+def running(
+    base: Path, environment: dict[str, str], previews: str
+) -> Iterator[tuple[Server, Peak]]:
     """A server on what the ballast left, and the thread that watches it."""
     cpu = not torch.cuda.is_available()
-    extra = ["--front-end-root", str(base / "web"), "--preview-method", "none"]
+    extra = ["--front-end-root", str(base / "web"), "--preview-method", previews]
     comfyui = Path(os.environ["COMFYUI_PATH"])
     with Server(comfyui, base, ROOT, cpu=cpu, extra_args=extra, environment=environment) as server:
         peak = Peak(server.pid)
