@@ -129,4 +129,5 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMFit",
         "QwenVRAMDecode",
         "QwenVRAMEncode",
+        "QwenVRAMTiledEdit",
     }
