@@ -119,7 +119,7 @@ def test_a_picture_of_nothing_is_refused(tmp_path) -> None:
         empty((0, 5, 5, 3), tmp_path)
 
 
-@settings(max_examples=60)
+@settings(max_examples=150)
 @given(
     size=st.tuples(st.integers(1, 200), st.integers(1, 200)),
     smaller=st.tuples(st.integers(1, 220), st.integers(1, 220)),
@@ -127,7 +127,8 @@ def test_a_picture_of_nothing_is_refused(tmp_path) -> None:
 )
 def test_reduced_as_pytorch_does_it(size, smaller, channels) -> None:
     picture = torch.rand(2, *size, channels, generator=torch.Generator().manual_seed(1))
-    expected = F.interpolate(picture.movedim(-1, 1), smaller, mode="area").movedim(1, -1)
+    exact = picture.movedim(-1, 1).double()  # PyTorch's own sums are off by more in float32
+    expected = F.interpolate(exact, smaller, mode="area").movedim(1, -1).float()
     torch.testing.assert_close(reduced(picture, *smaller), expected, rtol=0, atol=1e-6)
 
 
