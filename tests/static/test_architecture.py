@@ -130,4 +130,6 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMDecode",
         "QwenVRAMEncode",
         "QwenVRAMTiledEdit",
+        "QwenVRAMSplitTiles",
+        "QwenVRAMMergeTiles",
     }
