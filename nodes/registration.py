@@ -94,7 +94,7 @@ class _Comparison:
     def __init__(self, own: Any, wanted: Any, trust: Any) -> None:
         self._register, self._images = _library()
         self._own, self._trust = own, trust
-        # Soft, and away from what is not trusted: an edge of the window would not move with the tile.
+        # Soft, away from what is not trusted: an edge of the window would not move along.
         inside = (2 * self._blurred(trust, COARSE) - 1).clip(0)
         self._window = inside * _taper(trust.shape)
         self._total = float(self._window.sum())
