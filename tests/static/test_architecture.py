@@ -125,4 +125,5 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMFit",
         "QwenVRAMDecode",
         "QwenVRAMEncode",
+        "QwenVRAMTiledDiffusion",
     }
