@@ -478,9 +478,11 @@ def test_a_controlnet_sees_the_tile_and_encodes_its_part_once(
 
 
 def test_the_patch_of_a_diffsynth_controlnet_sees_the_tile(host, tiled, model, vae) -> None:
-    """ComfyUI's own node, with random weights of the tiny model's width."""
+    """ComfyUI's own node, with random weights of the tiny model's width, and a picture of
+    another size and shape."""
     import comfy.model_patcher
     import comfy.ops
+    import comfy.utils
     import comfy_extras.nodes_model_patch as patches
 
     inner = patches.QwenImageBlockWiseControlNet(
@@ -490,7 +492,8 @@ def test_the_patch_of_a_diffsynth_controlnet_sees_the_tile(host, tiled, model, v
     for parameter in inner.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     patch = comfy.model_patcher.CoreModelPatcher(inner, torch.device("cpu"), torch.device("cpu"))
-    picture = random(1, SIDES[0] * 8, SIDES[1] * 8, 3, seed=3).sigmoid()
+    picture = random(1, TILE, TILE, 3, seed=3).sigmoid()  # the patch encodes this size at once
+    scaled = comfy.utils.common_upscale(picture.movedim(-1, 1), 288, 320, "area", "center")
     (clone,) = patches.QwenImageDiffsynthControlnet().diffsynth_controlnet(
         model, patch, vae, picture, 0.8, mask=mask(64, 32, 99, 199)
     )
@@ -509,7 +512,7 @@ def test_the_patch_of_a_diffsynth_controlnet_sees_the_tile(host, tiled, model, v
     assert {size: len(found) for size, found in seen.items()} == {(16, 16): len(grid)}
     for latent, tile in zip(seen[16, 16], grid.tiles(), strict=True):
         top, left, height, width = (side * 8 for side in tile)
-        part = picture[:, top : top + height, left : left + width]
+        part = scaled[..., top : top + height, left : left + width].movedim(1, -1)
         assert torch.equal(latent[:, :16], vae.encode(part))
     assert torch.equal(own.encoded_image, whole) and own.image.shape == picture.shape
     assert not torch.equal(out, sample(tiled.patch(model, tiling), steps=2))
