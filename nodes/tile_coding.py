@@ -64,13 +64,13 @@ class Coder:
         return encode(self._vae, pixels, None, Silent)[0]
 
     def decode(self, latent: Tensor) -> Tensor:
-        """(1, c, 1, h, w) -> (1, 8h, 8w, 3)."""
+        """(1, c, 1, h, w) -> (1, 8h, 8w, 3), float32 in the RAM."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         if why_stock_decodes(self._vae, latent):
             pixels = self._vae.decode(latent)
         else:
             pixels = decode(self._vae, latent, None, Silent)[0]
-        return pixels.reshape(-1, *pixels.shape[-3:])
+        return pixels.reshape(-1, *pixels.shape[-3:]).float().cpu()
 
     def encode_tiles(
         self, grid: TileGrid, pixels_of: Callable[[Tile], Tensor], code: Callable[[Tensor], Tensor]

@@ -149,7 +149,7 @@ class Edit:
         """The latent that denoising begins with."""
         if guide is None or self.settings.guide != START:
             return original
-        return guide if mask is None else original + mask * (guide - original)
+        return guide if mask is None else original + mask.to(original) * (guide - original)
 
     def _references(self, original: Tensor, guide: Tensor | None) -> list[Tensor]:
         """For the latent of a tile, or of all."""

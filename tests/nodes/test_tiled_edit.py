@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from pack.demo import embedded, figures
 from pack.demo.animals import Scene
 from pack.tests.graphs import loader, node
 from pack.tests.host import Host, Run, RunError
+from pack.tests.nodes.test_fitting import queued
 from PIL import Image
 from torch.nn import functional
 
@@ -503,6 +505,17 @@ def test_an_interrupt_ends_it_at_once_and_the_next_run_is_whole(
     host.run(graph)
     graph["edit"]["inputs"]["seed"] = 3
     assert torch.equal(image(host.run(graph)), broken)
+
+
+@pytest.mark.usefixtures("quick_vae")
+def test_the_picture_s_metadata_say_what_was_done(host, hand_over, monkeypatch) -> None:
+    only(monkeypatch, host, 3)
+    graph = hand_over(cat(400, 290), **SMALL)
+    graph["save"] = node("SaveImage", images=["edit", 0], filename_prefix="edited")
+    (path,) = queued(host, graph, extra_pnginfo={"workflow": {"nodes": []}})
+    (said,) = json.loads(Image.open(path).info["qwen_vram"])["edit"]["pictures"]
+    assert said["edited_tiles"] == [4] and said["tiles"] == 4 and said["tile_px"] == [256, 256]
+    assert said["guide_px"] == [416, 320] and said["moved_px"].keys() == {"4"}
 
 
 # --------------------------------------------------------------------------------- geometry
