@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..core.tiling import PIXEL_PATCH, PIXEL_STEP, Tile, TileGrid, crop
+from . import registration
 from .pictures import Picture
 from .tile_canvas import LATENT, Blend, Canvas, Mask, Tiles
 from .tile_coding import Coder, in_latent
@@ -72,7 +73,9 @@ class Edit:
         self.grid = self.settings.grid(self.canvas)
 
     def run(self) -> Edited:
-        """Edit it. Raises ValueError with a sentence."""
+        """Edit it. Raises ImportError with a sentence, where scikit-image is missing."""
+        if self.settings.registration and len(self.grid) > 1:
+            registration.require()
         every = range(len(self.grid))
         touched = frozenset(i for i in every if self._is_touched(i))
         settings, active = self.settings, touched

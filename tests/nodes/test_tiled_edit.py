@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -328,6 +329,18 @@ def test_a_model_without_reference_latents_is_refused(host) -> None:
 
     with pytest.raises(ValueError, match="carries Linear, which is not Qwen-Image-Edit. Load"):
         part(host, "tile_sampling").require_edit_model(Model())
+
+
+def test_without_scikit_image_it_says_so_before_anything_is_sampled(
+    host, hand_over, untouched, monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "skimage.registration", None)
+    graph = hand_over(cat(400, 290), guide="off", **SMALL)
+    with pytest.raises(RunError, match="pip install scikit-image"):
+        host.run(graph)
+    assert not untouched
+    host.run(hand_over(cat(100, 90), guide="off", **SMALL))  # a single tile needs it not
+    host.run(hand_over(cat(400, 290), guide="off", registration=False, **SMALL))
 
 
 # --------------------------------------------------------------------------------- the store
