@@ -18,6 +18,7 @@ from . import (
     routes,
     sampler,
     tiled_diffusion,
+    tiled_edit,
     tiling,
     vae,
     warmup,
@@ -31,6 +32,7 @@ NODES += report.NODES
 NODES += sampler.NODES
 NODES += vae.NODES
 NODES += tiled_diffusion.NODES
+NODES += tiled_edit.NODES
 NODES += tiling.NODES
 
 

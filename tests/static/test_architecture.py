@@ -130,6 +130,7 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMDecode",
         "QwenVRAMEncode",
         "QwenVRAMTiledDiffusion",
+        "QwenVRAMTiledEdit",
         "QwenVRAMSplitTiles",
         "QwenVRAMMergeTiles",
     }
