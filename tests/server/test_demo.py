@@ -33,6 +33,9 @@ OFFERED = {  # the picture to be edited shows a pink pig without clothes in the 
     "qwen_image_2512_tiny": DRAWN["demo_1.png"],
     "qwen_image_edit_tiny": {"animal": "pig", "colour": "blue", "background": "snow"},
 }
+EDITS = ("qwen_image_edit_2511",)
+TEXTS = ("text", "instruction")  # the inputs for it
+EDITED = OFFERED["qwen_image_edit_tiny"]
 
 
 def seen(judge: classifier.Classifier, image: Image.Image) -> dict[str, object]:
@@ -76,6 +79,23 @@ def test_the_low_vram_workflow_enlarges_the_same_picture_when_its_switch_is_on(s
     assert "QwenVRAMEncode" not in ran[False]
     assert ran[True].count("QwenVRAMEncode") == 1
     assert ran[True].count("QwenVRAMSampler") == 1  # the first pass is not done again
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_the_edit_workflows_do_what_the_instruction_says(server, name: str) -> None:
+    from pack.demo.conversion import load_workflow
+
+    path = ROOT / "workflows" / f"{name}.json"
+    graph = substitute(load_workflow(path, server.get_json("/object_info")))
+    for node in graph.values():
+        # The embedded model was taught edits without guidance.
+        node["inputs"].update({"value": 1.0} if node["class_type"] == "PrimitiveFloat" else {})
+        node["inputs"].update({k: "make it blue" for k in TEXTS if node["inputs"].get(k)})
+    result = server.submit(graph)
+    assert result.status == "success", result.error
+    (picture,) = (image for image in result.images if image.kind == "output")
+    found = seen(classifier.load(), Image.open(io.BytesIO(picture.content)))
+    assert {k: found[k] for k in EDITED} == EDITED
 
 
 @pytest.mark.parametrize("name", OFFERED)

@@ -15,10 +15,13 @@ from pack.tests.conftest import ROOT
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 STOCK_NODES = {
+    "CFGNorm",
     "ComfySwitchNode",
     "EmptySD3LatentImage",
     "ImageScale",
+    "ImageScaleToTotalPixels",
     "KSampler",
+    "LoadImage",
     "LoraLoaderModelOnly",
     "MarkdownNote",
     "ModelSamplingAuraFlow",
