@@ -158,7 +158,9 @@ WINDOWS: dict[str, Callable[[int], Tensor]] = {
 class Weights:
     """How much each pixel of each tile of a grid counts: positive, and one in sum everywhere.
 
-    Towards the picture's outer edge a window stays as high as in its middle.
+    Towards the picture's outer edge a window stays as high as in its middle. The weight of a pixel
+    is the product of those along the two axes: `vertical` has one (tile height,) float32 for each
+    of the grid's tops, `horizontal` one (tile width,) for each of its lefts.
     Raises ValueError for a window that is none of `WINDOWS`.
     """
 
@@ -167,13 +169,13 @@ class Weights:
             raise ValueError(f"There is no window {window!r}. Choose one of {', '.join(WINDOWS)}.")
         self._columns = len(grid.lefts)
         shape = WINDOWS[window]
-        self._vertical = _along(grid.tops, grid.tile_height, grid.height, shape)
-        self._horizontal = _along(grid.lefts, grid.tile_width, grid.width, shape)
+        self.vertical = _along(grid.tops, grid.tile_height, grid.height, shape)
+        self.horizontal = _along(grid.lefts, grid.tile_width, grid.width, shape)
 
     def of(self, index: int) -> Tensor:
         """Of one tile, by its place in `TileGrid.tiles()`: (height, width), float32, on the CPU."""
         row, column = divmod(index, self._columns)
-        return self._vertical[row][:, None] * self._horizontal[column][None, :]
+        return self.vertical[row][:, None] * self.horizontal[column][None, :]
 
 
 def _along(

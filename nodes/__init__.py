@@ -17,6 +17,7 @@ from . import (
     report,
     routes,
     sampler,
+    tiled_edit,
     vae,
     warmup,
 )
@@ -28,6 +29,7 @@ NODES += warmup.NODES
 NODES += report.NODES
 NODES += sampler.NODES
 NODES += vae.NODES
+NODES += tiled_edit.NODES
 
 
 async def start() -> None:

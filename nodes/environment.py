@@ -33,7 +33,7 @@ PACK_ROOT = Path(__file__).resolve().parents[1]
 PACK_SOURCES = (
     *("core/checkpoint.py", "core/conditioning_codec.py", "core/sign_codes.py"),
     *("nodes/architectures.py", "nodes/conditioning.py", "nodes/encoding.py", "nodes/loaders.py"),
-    *("nodes/image_edit.py", "nodes/pictures.py", "nodes/prefill.py"),
+    *("nodes/image_edit.py", "nodes/edit_encoding.py", "nodes/pictures.py", "nodes/prefill.py"),
 )
 
 # Options that cannot change a number in a conditioning. Whatever is not listed is part of the key.

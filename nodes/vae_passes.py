@@ -33,13 +33,19 @@ WAIT_SECONDS, WAIT_STEP = 20.0, 1.0  # for memory that another program takes for
 class Pass:
     """Pictures through one direction of a VAE. `limit` in bytes; None is what is free.
 
-    `size`: height and width of the sources, latents to decode or pixels to encode.
+    `size`: height and width of the sources, latents to decode or pixels to encode. `bar` makes the
+    progress bar.
     """
 
     def __init__(
-        self, vae: comfy.sd.VAE, layers: Layers, size: tuple[int, int], limit: int | None
+        self,
+        vae: comfy.sd.VAE,
+        layers: Layers,
+        size: tuple[int, int],
+        limit: int | None,
+        bar: type[comfy.utils.ProgressBar] = comfy.utils.ProgressBar,
     ) -> None:
-        self.vae, self.layers, self.size, self.limit = vae, layers, size, limit
+        self.vae, self.layers, self.size, self.limit, self.bar = vae, layers, size, limit, bar
         self.network = layers.network(vae)
         self.tile_limit: int | None = None  # bytes, since memory ran out
         self.attention_limit: int | None = None  # positions, likewise
@@ -133,7 +139,7 @@ class Pass:
     def _run(self, pairs: list[tuple[Tensor, Tensor]], load: Load) -> Outcome:
         """Every source into its sink: whole if it fits, else by tiles."""
         room, need = self.room(), whole_bytes(self.network, *self.size)
-        self.progress = comfy.utils.ProgressBar(len(pairs))
+        self.progress = self.bar(len(pairs))
         if need <= room:
             pairs = self._run_whole(pairs, load)
             if not pairs:

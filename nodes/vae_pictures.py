@@ -6,11 +6,20 @@ from typing import Any
 
 import comfy.sd
 from comfy import model_management
+from comfy.utils import ProgressBar
 from torch import Tensor
 
 from ..core.vae_tiles import Load
 from .vae_layers import Layers, Outcome, why_unknown
 from .vae_passes import Pass
+
+
+class Silent(ProgressBar):
+    """A progress bar that nobody sees: for pictures within work that has one of its own."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__(total)
+        self.hook = None
 
 
 def why_stock_decodes(vae: Any, latents: Tensor) -> str:
@@ -47,14 +56,17 @@ def _run(
     load: Load,
     estimate: int,
     limit: int | None,
+    bar: type[ProgressBar],
 ) -> tuple[Tensor, Outcome]:
     """All pictures of a source [b, c, 1, h, w]. Arguments as of Pass and of its `run`."""
     with model_management.cuda_device_context(vae.device):
-        work = Pass(vae, layers, tuple(source.shape[-2:]), limit)
+        work = Pass(vae, layers, tuple(source.shape[-2:]), limit, bar)
         return work.run(source, shape, load, estimate)
 
 
-def decode(vae: comfy.sd.VAE, latents: Tensor, limit: int | None) -> tuple[Tensor, Outcome]:
+def decode(
+    vae: comfy.sd.VAE, latents: Tensor, limit: int | None, bar: type[ProgressBar] = ProgressBar
+) -> tuple[Tensor, Outcome]:
     """Pictures [b, 1, h, w, c], as `VAE.decode` gives them."""
     layers = Layers.decoding(vae)
     batch, _, _, height, width = latents.shape
@@ -66,12 +78,14 @@ def decode(vae: comfy.sd.VAE, latents: Tensor, limit: int | None) -> tuple[Tenso
         return part.to(device=vae.device, dtype=vae.vae_dtype)
 
     estimate = vae.memory_used_decode(latents.shape, vae.vae_dtype)
-    pixels, outcome = _run(vae, layers, latents, shape, load, estimate, limit)
+    pixels, outcome = _run(vae, layers, latents, shape, load, estimate, limit, bar)
     vae.process_output(pixels)
     return pixels.movedim(1, -1), outcome
 
 
-def encode(vae: comfy.sd.VAE, pixels: Tensor, limit: int | None) -> tuple[Tensor, Outcome]:
+def encode(
+    vae: comfy.sd.VAE, pixels: Tensor, limit: int | None, bar: type[ProgressBar] = ProgressBar
+) -> tuple[Tensor, Outcome]:
     """Latents [b, c, 1, h, w], as `VAE.encode` gives them."""
     layers = Layers.encoding(vae)
     pictures = vae.vae_encode_crop_pixels(pixels).movedim(-1, 1)
@@ -86,5 +100,5 @@ def encode(vae: comfy.sd.VAE, pixels: Tensor, limit: int | None) -> tuple[Tensor
         return vae.process_input(part).to(vae.vae_dtype).to(vae.device)
 
     estimate = vae.memory_used_encode(pictures.shape, vae.vae_dtype)
-    latents, outcome = _run(vae, layers, pictures, shape, load, estimate, limit)
+    latents, outcome = _run(vae, layers, pictures, shape, load, estimate, limit, bar)
     return latents if vae.format_encoded is None else vae.format_encoded(latents), outcome

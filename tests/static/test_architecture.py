@@ -13,7 +13,11 @@ from pack.tests.conftest import ROOT
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "nodes", "folder_paths", "server"}
 HOST |= {"execution", "comfyui_version", "app", "latent_preview", "node_helpers"}
 CORE_MAY_USE = set(sys.stdlib_module_names) | {"torch", "safetensors"}
-OPTIONAL = {"redis_tier.py": "redis", "memory_map.py": "PIL"}  # PIL: ComfyUI itself needs it
+OPTIONAL = {
+    "redis_tier.py": "redis",
+    "memory_map.py": "PIL",
+    "tile_plan.py": "PIL",
+}  # PIL: ComfyUI itself needs it
 SHIPPED = [p for room in ("core", "nodes") for p in sorted((ROOT / room).rglob("*.py"))]
 SHIPPED += [ROOT / "__init__.py", ROOT / "prestartup_script.py"]
 SERVING = "from aiohttp import web"  # for routes; the rest of aiohttp can fetch
