@@ -18,6 +18,7 @@ from . import (
     routes,
     sampler,
     tiled_edit,
+    tiling,
     vae,
     warmup,
 )
@@ -30,6 +31,7 @@ NODES += report.NODES
 NODES += sampler.NODES
 NODES += vae.NODES
 NODES += tiled_edit.NODES
+NODES += tiling.NODES
 
 
 async def start() -> None:
