@@ -114,9 +114,9 @@ class Edit:
             mask=mask,
             callback=self.progress.callback(),
         )
-        after = self.coder.decode(made)
+        coded, after = self.coder.decode(latent), self.coder.decode(made)
         corrections = {"register": settings.registration, "colour": settings.colour_match}
-        return Guide.compare(frame, before, after, **corrections)
+        return Guide.compare(frame, before, coded, after, **corrections)
 
     def _edit_tiles(self, tiles: Tiles, blend: Blend) -> dict[int, Correction]:
         """Edit, correct and blend every active tile."""

@@ -75,12 +75,23 @@ class Guide:
 
     @classmethod
     def compare(
-        cls, frame: Frame, before: Tensor, after: Tensor, *, register: bool, colour: bool
+        cls,
+        frame: Frame,
+        before: Tensor,
+        coded: Tensor,
+        after: Tensor,
+        *,
+        register: bool,
+        colour: bool,
     ) -> Guide:
-        """Of the picture before and after the edit: put in place, in the colours of before."""
-        unchanged = _trust(change_map(before, after))
+        """Of the picture before and after the edit: put in place, in the colours of before.
+
+        What the VAE cannot keep, as small letters, is no change: the edit is compared with the
+        `coded` picture, which only went through the VAE.
+        """
+        unchanged = _trust(change_map(coded, after))
         after, correction = correct(after, before, unchanged, register=register, colour=colour)
-        return cls(frame, after, change_map(before, after), correction)
+        return cls(frame, after, change_map(coded, after), correction)
 
     def crop(self, tile: Tile) -> Tensor:
         """The guide under a tile of the picture, enlarged to it, (1, h, w, 3)."""
