@@ -162,7 +162,7 @@ class MergeTiles(io.ComfyNode):
             category="Qwen VRAM/tiles",
             description=(
                 "Blends the tiles of Split into Tiles to one picture, without seams. Tiles that "
-                "were not changed give exactly the picture that was cut."
+                "were not changed give back the picture that was cut."
             ),
             search_aliases=["merge image", "merge tiles", "untile", "stitch", "image tiles"],
             is_input_list=True,
