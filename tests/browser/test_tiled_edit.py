@@ -13,7 +13,7 @@ from pack.tests.browser.editor import Editor
 from pack.tests.browser.test_workflow import STATUS, ids_of
 from pack.tests.conftest import ROOT
 
-PHOTO, WIDTH, HEIGHT = "several_tiles.png", 416, 320
+PHOTO, WIDTH, HEIGHT = "several_tiles.png", 352, 288
 REPORT = """(id) => (app.graph.getNodeById(id).widgets ?? [])
     .map(w => w.value).filter(v => typeof v === 'string').join('\\n')"""
 

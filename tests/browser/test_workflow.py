@@ -49,9 +49,7 @@ def test_workflow_opens_as_it_was_saved(editor: Editor, bundled: Workflow) -> No
         n["id"]: n["type"] for n in workflow["nodes"]
     }
     assert [n["type"] for n in nodes.values() if not n["registered"] or n["errors"]] == []
-    # What shows a picture in a node is a widget, too; it is not saved.
-    widgets = {i: [v for name, v in n["widgets"] if name[:2] != "$$"] for i, n in nodes.items()}
-    assert {i: shown for i, shown in widgets.items() if shown} == values(workflow)
+    assert {i: n["saved"] for i, n in nodes.items() if n["saved"]} == values(workflow)
     assert editor.problems == []
 
 
