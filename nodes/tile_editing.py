@@ -37,12 +37,7 @@ class Settings:
     window: str
 
     def grid(self, canvas: Canvas) -> TileGrid:
-        """The tiles of a picture. Raises ValueError with a sentence."""
-        if self.overlap > self.tile_size - PIXEL_PATCH:
-            raise ValueError(
-                f"The overlap of {self.overlap} px leaves nothing of a tile of {self.tile_size} "
-                "px. Choose an overlap that is smaller than tile_size, 128 px for example."
-            )
+        """The tiles of a picture."""
         sizes = (canvas.height, canvas.width, self.tile_size, self.overlap)
         return TileGrid.cover(*sizes, PIXEL_STEP, PIXEL_PATCH)
 

@@ -131,4 +131,5 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMEncode",
         "QwenVRAMSplitTiles",
         "QwenVRAMMergeTiles",
+        "QwenVRAMTiledEdit",
     }
