@@ -44,7 +44,10 @@ linux = pytest.mark.skipif(
 )
 
 
-def test_it_is_a_tensor_as_any_other(tmp_path) -> None:
+@pytest.mark.parametrize("how", ["reserved", "as Windows and macOS do it"])
+def test_it_is_a_tensor_as_any_other(tmp_path, monkeypatch, how) -> None:
+    if how != "reserved":
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
     picture = empty((2, 50, 70, 3), tmp_path / "made")
     assert picture.dtype == torch.float32 and picture.shape == (2, 50, 70, 3)
     assert not picture.any()
