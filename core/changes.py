@@ -78,7 +78,8 @@ def changed_tiles(change: Tensor, grid: TileGrid, threshold: float) -> frozenset
         return frozenset(range(len(grid)))
     height, width = change.shape[-2:]
     margin = ceil(max(height, width) * MARGIN)
-    grown = F.max_pool2d(change[None], 2 * margin + 1, 1, margin)[0]
+    grown = F.max_pool2d(change[None], (2 * margin + 1, 1), 1, (margin, 0))
+    grown = F.max_pool2d(grown, (1, 2 * margin + 1), 1, (0, margin))[0]
     found = []
     for index, tile in enumerate(grid.tiles()):
         rows = _scaled(tile.top, tile.height, height, grid.height)

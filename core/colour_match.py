@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIDE = 128  # cells along the longer side of the small copy, at most
+SIDE = 64  # cells along the longer side of the small copy, at most
+CELL = 8  # pixels of a cell's side, at least: texture that has moved is the same on the average
 REACH = 1 / 8  # standard deviation of the blur, of the longer side
 MOST = 24 / 255  # a difference beyond this is no drift
 TWICE = 2  # rounds in which what is left is matched again (Tukey's twicing)
@@ -56,7 +57,7 @@ def colour_match(tile: Tensor, target: Tensor, trusted: Tensor) -> Match:
 def _small(values: Tensor, trusted: Tensor) -> Tensor:
     """Sums by trust over the cells of the small copy; the last channel is the trust itself."""
     height, width = values.shape[-2:]
-    scale = max(1, max(height, width) / SIDE)
+    scale = max(CELL, max(height, width) / SIDE)
     weighted = torch.cat([values[:, :-1] * trusted[:, None], values[:, -1:]], 1)
     return F.adaptive_avg_pool2d(
         weighted, (max(1, int(height / scale)), max(1, int(width / scale)))
