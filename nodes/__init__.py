@@ -17,6 +17,7 @@ from . import (
     report,
     routes,
     sampler,
+    tiled_diffusion,
     tiled_edit,
     tiling,
     vae,
@@ -30,6 +31,7 @@ NODES += warmup.NODES
 NODES += report.NODES
 NODES += sampler.NODES
 NODES += vae.NODES
+NODES += tiled_diffusion.NODES
 NODES += tiled_edit.NODES
 NODES += tiling.NODES
 

@@ -132,4 +132,5 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMSplitTiles",
         "QwenVRAMMergeTiles",
         "QwenVRAMTiledEdit",
+        "QwenVRAMTiledDiffusion",
     }
