@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.tiling import Tile, TileBlender, TileGrid, crop
 from .edit_encoding import EditEncoder, Outcome
-from .pictures import Picture, Reference, Size, encode_reference
+from .pictures import Picture, Reference, Size, encode_reference, resized
 from .tile_canvas import LATENT
 from .vae_layers import WHOLE
 from .vae_pictures import Silent, decode, encode, why_stock_decodes, why_stock_encodes
@@ -105,7 +105,8 @@ def _encode_whole(vae: Any, picture: Picture) -> Reference:
 
     Rounded otherwise than at once, such a latent is not to be kept.
     """
-    if picture.how != "untouched" or why_stock_encodes(vae, picture.pixels):
+    pixels = resized(picture.pixels, picture.size, picture.how)
+    if why_stock_encodes(vae, pixels):
         return encode_reference(vae, picture)
-    latent, outcome = encode(vae, picture.pixels[..., :3], None, Silent)
+    latent, outcome = encode(vae, pixels, None, Silent)
     return Reference(latent, outcome.how != WHOLE)

@@ -100,7 +100,7 @@ class Edit:
         steps, settings = self.sampling.steps, self.settings
         self.progress.expect(steps * (tiles + 1))
         frame = Frame.of(self.canvas)
-        before = frame.reduced(self.canvas)
+        before = frame.scaled(self.canvas)
         latent = self.coder.reference(Picture(1, before, frame.size, "untouched"))
         height, width = latent.shape[-2:]
         mask = self.mask.reduced(height, width, frame.padded) if self.mask else None
@@ -168,16 +168,19 @@ class Edit:
         if self.guide is not None:
             guide = coder.encode_tiles(self.grid, self.guide.crop, coder.encode)
         mask = self.mask.latent(whole) if self.mask else None
-        count = len(tiles.active)
-        made = self.sampling.run(
-            self._start(original, guide, mask),
-            self.sampling.noise(*original.shape[-2:]),
-            self._references(original, guide),
-            denoise=self._denoise,
-            mask=mask,
-            callback=self.progress.callback(tiles=count),
-            model=patch(self.sampling.model, self._tiling(tiles, original)),
-        )
+        model = patch(self.sampling.model, self._tiling(tiles, original))
+        try:
+            made = self.sampling.run(
+                self._start(original, guide, mask),
+                self.sampling.noise(*original.shape[-2:]),
+                self._references(original, guide),
+                denoise=self._denoise,
+                mask=mask,
+                callback=self.progress.callback(tiles=len(tiles.active)),
+                model=model,
+            )
+        finally:
+            model.pinned = set()  # of the weights, shared with the model: see nodes/sampler.py
         pixels_of = coder.decoded_tiles(self.grid, made)
         return lambda index: pixels_of(self.grid.tiles()[index])
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core.changes import change_map, changed_tiles
+from ..core.disk_backed import reduced
 from ..core.tiling import Tile, TileGrid
-from .pictures import Size, aligned, resized
+from .pictures import Size, aligned
 from .tile_canvas import Canvas
 from .tile_correction import Correction, correct
 
@@ -43,11 +44,11 @@ class Frame:
         size = aligned(own, math.sqrt(PIXELS / (own.width * own.height)))
         return cls(size, own.height, own.width, False)
 
-    def reduced(self, canvas: Canvas) -> Tensor:
+    def scaled(self, canvas: Canvas) -> Tensor:
         """The picture in the guide's size, (1, h, w, 3)."""
         if self.padded:
             return canvas.crop(canvas.whole)
-        return resized(canvas.rgb, self.size, "area").contiguous()
+        return reduced(canvas.rgb, self.size.height, self.size.width)
 
     def enlarged(self, value: Tensor, tile: Tile, mode: str) -> Tensor:
         """What lies under a tile of the picture, (1, c, h, w) of something in the guide's size."""

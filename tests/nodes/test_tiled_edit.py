@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pack.demo import embedded, figures
 from pack.demo.animals import Scene
 from pack.tests.graphs import loader, node
 from pack.tests.host import Host, Run, RunError
 from PIL import Image
+from torch.nn import functional
 
 CAT = Scene("cat", "orange", background="meadow", jitter=3)
 _numbers = itertools.count()
@@ -53,12 +56,17 @@ def edit(picture: str, instruction: str = "make it red", **inputs: Any) -> dict[
         "window": "hann",
         "cache": "memory and disk",
     }
-    given = {"image": ["picture", 0], "instruction": instruction, "negative": "", "vae": ["vae", 0]}
-    given |= {"model": ["shift", 0], "clip": ["clip", 0], **sampled(), **tiles, **inputs}
+    wanted = {
+        "image": ["picture", 0],
+        "instruction": instruction,
+        "negative": "",
+        "vae": ["vae", 0],
+    }
+    wanted |= {"model": ["shift", 0], "clip": ["clip", 0], **sampled(), **tiles, **inputs}
     return {
         **models(),
         "picture": node("LoadImage", image=picture),
-        "edit": node("QwenVRAMTiledEdit", **given),
+        "edit": node("QwenVRAMTiledEdit", **wanted),
         "out": node("PreviewAny", source=["edit", 3]),
     }
 
@@ -165,7 +173,8 @@ def hand_over(host, monkeypatch):
 
     def make(picture: Any, objects: dict[str, Any] | None = None, **inputs: Any) -> dict[str, Any]:
         objects = objects or {}
-        graph = edit("none", **inputs, **{name: [name, 0] for name in objects})
+        links = {name: [name, 0] for name in objects}
+        graph = edit("none", **{"cache": "off", **links, **inputs})
         graph["picture"] = giving(picture)
         return {**graph, **{name: giving(value) for name, value in objects.items()}}
 
@@ -215,6 +224,24 @@ def test_pictures_of_a_batch_go_one_by_one_and_those_of_a_list_have_their_own_si
     assert "Picture 2: 64x96 px" in report(run) and len(run.outputs["edit"][2][0]) == 2
 
 
+@pytest.fixture
+def quick_vae(host, monkeypatch) -> None:
+    """A VAE whose latents are means of 8 x 8 pixels. Nothing that it makes may be stored."""
+    coding = part(host, "tile_coding")
+    whole = part(host, "vae_layers").Outcome("whole", 0)
+
+    def encode(vae: Any, pixels: torch.Tensor, *_: Any) -> Any:
+        means = functional.avg_pool2d(pixels.movedim(-1, 1), 8)
+        return means.repeat(1, 6, 1, 1)[:, :16, None], whole
+
+    def decode(vae: Any, latent: torch.Tensor, *_: Any) -> Any:
+        pixels = latent[:, :3, 0].clamp(0, 1).repeat_interleave(8, -1).repeat_interleave(8, -2)
+        return pixels.movedim(1, -1)[:, None], whole
+
+    monkeypatch.setattr(coding, "encode", encode)
+    monkeypatch.setattr(coding, "decode", decode)
+
+
 # --------------------------------------------------------------------------------- what stays
 def boxed(height: int, width: int, *box: int) -> torch.Tensor:
     """A mask (1, height, width) that is white from top, left to bottom, right."""
@@ -224,7 +251,7 @@ def boxed(height: int, width: int, *box: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mode", ["together", "one after another"])
-def test_outside_of_the_mask_every_pixel_is_the_original(host, hand_over, mode) -> None:
+def test_outside_of_the_mask_every_pixel_is_the_original(host, hand_over, quick_vae, mode) -> None:
     """Sides that are no multiples of 32, two tiles of four touched, one of them by the edge."""
     picture, mask = cat(410, 280), boxed(280, 410, 150, 20, 260, 120)
     run = host.run(hand_over(picture, {"mask": mask}, mode=mode, skip_threshold=0, **SMALL))
@@ -243,7 +270,7 @@ def only(monkeypatch, host: Host, *tiles: int) -> None:
 
 @pytest.mark.parametrize("mode", ["together", "one after another"])
 def test_tiles_that_the_guide_leaves_alone_keep_their_pixels(
-    host, hand_over, monkeypatch, mode
+    host, hand_over, quick_vae, monkeypatch, mode
 ) -> None:
     only(monkeypatch, host, 1)
     picture = cat(400, 290)
@@ -256,7 +283,7 @@ def test_tiles_that_the_guide_leaves_alone_keep_their_pixels(
     assert run.status("edit")["pictures"][0]["edited_tiles"] == [2]
 
 
-def test_where_nothing_is_changed_the_picture_is_handed_back(host, hand_over) -> None:
+def test_where_nothing_is_changed_the_picture_is_handed_back(host, hand_over, quick_vae) -> None:
     picture = cat(300, 260)
     run = host.run(hand_over(picture, skip_threshold=255.0, **SMALL))
     assert torch.equal(image(run), picture) and not edited(run).any()
@@ -307,3 +334,254 @@ def test_a_model_without_reference_latents_is_refused(host) -> None:
 
     with pytest.raises(ValueError, match="carries Linear, which is not Qwen-Image-Edit. Load"):
         part(host, "tile_sampling").require_edit_model(Model())
+
+
+# --------------------------------------------------------------------------------- the store
+def test_a_known_prompt_needs_no_text_encoder_and_a_known_picture_no_encoding(fresh) -> None:
+    name = write(fresh, "stored.png", (96, 64))
+    first = fresh.run(edit(name, guide="off", **SMALL))
+    assert {"clip", "vae"} <= set(first.executed)
+    fresh.restart()
+    again = fresh.run(edit(name, guide="off", **SMALL))
+    assert torch.equal(image(again), image(first))
+    assert "clip" not in again.executed and "vae" in again.executed  # which decodes
+    assert again.status("edit")["result"] == "hit"
+    assert "conditioning: hit, disk · latents: hit, disk" in again.status("edit")["text"]
+    other = fresh.run(edit(name, "make it blue", guide="off", **SMALL))
+    line = other.status("edit")["text"]
+    assert "conditioning: miss (new text)" in line and "latents: hit, memory" in line
+
+
+def test_a_negative_is_encoded_unless_cfg_is_one(fresh) -> None:
+    name = write(fresh, "negative.png", (64, 64))
+    fresh.run(edit(name, guide="off", **SMALL))
+    fresh.restart()
+    blurry = edit(name, guide="off", **{**SMALL, "negative": "blurry"})
+    assert "clip" not in fresh.run(blurry).executed
+    blurry["edit"]["inputs"]["cfg"] = 2.0
+    run = fresh.run(blurry)
+    assert "clip" in run.executed and "conditioning: 1 of 2 hit" in run.status("edit")["text"]
+
+
+# --------------------------------------------------------------------------------- the flow
+class Sampled(NamedTuple):
+    """What the sampler was given."""
+
+    latent: torch.Tensor
+    noise: torch.Tensor
+    references: list[torch.Tensor]
+    denoise: float
+    mask: torch.Tensor | None
+    model: Any
+
+
+@pytest.fixture
+def untouched(host, quick_vae, monkeypatch) -> list[Sampled]:
+    """A sampler that gives back the latent that it was given, and remembers the rest."""
+    calls: list[Sampled] = []
+
+    def run(self, latent, noise, references, *, denoise, mask, callback, model=None) -> Any:
+        calls.append(Sampled(latent, noise, references, denoise, mask, model))
+        return latent
+
+    monkeypatch.setattr(part(host, "tile_sampling").Sampling, "run", run)
+    return calls
+
+
+EVERY = {"skip_threshold": 0.0, "registration": False, "colour_match": False}
+
+
+def parts_of(latent: torch.Tensor, *starts: tuple[int, int]) -> list[torch.Tensor]:
+    """Crops of 32 x 32 latent pixels."""
+    return [latent[..., top : top + 32, left : left + 32] for top, left in starts]
+
+
+@pytest.mark.parametrize("guide", ["start of denoising", "extra reference"])
+def test_each_tile_gets_its_part_of_everything(host, hand_over, untouched, guide) -> None:
+    """A guide and four tiles, one after another; then the whole, for the model to cut."""
+    second = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(2))
+    options = {"guide": guide, **EVERY, **SMALL}
+    graph = hand_over(cat(400, 290), {"image2": second}, mode="one after another", **options)
+    host.run(graph)
+    first, *tiles = untouched
+    assert first.denoise == 1.0 and first.noise.shape == (1, 16, 1, 40, 52)
+    assert torch.equal(first.latent, first.references[0]) and len(first.references) == 2
+    assert [t.denoise for t in tiles] == [0.6] * 4
+    starts = (0, 0), (0, 20), (8, 0), (8, 20)
+    for tile, noise in zip(tiles, parts_of(first.noise, *starts), strict=True):
+        assert torch.equal(tile.noise, noise)
+        original, *extra, other = tile.references
+        assert original.shape[-2:] == (32, 32) and torch.equal(other, first.references[1])
+        assert torch.equal(tile.latent, original) == (guide == "extra reference")
+        assert len(extra) == (guide == "extra reference")
+        near = extra[0] if extra else tile.latent  # the guide, twice through the VAE
+        assert (near - original).abs().mean() < 0.2 * original.std()
+    untouched.clear()
+    graph["edit"]["inputs"]["mode"] = "together"
+    host.run(graph)
+    first, whole = untouched
+    assert torch.equal(whole.noise, first.noise) and whole.model is not None
+    assert [r.shape[-2:] for r in whole.references[:-1]] == [(40, 52)] * (1 + len(extra))
+    assert torch.equal(whole.references[-1], other)
+
+
+def test_a_mask_fixes_the_latent_around_it(host, hand_over, untouched) -> None:
+    mask = boxed(290, 400, 100, 100, 101, 200)
+    host.run(hand_over(cat(400, 290), {"mask": mask}, mode="together", **EVERY, **SMALL))
+    guide, whole = untouched
+    assert torch.equal(guide.mask, whole.mask) and whole.mask.shape == (1, 40, 52)
+    assert whole.mask.nonzero().tolist() == [[0, 12, column] for column in range(12, 25)]
+    fixed = whole.mask.expand_as(whole.latent) == 0
+    assert torch.equal(whole.latent[fixed], whole.references[0][fixed])
+    assert not torch.equal(whole.latent, whole.references[0])
+
+
+def test_beyond_24_megapixels_the_vae_goes_tile_by_tile(
+    host, hand_over, untouched, monkeypatch
+) -> None:
+    graph = hand_over(cat(400, 290), guide="off", **EVERY, **SMALL)
+    at_once = image(host.run(graph))
+    monkeypatch.setattr(part(host, "tile_coding"), "WHOLE_PIXELS", 0)
+    graph["edit"]["inputs"]["seed"] = 4
+    by_tiles = image(host.run(graph))
+    assert untouched[1].references[0].shape == untouched[0].references[0].shape
+    assert 0 < (by_tiles - at_once).abs().mean() < 1 / 255
+
+
+# --------------------------------------------------------------------------------- progress
+class Shown(list):
+    """What the frontend would get: steps done, steps, preview; the user interrupts at one."""
+
+    interrupt_at = 0
+
+
+@pytest.fixture
+def shown(host, monkeypatch) -> Shown:
+    """Progress as the server sends it."""
+    import comfy.utils
+    import latent_preview
+    from comfy import model_management
+
+    events = Shown()
+
+    def hook(value: int, total: int, preview: Any, **_: Any) -> None:
+        model_management.throw_exception_if_processing_interrupted()
+        events.append((value, total, preview))
+        if len(events) == events.interrupt_at:
+            model_management.interrupt_current_processing()
+
+    method = latent_preview.LatentPreviewMethod.Latent2RGB
+    monkeypatch.setattr(latent_preview, "default_preview_method", method)
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    return events
+
+
+@pytest.mark.parametrize("mode", ["together", "one after another"])
+def test_one_bar_with_a_preview_of_the_whole_picture(
+    host, hand_over, quick_vae, monkeypatch, shown, mode
+) -> None:
+    only(monkeypatch, host, 0, 3)
+    host.run(hand_over(cat(400, 290), mode=mode, **{**SMALL, "steps": 2}))
+    done = [value for value, *_ in shown]
+    assert done == sorted(done) and shown[-1][:2] == (6, 6)  # of the guide 2, of two tiles 4
+    previews = [preview[1] for *_, preview in shown if preview is not None]
+    sizes = {preview.size for preview in previews}
+    if mode == "together":
+        assert len(previews) == 4 and sizes == {(52, 40)}  # a latent's pixels
+        return
+    assert len(previews) == 6 and sizes == {(52, 40), (400, 290)}
+    first, last = (np.asarray(previews[i]).astype(int) for i in (2, -1))
+    assert (first != last)[260:, 260:].any()  # the fourth tile
+    assert (first == last)[:60, :150].all()  # the first one was done
+    expected = (cat(400, 290)[0].numpy() * 255).astype(int)
+    assert (last == expected)[270:, :150].all()  # the third is skipped
+
+
+def test_an_interrupt_ends_it_at_once_and_the_next_run_is_whole(
+    host, hand_over, quick_vae, shown
+) -> None:
+    graph = hand_over(cat(400, 290), mode="one after another", guide="off", **EVERY, **SMALL)
+    shown.interrupt_at = 3
+    with pytest.raises(RunError) as failure:
+        host.run(graph)
+    assert failure.value.details["node_id"] == "edit" and len(shown) == 3  # of four tiles
+    shown.interrupt_at = 0
+    broken = image(host.run(graph))
+    graph["edit"]["inputs"]["seed"] = 4
+    host.run(graph)
+    graph["edit"]["inputs"]["seed"] = 3
+    assert torch.equal(image(host.run(graph)), broken)
+
+
+# --------------------------------------------------------------------------------- geometry
+SIDES = st.integers(1, 200)
+
+
+@given(SIDES, SIDES, st.sampled_from([1, 3, 4]), st.randoms())
+@settings(max_examples=30)
+def test_tiles_that_come_back_as_they_were_give_the_picture(
+    host, height, width, channels, random
+) -> None:
+    """For any set of edited tiles; where none was, bit for bit."""
+    canvas_of, grids = part(host, "tile_canvas"), part(host, "tile_editing")
+    picture = torch.rand(1, height, width, channels)
+    canvas = canvas_of.Canvas(picture)
+    options = grids.Settings(0.6, "together", 64, 32, "off", 0.0, False, False, "hann")
+    grid = options.grid(canvas)
+    active = frozenset(i for i in range(len(grid)) if random.random() < 0.7)
+    tiles = canvas_of.Tiles(grid, "hann", active)
+    blend = canvas_of.Blend(canvas, tiles, None)
+    for index in sorted(active, key=lambda _: random.random()):
+        blend.add(index, canvas.crop(grid.tiles()[index]))
+    made, edited = blend.finish()
+    expected = picture if channels > 1 else picture.expand(-1, -1, -1, 3)
+    assert torch.equal(made[edited == 0], expected[edited == 0])
+    assert torch.allclose(made, expected, atol=1e-6) and 0 <= edited.min() <= edited.max() <= 1
+    assert tiles.skipped() or (edited > 1 - 1e-6).all()
+
+
+@given(st.integers(33, 300), st.integers(33, 300), st.integers(0, 8), st.integers(0, 8))
+@settings(max_examples=30)
+def test_the_guide_lies_where_the_picture_has_it(host, height, width, down, right) -> None:
+    """A ramp, reduced and enlarged again, is the ramp; but at the very edge, half a pixel of it."""
+    guides = part(host, "tile_guide")
+    ramp = torch.linspace(0, 1, height)[:, None] + torch.linspace(0, 2, width)
+    picture = (ramp / 3)[None, :, :, None].expand(-1, -1, -1, 3)
+    canvas = part(host, "tile_canvas").Canvas(picture)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guides, "PIXELS", 64 * 64)
+        frame = guides.Frame.of(canvas)
+    small = frame.scaled(canvas)
+    assert small.shape[1:3] == (frame.size.height, frame.size.width)
+    assert frame.size.width % 32 == frame.size.height % 32 == 0
+    corrected = guides.Correction(0.0, 0.0, (0.0, 0.0, 0.0), "")
+    guide = guides.Guide(frame, small, torch.zeros(small.shape[:3]), corrected)
+    tile = part(host, "tile_canvas").Tile(down * 2, right * 2, 16, 16)
+    near = guide.crop(tile) - canvas.crop(tile)
+    edge = 0.5 / frame.size.height / 3 + 1 / frame.size.width / 3
+    assert near.abs().max() <= edge + 1e-3
+    target, unchanged = guide.target(tile, canvas.crop(tile))
+    assert torch.allclose(target, canvas.crop(tile), atol=1e-4) and (unchanged > 0.999).all()
+
+
+def test_a_guide_names_the_tiles_that_it_changes_also_at_the_end_of_a_side(
+    host, monkeypatch
+) -> None:
+    guides, canvas_of = part(host, "tile_guide"), part(host, "tile_canvas")
+    monkeypatch.setattr(guides, "PIXELS", 256 * 256)
+    canvas = canvas_of.Canvas(torch.zeros(1, 513, 609, 3))  # continued by 31 px each
+    frame = guides.Frame.of(canvas)
+    before = frame.scaled(canvas)
+    after = before.clone()
+    after[:, -12:, -12:] = 1
+    off = {"register": False, "colour": False}
+    guide = guides.Guide.compare(frame, before, before, after, **off)
+    options = part(host, "tile_editing").Settings(
+        0.6, "together", 128, 32, "off", 6.0, False, False, "hann"
+    )
+    grid = options.grid(canvas)
+    assert guide.changed(grid, 6.0) == {len(grid) - 1}
+    assert guide.changed(grid, 0.0) == set(range(len(grid)))
+    target, unchanged = guide.target(grid.tiles()[-1], canvas.crop(grid.tiles()[-1]))
+    assert (target[:, -40:, -40:] > 0.9).all() and (unchanged[:, -40:, -40:] == 0).all()
+    assert not target[:, :60, :60].any() and (unchanged[:, :60, :60] > 0.999).all()
