@@ -195,15 +195,11 @@ def test_a_model_without_attention_predicts_the_same_in_tiles(tiled, model, what
     whole = sample(clone, *WITH[what](), steps=3)
     assert whole.isfinite().all()
     calls.clear()
-    apart = sample(tiled.patch(clone, tiled.Tiling(TILE, 0)), *WITH[what](), steps=3)
-    assert {tuple(call["x"].shape[-2:]) for call in calls} != {SIDES}
-    assert max(call["x"].shape[-1] for call in calls) <= TILE // 8
-    torch.testing.assert_close(apart, whole, rtol=0, atol=2e-6)  # of areas' borders
-    if "area" not in what:
-        overlapping = SIDES[1] > TILE // 8 * 2  # 16 + 16 + 4: some tiles share pixels
-        assert overlapping and (apart - whole).abs().max() < 2e-6
-    more = sample(tiled.patch(clone, tiled.Tiling(TILE, 64)), *WITH[what](), steps=3)
-    torch.testing.assert_close(more, whole, rtol=0, atol=1e-5)
+    for overlap in (0, 64):
+        calls.clear()
+        apart = sample(tiled.patch(clone, tiled.Tiling(TILE, overlap)), *WITH[what](), steps=3)
+        assert max(max(call["x"].shape[-2:]) for call in calls) <= TILE // 8
+        torch.testing.assert_close(apart, whole, rtol=0, atol=1e-5)
 
 
 def test_without_shared_pixels_it_is_the_same_bit_for_bit(tiled, model) -> None:
@@ -218,12 +214,12 @@ def test_without_shared_pixels_it_is_the_same_bit_for_bit(tiled, model) -> None:
     assert len(calls) == 6 * 2 * 3 and {tuple(c["x"].shape) for c in calls} == {(2, 16, 1, 16, 16)}
 
 
-@settings(max_examples=25)
+@settings(max_examples=30)
 @given(
-    height=st.integers(1, 50),
-    width=st.integers(1, 50),
-    tile=st.sampled_from([32, 64, 128, 256]),
-    overlap=st.integers(0, 16),
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    tile=st.sampled_from([64, 128, 256]),
+    overlap=st.integers(0, 40),
     batch=st.integers(1, 2),
     frames=st.sampled_from([None, 1, 3]),
 )
@@ -252,7 +248,7 @@ def test_one_tile_is_the_stock_sampler_bit_for_bit(tiled, model, sampler: str) -
     import comfy.sample
 
     references = {"reference_latents": [SAME, random(1, 16, 1, 6, 30)]}
-    positive = conditioning(control=chained(), mask=mask(9, 9, 99, 99), **references)
+    positive = conditioning(mask=mask(9, 9, 99, 99), **references)
     noise, latent = random(1, 16, 1, *SIDES), SAME * 0.5
 
     @torch.inference_mode()
@@ -521,7 +517,8 @@ def test_tiles_that_differ_go_one_by_one(tiled, model, positive, patch) -> None:
     if patch:
         noted.set_model_patch(lambda options: options, patch)
     sample(tiled.patch(noted, tiled.Tiling(TILE, 32, batch=4)), positive(), steps=1)
-    assert {call["x"].shape[0] for call in calls} <= {1, 2}  # two sides of CFG
+    sides = [len(call["transformer_options"]["cond_or_uncond"]) for call in calls]
+    assert [call["x"].shape[0] for call in calls] == sides
     assert {call["x"].shape[-1] for call in calls} == {16}
 
 
