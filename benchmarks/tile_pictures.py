@@ -34,12 +34,14 @@ def textured(height: int, width: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(0.5 + 0.07 * total).float().clamp(0, 1)[None]
 
 
-def text(height: int, width: int, seed: int = 0) -> Tensor:
+def text(
+    height: int, width: int, seed: int = 0, sizes: tuple[int, ...] = (12, 16, 22, 30)
+) -> Tensor:
     """Lines of letters in several sizes and dark colours on paper."""
     image, top = Image.new("RGB", (width, height), (245, 243, 238)), 6
     rng, draw = np.random.default_rng(seed), ImageDraw.Draw(image)
     while top < height:
-        size = int(rng.choice([12, 16, 22, 30]))
+        size = int(rng.choice(sizes))
         letters = "".join(chr(c) if c > 96 else " " for c in rng.integers(92, 123, width // 4))
         colour = tuple(int(c) for c in rng.integers(0, 110, 3))
         draw.text((6, top), letters, fill=colour, font=ImageFont.load_default(size))
