@@ -19,13 +19,6 @@ from torch import Tensor
 from ..core.tiling import PIXEL_STEP, WINDOWS
 from . import foreign, outcome
 from .status import shown
-"""Tiled diffusion: a model patch by which any sampler samples a picture of any size in tiles."""
-
-from __future__ import annotations
-
-from comfy.model_patcher import ModelPatcher
-from comfy_api.latest import io
-
 from .tile_conditions import AUTO as AUTO
 from .tile_conditions import CROP as CROP
 from .tile_conditions import REFERENCES, Cond
@@ -284,4 +277,3 @@ class TiledDiffusion(io.ComfyNode):
 
 
 NODES = [TiledDiffusion]
-NODES: list[type[io.ComfyNode]] = []
