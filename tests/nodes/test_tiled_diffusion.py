@@ -324,6 +324,19 @@ def test_what_a_tile_sees_of_references(tiled, model) -> None:
         assert torch.equal(other, inner(latents[2])) and torch.equal(chosen, inner(latents[3]))
 
 
+def test_in_an_area_a_tile_sees_the_reference_of_what_the_model_sees(tiled, model) -> None:
+    """Where a tile meets an area the model gets that part alone, and what it shows."""
+    clone, calls = predicting(model, lambda x, t, **_: x)
+    positive = conditioning(reference_latents=[SAME], **area(10, 12, 9, 7))
+    sample(tiled.patch(clone, tiled.Tiling(TILE, 0)), positive, steps=1)
+    seen = [call for call in calls if "ref_latents" in call]
+    assert len(seen) == 2 * 2 and all(
+        call["ref_latents"][0].shape[-2:] == call["x"].shape[-2:] for call in seen
+    )
+    whole = model.model.process_latent_in(SAME)
+    assert torch.equal(seen[0]["ref_latents"][0], whole[..., 9:16, 7:16])
+
+
 @given(
     own=st.tuples(st.integers(1, 90), st.integers(1, 90)),
     sides=st.tuples(st.integers(17, 90), st.integers(17, 90)),
@@ -406,6 +419,23 @@ def vae(host: Host) -> Any:
     return host.nodes.VAELoader().load_vae(VAE)[0]
 
 
+def test_a_copy_of_a_controlnet_begins_anew(tiled) -> None:
+    """Also that for another GPU, and of an adapter, which keeps what it made of its hint."""
+    control, other = Hint(random(1, 3, 80, 80)), Hint(random(1, 3, 80, 80))
+    control.cond_hint = control.control_input = other.cond_hint = torch.ones(1, 1, 4, 4)
+    control.multigpu_clones["cuda:1"] = other
+    hints = importlib.import_module(
+        tiled.__name__.replace("tiled_diffusion", "tile_control")
+    ).Hints()
+    tile = tiled.grid_of(tiled.Tiling(64, 0), 20, 20).tiles()[4]
+    own = hints.of(control, (20, 20), tile)
+    assert own is hints.of(control, (20, 20), tile) is not control
+    for made in (own, own.get_instance_for_device("cuda:1")):
+        assert made.cond_hint is None and made.cond_hint_original.shape[-2:] == (64, 64)
+    assert own.get_instance_for_device("cuda:1") is not other and own.control_input is None
+    assert control.cond_hint is control.control_input is other.cond_hint is not None
+
+
 def test_a_controlnet_sees_the_tile_and_encodes_its_part_once(
     host, tiled, model, vae, monkeypatch
 ) -> None:
@@ -448,9 +478,11 @@ def test_a_controlnet_sees_the_tile_and_encodes_its_part_once(
 
 
 def test_the_patch_of_a_diffsynth_controlnet_sees_the_tile(host, tiled, model, vae) -> None:
-    """ComfyUI's own node, with random weights of the tiny model's width."""
+    """ComfyUI's own node, with random weights of the tiny model's width, and a picture of
+    another size and shape."""
     import comfy.model_patcher
     import comfy.ops
+    import comfy.utils
     import comfy_extras.nodes_model_patch as patches
 
     inner = patches.QwenImageBlockWiseControlNet(
@@ -460,7 +492,8 @@ def test_the_patch_of_a_diffsynth_controlnet_sees_the_tile(host, tiled, model, v
     for parameter in inner.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     patch = comfy.model_patcher.CoreModelPatcher(inner, torch.device("cpu"), torch.device("cpu"))
-    picture = random(1, SIDES[0] * 8, SIDES[1] * 8, 3, seed=3).sigmoid()
+    picture = random(1, TILE, TILE, 3, seed=3).sigmoid()  # the patch encodes this size at once
+    scaled = comfy.utils.common_upscale(picture.movedim(-1, 1), 288, 320, "area", "center")
     (clone,) = patches.QwenImageDiffsynthControlnet().diffsynth_controlnet(
         model, patch, vae, picture, 0.8, mask=mask(64, 32, 99, 199)
     )
@@ -479,7 +512,7 @@ def test_the_patch_of_a_diffsynth_controlnet_sees_the_tile(host, tiled, model, v
     assert {size: len(found) for size, found in seen.items()} == {(16, 16): len(grid)}
     for latent, tile in zip(seen[16, 16], grid.tiles(), strict=True):
         top, left, height, width = (side * 8 for side in tile)
-        part = picture[:, top : top + height, left : left + width]
+        part = scaled[..., top : top + height, left : left + width].movedim(1, -1)
         assert torch.equal(latent[:, :16], vae.encode(part))
     assert torch.equal(own.encoded_image, whole) and own.image.shape == picture.shape
     assert not torch.equal(out, sample(tiled.patch(model, tiling), steps=2))

@@ -490,7 +490,7 @@ def test_one_bar_with_a_preview_of_the_whole_picture(
         assert len(previews) == 4 and sizes == {(52, 40)}  # a latent's pixels
         return
     assert len(previews) == 6 and sizes == {(52, 40), (400, 290)}
-    first, last = (np.asarray(previews[i]).astype(int) for i in (2, -1))
+    first, last = (np.asarray(previews[i]).astype(int) for i in (3, -1))
     assert (first != last)[260:, 260:].any()  # the fourth tile
     assert (first == last)[:60, :150].all()  # the first one was done
     expected = (cat(400, 290)[0].numpy() * 255).astype(int)

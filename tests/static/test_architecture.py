@@ -133,4 +133,8 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMMergeTiles",
         "QwenVRAMTiledEdit",
         "QwenVRAMTiledDiffusion",
+        "QwenVRAMTiledDiffusion",
+        "QwenVRAMTiledEdit",
+        "QwenVRAMSplitTiles",
+        "QwenVRAMMergeTiles",
     }
