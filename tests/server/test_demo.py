@@ -100,6 +100,24 @@ def test_the_edit_workflows_do_what_the_instruction_says(server, name: str) -> N
     assert {k: found[k] for k in EDITED} == EDITED
 
 
+def test_the_edit_workflow_takes_more_pictures_when_they_are_no_longer_bypassed(server) -> None:
+    from pack.demo.conversion import to_api
+
+    path = ROOT / "workflows" / "qwen_image_edit_2511.json"
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    bypassed = [node for node in workflow["nodes"] if node["mode"] == 4]
+    assert len(bypassed) == 4  # two pictures, each with its size
+    for node in bypassed:
+        node["mode"] = 0
+    graph = substitute(to_api(workflow, server.get_json("/object_info")))
+    encoders = [n["inputs"] for n in graph.values() if n["class_type"].endswith("ImageEditEncode")]
+    assert all({"image1", "image2", "image3"} <= inputs.keys() for inputs in encoders)
+    for node in graph.values():
+        node["inputs"].update({"value": 1} if node["class_type"] == "PrimitiveInt" else {})
+    result = server.submit(graph)
+    assert result.status == "success", result.error
+
+
 @pytest.mark.parametrize("name", OFFERED)
 def test_the_workflows_of_make_run_draw_what_they_ask(server, name: str) -> None:
     from pack.demo.conversion import load_workflow
