@@ -72,6 +72,7 @@ class TiledEdit(io.ComfyNode):
             inputs=[
                 *inputs.what_is_edited(),
                 *inputs.how_it_is_sampled(),
+                *inputs.how_tiles_are_drawn(),
                 *inputs.how_it_is_tiled(),
                 *inputs.how_tiles_are_corrected(),
                 *inputs.further_pictures(),

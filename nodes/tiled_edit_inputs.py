@@ -81,6 +81,12 @@ def how_it_is_sampled() -> list[io.Input]:
             default="simple",
             tooltip="How the noise is spread over the steps.",
         ),
+    ]
+
+
+def how_tiles_are_drawn() -> list[io.Input]:
+    """From where each begins, and whether all go together."""
+    return [
         io.Float.Input(
             "denoise",
             default=0.6,
@@ -92,12 +98,6 @@ def how_it_is_sampled() -> list[io.Input]:
                 "guide that is no start of denoising: how much of the picture; use 1 there."
             ),
         ),
-    ]
-
-
-def how_it_is_tiled() -> list[io.Input]:
-    """The tiles, and what tells them what to become."""
-    return [
         io.Combo.Input(
             "mode",
             options=list(MODES),
@@ -107,6 +107,12 @@ def how_it_is_tiled() -> list[io.Input]:
                 "is edited fully, then they are blended."
             ),
         ),
+    ]
+
+
+def how_it_is_tiled() -> list[io.Input]:
+    """The tiles, and what tells them what to become."""
+    return [
         io.Int.Input(
             "tile_size",
             default=1024,
