@@ -1,6 +1,6 @@
 """Seams, shift and colour of tiled edits, on a model whose faults are known; stock beside it.
 
-Usage: COMFYUI_PATH=... python -m benchmarks.tile_quality [--side 512] [--out FOLDER]
+Usage: COMFYUI_PATH=... python -m benchmarks.tile_quality [--side 768] [--out FOLDER]
 
 The model is the embedded Qwen-Image in ComfyUI's own sampling, but what it predicts is its first
 reference with the faults of an edit model: each picture that it is asked for comes moved by parts
@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import math
 import sys
 import tempfile
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -37,9 +39,9 @@ if "pack" not in sys.modules:  # run as a program, not by the tests
 
 from pack.benchmarks import tile_pictures as pictures  # noqa: E402
 from pack.core.tiling import Tile, TileGrid  # noqa: E402
-from pack.demo import embedded, environment  # noqa: E402
+from pack.demo import embedded, environment, figures  # noqa: E402
 from pack.tests.graphs import loader, node  # noqa: E402
-from pack.tests.host import Host, Run  # noqa: E402
+from pack.tests.host import Host  # noqa: E402
 
 TILE, OVERLAP = 288, 32
 
@@ -162,43 +164,80 @@ class FaultyEditor:
         return (clone,)
 
 
-def graph(file: str, faults: Faults | None, **inputs: Any) -> dict[str, Any]:
-    """Tiled Edit of a file of the input folder, by the faulty model or the embedded one itself."""
-    name = {
-        kind: path.rpartition("/")[2]
-        for kind, path in (
-            ("DiffusionModel", embedded.TRANSFORMER),
-            ("TextEncoder", embedded.TEXT_ENCODER),
-            ("VAE", embedded.VAE),
-        )
-    }
-    given = {
-        **{"instruction": "change nothing", "negative": "", "seed": 3, "steps": 2, "cfg": 1.0},
-        **{"sampler_name": "euler", "scheduler": "simple", "denoise": 0.6, "mode": "together"},
-        **{"tile_size": TILE, "overlap": OVERLAP, "guide": "start of denoising"},
-        **{"skip_threshold": 0.0, "registration": True, "colour_match": True, "window": "hann"},
-        **{"cache": "off", **inputs},
-    }
+def models(faults: Faults | None) -> dict[str, Any]:
+    """The faulty model and the linear VAE, or without faults the embedded ones."""
+    unet, clip, vae = (
+        path.rpartition("/")[2]
+        for path in (embedded.TRANSFORMER, embedded.TEXT_ENCODER, embedded.VAE)
+    )
+    shifted = node("ModelSamplingAuraFlow", model=["unet", 0], shift=3.1)
     made = {
-        "unet": loader("DiffusionModel", name["DiffusionModel"]),
-        "clip": loader("TextEncoder", name["TextEncoder"]),
-        "loaded": loader("VAE", name["VAE"]),
-        "vae": node("TestLinearVAE", vae=["loaded", 0]),
-        "model": node("ModelSamplingAuraFlow", model=["unet", 0], shift=3.1),
+        "unet": loader("DiffusionModel", unet),
+        "clip": loader("TextEncoder", clip),
+        "vae": loader("VAE", vae),
+        "model": shifted,
+    }
+    if faults is None:
+        return made
+    faulty = node("TestFaultyEditor", model=["shifted", 0], vae=["vae", 0], **vars(faults))
+    linear = node("TestLinearVAE", vae=["loaded", 0])
+    return {**made, "loaded": made["vae"], "vae": linear, "shifted": shifted, "model": faulty}
+
+
+SAMPLED = {"seed": 3, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+
+
+def tiled_edit(file: str, faults: Faults | None, **inputs: Any) -> dict[str, Any]:
+    """Tiled Edit of a file of the input folder; "edit" gives the result."""
+    given = {
+        **{"instruction": "change nothing", "negative": "", **SAMPLED},
+        **{"denoise": 0.6, "mode": "together", "tile_size": TILE, "overlap": OVERLAP},
+        **{"guide": "start of denoising", "skip_threshold": 0.0, "registration": True},
+        **{"colour_match": True, "window": "hann", "cache": "off", **inputs},
+    }
+    sockets = {name: [name, 0] for name in ("model", "clip", "vae")}
+    return {
+        **models(faults),
         "picture": node("LoadImage", image=file),
-        "edit": node(
-            "QwenVRAMTiledEdit",
-            **{"image": ["picture", 0], "model": ["model", 0], "clip": ["clip", 0]},
-            **{"vae": ["vae", 0], **given},
-        ),
+        "edit": node("QwenVRAMTiledEdit", image=["picture", 0], **sockets, **given),
         "out": node("PreviewAny", source=["edit", 3]),
     }
-    if faults is not None:
-        made["faulty"] = node(
-            "TestFaultyEditor", model=["model", 0], vae=["vae", 0], **vars(faults)
-        )
-        made["edit"]["inputs"]["model"] = ["faulty", 0]
-    return made
+
+
+def stock_edit(file: str, faults: Faults, side: int, *, tiles: bool) -> dict[str, Any]:
+    """The same with ComfyUI's own nodes: by its tiles, or scaled down by two and enlarged."""
+    first = {"upscale_method": "area", "width": side // 2, "height": side // 2, "crop": "disabled"}
+    last = {"upscale_method": "bicubic", "width": side, "height": side, "crop": "disabled"}
+    cut = {"tile_width": TILE, "tile_height": TILE, "overlap": OVERLAP}
+    whole = {"final_width": side, "final_height": side, "overlap": OVERLAP}
+    return {
+        **models(faults),
+        "picture": node("LoadImage", image=file),
+        "first": node("SplitImageToTileList", image=["picture", 0], **cut)
+        if tiles
+        else node("ImageScale", image=["picture", 0], **first),
+        "text": node("CLIPTextEncode", clip=["clip", 0], text="change nothing"),
+        "latent": node("VAEEncode", pixels=["first", 0], vae=["vae", 0]),
+        "positive": node("ReferenceLatent", conditioning=["text", 0], latent=["latent", 0]),
+        "sampler": node(
+            "KSampler",
+            **{"model": ["model", 0], "positive": ["positive", 0], "negative": ["positive", 0]},
+            **{"latent_image": ["latent", 0], "denoise": 1.0, **SAMPLED},
+        ),
+        "decode": node("VAEDecode", samples=["sampler", 0], vae=["vae", 0]),
+        "edit": node("ImageMergeTileList", image_list=["decode", 0], **whole)
+        if tiles
+        else node("ImageScale", image=["decode", 0], **last),
+        "out": node("PreviewImage", images=["edit", 0]),
+    }
+
+
+def edited(host: Host, graph: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The result and the original, (1, h, w, 3)."""
+    host.run(graph)
+    results = (host.executor.caches.outputs.get_local(name) for name in ("edit", "picture"))
+    after, before = (result.outputs[0][0] for result in results)
+    return after[:1], before[:1]
 
 
 # ------------------------------------------------------------------------------ the figures
@@ -217,14 +256,15 @@ def measure(picture: Tensor, original: Tensor, grid: TileGrid) -> Figures:
     without seams. shift: the greatest of a tile in pixels, not a number where none can be measured.
     colour: the greatest difference of a channel's mean, of 255, in any tile.
     """
-    parts = [[p[:, *_slices(tile)] for p in (picture, original)] for tile in grid.tiles()]
+    parts = [[p[_part(tile)] for p in (picture, original)] for tile in grid.tiles()]
     apart = max(float((own - wanted).mean((0, 1, 2)).abs().max()) for own, wanted in parts)
     shifts = [by for own, wanted in parts if (by := shift_of(own, wanted)) is not None]
     return Figures(_seam(picture, original, grid), max(shifts, default=float("nan")), 255 * apart)
 
 
-def _slices(tile: Tile) -> tuple[slice, slice]:
-    return slice(tile.top, tile.top + tile.height), slice(tile.left, tile.left + tile.width)
+def _part(tile: Tile) -> tuple[slice, slice, slice]:
+    rows = slice(tile.top, tile.top + tile.height)
+    return slice(None), rows, slice(tile.left, tile.left + tile.width)
 
 
 def _seam(picture: Tensor, original: Tensor, grid: TileGrid) -> float:
@@ -234,9 +274,14 @@ def _seam(picture: Tensor, original: Tensor, grid: TileGrid) -> float:
         for left, right in pairwise(starts):
             at[right - 1 : left + tile] = True
         for row, value in enumerate((picture, original)):
+            # The linear VAE is made of areas of 8 px: their mean has no steps of its own.
+            smooth = functional.avg_pool2d(
+                value.movedim(-1, 1), 8, 1, 4, count_include_pad=False
+            ).movedim(1, -1)
+            value = smooth[:, : picture.shape[1], : picture.shape[2]]
             slope = value.diff(dim=dim).abs().movedim(dim, 0)
             slopes[row] += torch.stack([slope[at].mean(), slope[~at].mean()])
-    slopes += 0.1 / 255  # a flat picture has slopes of rounding alone
+    slopes += 0.5 / 255  # what 8 bits cannot show is no seam
     return float(slopes[0, 0] / slopes[0, 1] * slopes[1, 1] / slopes[1, 0])
 
 
@@ -279,3 +324,70 @@ def add_nodes(host: Host) -> None:
         "TestFaultyEditor": FaultyEditor,
         "TestLinearVAE": LinearVAE,
     }
+
+
+# ------------------------------------------------------------------------------ the program
+def ways(file: str, side: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """What is compared: how the tiles of the model differ, who edits, the graph."""
+    agreeing, apart = Faults(), Faults(shift=0.3, apart=1.5)
+    off = {"registration": False, "colour_match": False}
+    for faults, name in ((agreeing, "tiles agree"), (apart, "tiles differ")):
+        yield name, "Tiled Edit, together", tiled_edit(file, faults)
+        one_by_one = {"mode": "one after another"}
+        yield name, "Tiled Edit, one after another", tiled_edit(file, faults, **one_by_one)
+        yield name, "the same, uncorrected", tiled_edit(file, faults, **one_by_one, **off)
+        yield name, "stock tiles", stock_edit(file, faults, side, tiles=True)
+        yield name, "stock, half the size", stock_edit(file, faults, side, tiles=False)
+
+
+def scenes(host: Host, side: int, count: int) -> Iterator[str]:
+    """The embedded model itself, asked to change nothing of the renderer's pictures."""
+    asked = [edit[1] for edit in figures.edits_to_judge(400) if edit[0] == "identity"][:count]
+    for number, scene in enumerate(asked):
+        file = f"scene_{number}.png"
+        Image.fromarray(figures.drawn(scene, (side, side))).save(host.base / "input" / file)
+        for mode in ("together", "one after another"):
+            tiles = {"tile_size": 256, "overlap": 64, "mode": mode, "steps": 8}
+            after, before = edited(host, tiled_edit(file, None, **tiles))
+            found = measure(after, before, TileGrid.cover(side, side, 256, 64, 32, 16))
+            error = float((after - before).abs().mean()) * 255
+            yield _row(f"scene {number + 1}", "itself", mode, found, error)
+
+
+def _row(kind: str, faults: str, way: str, found: Figures, error: float) -> str:
+    shift = "nothing to see" if math.isnan(found.shift) else f"{found.shift:.2f}"
+    values = f"{found.seam:.3f} | {shift} | {found.colour:.2f} | {error:.2f}"
+    return f"| {kind} | {faults} | {way} | {values} |"
+
+
+def main() -> None:
+    """Print the rows of a table; with --out, write the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--side", type=int, default=768)
+    parser.add_argument("--scenes", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    comfyui = environment.find_comfyui()
+    if comfyui is None:
+        raise SystemExit("ComfyUI was not found. Set COMFYUI_PATH.")
+    with tempfile.TemporaryDirectory() as base, torch.inference_mode():
+        host = Host(comfyui, Path(base), ROOT)
+        add_nodes(host)
+        grid = TileGrid.cover(given.side, given.side, TILE, OVERLAP, 32, 16)
+        print("| picture | model | way | seam | shift, px | colour, of 255 | mean error, of 255 |")
+        print("|---|---|---|---|---|---|---|")
+        for kind in pictures.PICTURES:
+            file = write(host, kind, given.side)
+            for number, (faults, way, graph) in enumerate(ways(file, given.side)):
+                after, before = edited(host, graph)
+                error = float((after - before).abs().mean()) * 255
+                print(_row(kind, faults, way, measure(after, before, grid), error), flush=True)
+                if given.out:
+                    pixels = (after[0].clamp(0, 1) * 255).round().byte().numpy()
+                    Image.fromarray(pixels).save(given.out / f"{kind}_{number}.png")
+        for row in scenes(host, 512, given.scenes):
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -88,9 +88,10 @@ class Guide:
         """Of the picture before and after the edit: put in place, in the colours of before.
 
         What the VAE cannot keep, as small letters, is no change: the edit is compared with the
-        `coded` picture, which only went through the VAE.
+        `coded` picture, which only went through the VAE. A guide that lies some pixels off would
+        look changed all over, so it is put in place by a coarse look.
         """
-        unchanged = _trust(change_map(coded, after))
+        _, unchanged = without_guide(after, coded)
         after, correction = correct(after, before, unchanged, register=register, colour=colour)
         return cls(frame, after, change_map(coded, after), correction)
 
