@@ -41,7 +41,7 @@ from .tile_conditions import (
 from .tile_control import Hints
 
 LATENT = 8  # pixels of the picture along one latent pixel
-AT_MOST = 4  # tiles in one forward pass, where the user leaves it open
+AT_MOST = 3  # tiles in one forward pass, where the user leaves it open
 SPARE = 1.5  # of the memory that ComfyUI reckons with, as in its own choice of batches
 Conds = dict[str, list[Cond]]
 SIZE = "tile_size must be a multiple of {} pixels, not {}."
@@ -176,20 +176,16 @@ class Run:
     ) -> int:
         """How many tiles share a forward pass: those that fit, spread evenly over the passes.
 
-        Weights that are streamed from RAM are then read once for several tiles. Where all of them
-        fit into the GPU's memory several tiles only take more of it: then the user has to ask.
+        Weights are then cast, or streamed from RAM, once for several tiles. Beyond three there is
+        hardly any gain, but more memory taken.
         """
         count = len(self.active)
         most = min(count, self.tiling.batch or AT_MOST)
         if most < 2 or not _may_share(model, conds, options):
             return 1
-        patcher, one = model.current_patcher, self._need(model, conds, x)
-        free = patcher.get_free_memory(x.device)
-        weights = 0 if patcher.is_dynamic() else patcher.loaded_size()  # those count as free
-        if not self.tiling.batch and patcher.model_size() + one * SPARE <= free + weights:
-            return 1
-        most = max(1, min(most, int(free // (one * SPARE))))
-        return ceil(count / ceil(count / most))
+        free = model.current_patcher.get_free_memory(x.device)
+        most = min(most, int(free // (self._need(model, conds, x) * SPARE)))
+        return ceil(count / ceil(count / max(1, most)))
 
     def _need(self, model: BaseModel, conds: list[list[Cond] | None], x: Tensor) -> float:
         """Bytes that ComfyUI reckons with for one side of CFG of a tile."""

@@ -191,9 +191,9 @@ class TiledDiffusion(io.ComfyNode):
                     min=0,
                     max=16,
                     tooltip=(
-                        "Tiles in one forward pass at most. More is faster where weights are "
-                        "streamed from RAM, and takes more memory. 0: up to 4 where weights are "
-                        "streamed and the memory allows it, else 1."
+                        "Tiles in one forward pass at most. Several are faster, most of all where "
+                        "weights are streamed from RAM, and take more memory. 0: up to 3, as the "
+                        "memory allows."
                     ),
                     advanced=True,
                 ),

@@ -209,7 +209,7 @@ def test_without_shared_pixels_it_is_the_same_bit_for_bit(tiled, model) -> None:
     both = conditioning(**references), conditioning(7, seed=8, **references)
     whole = sample(clone, *both, sides=sides, batch=2, steps=3)
     calls.clear()
-    clone = tiled.patch(clone, tiled.Tiling(TILE, 0))
+    clone = tiled.patch(clone, tiled.Tiling(TILE, 0, batch=1))
     assert torch.equal(sample(clone, *both, sides=sides, batch=2, steps=3), whole)
     assert len(calls) == 6 * 2 * 3 and {tuple(c["x"].shape) for c in calls} == {(2, 16, 1, 16, 16)}
 
@@ -307,7 +307,8 @@ def test_what_a_tile_sees_of_references(tiled, model) -> None:
         random(1, 16, 1, 20, 18, seed=14),
     ]
     given = [latent.clone() for latent in latents]
-    tiling = tiled.Tiling(TILE, 32, references=("auto", "auto", "auto", "keep whole"))
+    choices = ("auto", "auto", "auto", "keep whole")
+    tiling = tiled.Tiling(TILE, 32, references=choices, batch=1)
     positive = conditioning(reference_latents=latents)
     sample(tiled.patch(clone, tiling), positive, conditioning(seed=8), steps=1)
     assert all(map(torch.equal, latents, given)) and positive[0][1]["reference_latents"] is latents
@@ -556,22 +557,21 @@ def test_tiles_that_differ_go_one_by_one(tiled, model, positive, patch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "size", "free", "together"),
+    ("batch", "free", "together"),
     [
-        (0, 100, 1000, 1),  # the weights fit
-        (0, 2000, 1000, 3),  # they do not: 9 tiles in 3 passes of 4 at most
-        (0, 2000, 300, 2),  # of 150 each
-        (0, 2000, 10, 1),
-        (16, 100, 2000, 9),
-        (5, 100, 2000, 5),
-        (5, 100, 500, 3),
+        (0, 10**6, 3),  # 9 tiles in 3 passes
+        (0, 449, 2),  # of 150 each
+        (0, 10, 1),
+        (1, 10**6, 1),
+        (16, 10**6, 9),
+        (5, 10**6, 5),
+        (8, 1100, 5),  # of 7 at most, spread evenly
+        (5, 500, 3),
     ],
 )
-def test_how_many_tiles_go_together(tiled, model, batch, size, free, together) -> None:
+def test_how_many_tiles_go_together(tiled, model, batch, free, together) -> None:
     run = tiled.Run(tiled.Tiling(TILE, 32, batch=batch), SIDES)
-    patcher = SimpleNamespace(
-        is_dynamic=lambda: True, model_size=lambda: size, get_free_memory=lambda device: free
-    )
+    patcher = SimpleNamespace(get_free_memory=lambda device: free)
     stub = SimpleNamespace(
         diffusion_model=model.model.diffusion_model,
         current_patcher=patcher,
@@ -585,9 +585,8 @@ def test_how_many_tiles_go_together(tiled, model, batch, size, free, together) -
 def test_tiles_that_are_not_active_keep_what_is_known(tiled, model) -> None:
     known = random(1, 16, *SIDES, seed=21)  # a latent of four dimensions
     told: list[tuple[int, int]] = []
-    tiling = tiled.Tiling(
-        TILE, 32, active=frozenset({0, 1}), known=known, told=lambda *at: told.append(at)
-    )
+    tell = lambda *at: told.append(at)  # noqa: E731
+    tiling = tiled.Tiling(TILE, 32, active=frozenset({0, 1}), known=known, told=tell, batch=1)
     clone, calls = predicting(model)
     out = sample(tiled.patch(clone, tiling), steps=2)
     grid = tiled.grid_of(tiling, *SIDES)
@@ -619,7 +618,7 @@ def test_an_interruption_stops_between_two_tiles(tiled, model) -> None:
     clone, calls = predicting(model)
     told = lambda done, count: management.interrupt_current_processing(done == 2)  # noqa: E731
     with pytest.raises(management.InterruptProcessingException):
-        sample(tiled.patch(clone, tiled.Tiling(TILE, 32, told=told)))
+        sample(tiled.patch(clone, tiled.Tiling(TILE, 32, told=told, batch=1)))
     assert len({id(call["x"]) for call in calls}) == 2 and not management.processing_interrupted()
 
 
@@ -697,7 +696,7 @@ def test_a_cache_of_passes_is_refused(host, tiled, model) -> None:
 def test_lazycache_goes_with_it(host, tiled, model) -> None:
     """It keeps whole predictions, above the tiles."""
     clone, calls = predicting(model)
-    patched = tiled.patch(clone, tiled.Tiling(TILE, 32))
+    patched = tiled.patch(clone, tiled.Tiling(TILE, 32, batch=1))
     lazy = node_of(host, "LazyCache", patched, 3.0, 0.0, 1.0, False)
     assert sample(lazy, steps=6).isfinite().all()
     steps = {float(call["t"][0]) for call in calls}
@@ -775,7 +774,9 @@ def test_the_node_says_what_it_does(host, tiled, monkeypatch) -> None:
     run = host.run(graph, ["out"])
     assert run.outputs["sampler"][0][0]["samples"].shape[-2:] == (56, 56)
     assert run.status("tiles")["text"] == "samples in tiles when a sampler runs with it"
-    assert told[-1] == ("tiles", "tiles: 4, each 256 x 256 pixels")
+    line = "tiles: 4, each 256 x 256 pixels"
+    said = [text for node_id, text in told if node_id == "tiles"]
+    assert said[-2:] == [line, f"{line} · in one forward pass: 2"]
     line = tiled.Run(tiled.Tiling(256, 64, references=("auto", "keep whole")), SIDES).line
     given = [{"reference_latents": [SAME, SAME, SAME]}, {"reference_latents": []}]
     assert line({"positive": given, "negative": [{}]}) == (
