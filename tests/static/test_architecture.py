@@ -133,8 +133,4 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMMergeTiles",
         "QwenVRAMTiledEdit",
         "QwenVRAMTiledDiffusion",
-        "QwenVRAMTiledDiffusion",
-        "QwenVRAMTiledEdit",
-        "QwenVRAMSplitTiles",
-        "QwenVRAMMergeTiles",
     }
