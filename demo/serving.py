@@ -23,7 +23,7 @@ OTHERS = {  # what the others do
 SCENE = Scene("pig", "pink", background="snow", jitter=5)
 PICTURES = {  # to be edited, and how large they are
     "tiny_pig.png": (SCENE, 256),
-    "tiny_photo.png": (Scene("bear", "brown", background="meadow", jitter=3), 384),
+    "tiny_photo.png": (Scene("bear", "brown", background="meadow", jitter=3), 320),
 }
 TEMPLATES = "demo-workflows"  # a custom node without nodes: ComfyUI offers its workflows
 PORT = 8188
