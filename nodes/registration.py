@@ -56,6 +56,11 @@ def _library() -> _Library:
     return _Library(phase_cross_correlation, ndimage)
 
 
+def require_library() -> None:
+    """Before minutes of work that would end without it. Raises ImportError with the remedy."""
+    _library()
+
+
 def displacement(tile: Tensor, target: Tensor, trusted: Tensor) -> Displacement:
     """How to move a tile (1, h, w, 3) onto its target, where that is `trusted`: (1, h, w), 0..1."""
     factor = -(-max(tile.shape[1:3]) // LONGEST)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.tiling import PIXEL_PATCH, PIXEL_STEP, Tile, TileGrid, crop
 from .pictures import Picture
+from .registration import require_library
 from .tile_canvas import LATENT, Blend, Canvas, Mask, Tiles
 from .tile_coding import Coder, in_latent
 from .tile_correction import Correction, correct
@@ -76,6 +77,8 @@ class Edit:
         every = range(len(self.grid))
         touched = frozenset(i for i in every if self._is_touched(i))
         settings, active = self.settings, touched
+        if settings.registration and len(self.grid) > 1:
+            require_library()
         self.progress.begin(self.canvas)
         if len(self.grid) > 1 and settings.guide != OFF and touched:
             self.guide = self._make_guide(len(touched))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -314,6 +315,13 @@ def test_what_cannot_be_edited_is_refused_with_a_sentence(host, hand_over, what)
     graph = hand_over(cat(64, 64), objects, **{**SMALL, **inputs})
     with pytest.raises(RunError, match=sentence):
         host.run(graph)
+
+
+def test_a_missing_library_is_told_before_anything_is_sampled(host, hand_over, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "skimage.registration", None)
+    monkeypatch.setattr(part(host, "tile_sampling").Sampling, "run", None)
+    with pytest.raises(RunError, match="pip install scikit-image"):
+        host.run(hand_over(cat(300, 300), **SMALL))
 
 
 @pytest.mark.parametrize("channels", [2, 5])
