@@ -56,8 +56,8 @@ def _library() -> _Library:
     return _Library(phase_cross_correlation, ndimage)
 
 
-def require() -> None:
-    """Raises ImportError with the remedy: to be known before anything is sampled."""
+def require_library() -> None:
+    """Before minutes of work that would end without it. Raises ImportError with the remedy."""
     _library()
 
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..core.tiling import PIXEL_PATCH, PIXEL_STEP, Tile, TileGrid, crop
-from . import registration
 from .pictures import Picture
+from .registration import require_library
 from .tile_canvas import LATENT, Blend, Canvas, Mask, Tiles
 from .tile_coding import Coder, in_latent
 from .tile_correction import Correction, correct
@@ -74,11 +74,11 @@ class Edit:
 
     def run(self) -> Edited:
         """Edit it. Raises ImportError with a sentence, where scikit-image is missing."""
-        if self.settings.registration and len(self.grid) > 1:
-            registration.require()
         every = range(len(self.grid))
         touched = frozenset(i for i in every if self._is_touched(i))
         settings, active = self.settings, touched
+        if settings.registration and len(self.grid) > 1:
+            require_library()
         self.progress.begin(self.canvas)
         if len(self.grid) > 1 and settings.guide != OFF and touched:
             self.guide = self._make_guide(len(touched))

@@ -461,7 +461,8 @@ def test_a_controlnet_sees_the_tile_and_encodes_its_part_once(
     monkeypatch.setattr(
         hints.copy, "copy", lambda one: copies.append(weakref.ref(made := copy(one))) or made
     )
-    out = sample(tiled.patch(model, tiling), conditioning(control=control), steps=2)
+    patched = tiled.patch(model, tiling)  # which keeps nothing of its run
+    out = sample(patched, conditioning(control=control), steps=2)
     grid = tiled.grid_of(tiling, *SIDES)
     assert len(encoded) == len(grid) == 9 and len(seen) == 9 * 2
     for pixels, hint, tile in zip(encoded, seen, grid.tiles(), strict=False):
@@ -499,6 +500,7 @@ def test_the_patch_of_a_diffsynth_controlnet_sees_the_tile(host, tiled, model, v
         model, patch, vae, picture, 0.8, mask=mask(64, 32, 99, 199)
     )
     (own,) = clone.model_options["transformer_options"]["patches"]["double_block"]
+    where = comfy.utils.common_upscale(own.mask[:, :, 0], 36, 40, "bilinear", "none").unsqueeze(2)
     whole, tiling = own.encoded_image.clone(), tiled.Tiling(TILE, 0)
     seen: dict[tuple[int, int], list[int]] = {}
     encode = inner.process_input_latent_image
@@ -515,6 +517,8 @@ def test_the_patch_of_a_diffsynth_controlnet_sees_the_tile(host, tiled, model, v
         top, left, height, width = (side * 8 for side in tile)
         part = scaled[..., top : top + height, left : left + width].movedim(1, -1)
         assert torch.equal(latent[:, :16], vae.encode(part))
+        rows, columns = slice(tile.top, tile.top + 16), slice(tile.left, tile.left + 16)
+        assert torch.equal(latent[:, 16:], where[..., rows, columns])
     assert torch.equal(own.encoded_image, whole) and own.image.shape == picture.shape
     assert not torch.equal(out, sample(tiled.patch(model, tiling), steps=2))
     alone = sample(tiled.patch(clone, tiled.Tiling(320, 0)), steps=2)

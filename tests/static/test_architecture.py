@@ -129,8 +129,8 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMFit",
         "QwenVRAMDecode",
         "QwenVRAMEncode",
-        "QwenVRAMTiledDiffusion",
-        "QwenVRAMTiledEdit",
         "QwenVRAMSplitTiles",
         "QwenVRAMMergeTiles",
+        "QwenVRAMTiledEdit",
+        "QwenVRAMTiledDiffusion",
     }
