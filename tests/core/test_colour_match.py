@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pack.benchmarks import tile_pictures as pictures
 from pack.core.colour_match import LEAST_TRUST, MOST, colour_match
 from torch import Tensor
+from torch.nn import functional
 
 SIDES = st.sampled_from([(96, 96), (64, 160), (200, 144)])
 
@@ -44,6 +45,8 @@ def test_no_colour_is_off_by_one_outside_of_the_edit(kind, sides, seed, most, sh
     left = (tile + match.difference - target) * trusted[..., None] * 255
     mean = left.sum((1, 2)) / trusted.sum()
     assert mean.abs().max() < 0.5
+    cells = functional.adaptive_avg_pool2d(left.movedim(-1, 1), 4)
+    assert cells.abs().max() < 1  # drift is followed, not only its mean
     assert match.beyond == 0
 
 
@@ -66,6 +69,7 @@ def test_an_edit_that_was_trusted_by_mistake_stays_local() -> None:
     tile = target.clone()
     tile[:, :12, :12] = 0.0
     match = colour_match(tile, target, torch.ones(1, 128, 128))
+    assert match.difference[:, 16:, 16:].abs().max() * 255 < 5.5
     assert match.difference[:, 64:, 64:].abs().max() * 255 < 0.5
     assert 0 < match.beyond < 0.02
 
