@@ -15,16 +15,18 @@ from torch import Tensor
 from .tiling import Tile, TileGrid, crop
 
 DRIFT = 8 / 255  # colours that are off by more than this were changed
-PATCH = 5  # pixels of the map: a change that is smaller is noise
+PATCH = 7  # pixels of the map: what is smaller is noise
 MARGIN = 1 / 64  # of the map's longer side: how far the soft border of an edit reaches
 
 
 def change_map(before: Tensor, after: Tensor) -> Tensor:
     """How much an edit changed each place, (1, h, w) in 0..1, of two pictures (1, h, w, 3).
 
-    A pixel counts by how far it lies outside of the values around its place in the other picture,
-    so that edges may move by a pixel. A drift of the colours that most of the picture shares is
-    taken off. Raises ValueError for pictures of unlike sizes.
+    Give `before` as the VAE gives it back, encoded and decoded: what the VAE loses is then no
+    change. A pixel counts by how far it lies outside of the values around its place in the other
+    picture, so that edges may move by a pixel; the mean of its channels, and of the patch around
+    it. A drift of the colours that most of the picture shares is taken off before. Raises
+    ValueError for pictures of unlike sizes.
     """
     if before.shape != after.shape:
         raise ValueError(
@@ -34,7 +36,7 @@ def change_map(before: Tensor, after: Tensor) -> Tensor:
     second = second - _drift(second - first)
     first, second = (_blurred(picture) for picture in (first, second))
     outside = torch.maximum(_outside(second, first), _outside(first, second))
-    return _mean(outside.amax(1, keepdim=True))[:, 0].clamp(0, 1)
+    return _mean(outside.mean(1, keepdim=True))[:, 0].clamp(0, 1)
 
 
 def _drift(difference: Tensor) -> Tensor:
@@ -76,7 +78,8 @@ def changed_tiles(change: Tensor, grid: TileGrid, threshold: float) -> frozenset
         return frozenset(range(len(grid)))
     height, width = change.shape[-2:]
     margin = ceil(max(height, width) * MARGIN)
-    grown = F.max_pool2d(change[None], 2 * margin + 1, 1, margin)[0]
+    grown = F.max_pool2d(change[None], (2 * margin + 1, 1), 1, (margin, 0))
+    grown = F.max_pool2d(grown, (1, 2 * margin + 1), 1, (0, margin))[0]
     found = []
     for index, tile in enumerate(grid.tiles()):
         rows = _scaled(tile.top, tile.height, height, grid.height)

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIDE = 128  # cells along the longer side of the small copy, at most
-REACH = 1 / 8  # standard deviation of the blur, of the longer side
+SIDE = 64  # cells along the longer side of the small copy, at most
+CELL = 8  # pixels of a cell's side, at least: texture that has moved is the same on the average
+REACH = 1 / 20  # standard deviation of the blur, of the longer side
 MOST = 24 / 255  # a difference beyond this is no drift
-TWICE = 2  # rounds in which what is left is matched again (Tukey's twicing)
+TWICE = 4  # rounds in which what is left is matched again (Tukey's twicing)
 LEAST_TRUST = 0.02  # of the tile
 FAINT = 1e-3  # weight of the tile's mean difference, where nothing trusted is near
 
@@ -56,7 +57,7 @@ def colour_match(tile: Tensor, target: Tensor, trusted: Tensor) -> Match:
 def _small(values: Tensor, trusted: Tensor) -> Tensor:
     """Sums by trust over the cells of the small copy; the last channel is the trust itself."""
     height, width = values.shape[-2:]
-    scale = max(1, max(height, width) / SIDE)
+    scale = max(CELL, max(height, width) / SIDE)
     weighted = torch.cat([values[:, :-1] * trusted[:, None], values[:, -1:]], 1)
     return F.adaptive_avg_pool2d(
         weighted, (max(1, int(height / scale)), max(1, int(width / scale)))

@@ -59,7 +59,7 @@ def _reserve(descriptor: int, size: int, folder: Path) -> None:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)
         else:
-            os.truncate(descriptor, size)
+            os.ftruncate(descriptor, size)
     except OSError as error:
         if error.errno in NO_ROOM:
             raise full from error

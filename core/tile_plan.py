@@ -7,6 +7,7 @@ counts. Lines are the edges of tiles, and so the space between two near ones is 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise
 from math import ceil
 
 import torch
@@ -18,6 +19,7 @@ from .tiling import TileGrid, Weights
 
 SHORTEST = 160  # pixels of the plan: a narrow picture is stretched to it, to show anything
 TINT = 0.45  # how much of the plan is colour, not picture
+FADED = 0.5  # how far the picture below is grey
 DIMMED = 0.5  # how bright a skipped tile stays
 HATCH = 18  # pixels between the lines over a skipped tile
 NUMBER, LABEL, LEAST = 56, 34, 11  # pixels: sizes of text, and the smallest that is drawn
@@ -59,6 +61,21 @@ def draw(
     return _as_tensor(plan)
 
 
+def summary(grid: TileGrid) -> str:
+    """What a grid is, in words: how many tiles, of which size, and what neighbours share."""
+    if len(grid) == 1:
+        return f"1 tile of {grid.width} x {grid.height}: the whole picture"
+    shared = [
+        tile - (after - before)
+        for starts, tile in ((grid.tops, grid.tile_height), (grid.lefts, grid.tile_width))
+        for before, after in pairwise(starts)
+    ]
+    return (
+        f"{len(grid)} tiles of {grid.tile_width} x {grid.tile_height}, at least {min(shared)} "
+        f"shared, {len(grid.lefts)} x {len(grid.tops)}"
+    )
+
+
 def _three_channels(picture: Tensor) -> Tensor:
     """Grey as grey, the alpha channel left out."""
     return (
@@ -87,7 +104,8 @@ def _tinted(ground: Tensor, rows: Tensor, columns: Tensor, skipped: Collection[i
         tiles[index // count, index % count] = 0
     mixed = torch.einsum("rh,rck,cw->hwk", rows, tiles, columns)
     colour, active = mixed[..., :3], mixed[..., 3:]
-    return ground * (active * (1 - TINT) + (1 - active) * DIMMED) + colour * TINT
+    faded = torch.lerp(ground, ground.mean(dim=-1, keepdim=True), FADED)
+    return faded * active * (1 - TINT) + ground * (1 - active) * DIMMED + colour * TINT
 
 
 def _cells(along: Tensor) -> Iterator[tuple[int, int]]:
@@ -108,7 +126,7 @@ def _hatch(plan: Image.Image, cells: Sequence[tuple[int, int, int, int]]) -> Non
     pen, (width, height) = ImageDraw.Draw(lines), plan.size
     for x in range(-height, width, HATCH):
         pen.line((x, height, x + height, 0), fill=255, width=3)
-    plan.paste((150, 150, 150), mask=ImageChops.multiply(where, lines))
+    plan.paste((215, 215, 215), mask=ImageChops.multiply(where, lines))
 
 
 def _outline(plan: Image.Image, grid: TileGrid) -> None:

@@ -1,4 +1,4 @@
-"""`make run`: ComfyUI in the browser, with two workflows and a picture for the embedded model."""
+"""`make run`: ComfyUI in the browser, with workflows and pictures for the embedded model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,16 @@ from .server import HOST, Server, free_port
 from .showcase import BASE, DemoError, has_accelerator, new_server
 
 WORKFLOWS = Path(__file__).with_name("workflows")
-OPENED, OTHER = "qwen_image_2512_tiny", "qwen_image_edit_tiny"
-PICTURE, SCENE = "tiny_pig.png", Scene("pig", "pink", background="snow", jitter=5)  # to be edited
+OPENED = "qwen_image_2512_tiny"
+OTHERS = {  # what the others do
+    "qwen_image_edit_tiny": "changes a picture",
+    "qwen_image_edit_tiled_tiny": "changes a larger one by tiles",
+}
+SCENE = Scene("pig", "pink", background="snow", jitter=5)
+PICTURES = {  # to be edited, and how large they are
+    "tiny_pig.png": (SCENE, 256),
+    "tiny_photo.png": (Scene("bear", "brown", background="meadow", jitter=3), 320),
+}
 TEMPLATES = "demo-workflows"  # a custom node without nodes: ComfyUI offers its workflows
 PORT = 8188
 
@@ -28,7 +36,8 @@ def offer_workflows(base: Path) -> None:
         shutil.copytree(WORKFLOWS, folder, dirs_exist_ok=True)
     (templates / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n", encoding="utf-8")
     (base / "input").mkdir(parents=True, exist_ok=True)
-    draw(SCENE, 256, 256).save(base / "input" / PICTURE)
+    for name, (scene, side) in PICTURES.items():
+        draw(scene, side, side).save(base / "input" / name)
 
 
 def address(server: Server) -> str:
@@ -62,7 +71,8 @@ def serve(comfyui: Path) -> None:
     say("starting ComfyUI")
     with new_server(comfyui, not has_accelerator(), name, extra, port) as server:
         say(f"ComfyUI is at {address(server)}, which opens {OPENED}: press Run there")
-        say(f"{OTHER}, which changes a picture, is in the Workflows panel on the left (key W)")
+        others = "; ".join(f"{name} {does}" for name, does in OTHERS.items())
+        say(f"in the Workflows panel on the left (key W): {others}")
         say(f"Ctrl-C ends it (log: {server.log_file})")
         webbrowser.open(address(server))
         try:

@@ -20,9 +20,14 @@ MODEL_FILES = {
     "qwen_image_2512_fp8_e4m3fn.safetensors": _name(embedded.TRANSFORMER),
     "qwen_2.5_vl_7b_fp8_scaled.safetensors": _name(embedded.TEXT_ENCODER),
     "qwen_image_vae.safetensors": _name(embedded.VAE),
+    "qwen_image_edit_2511_fp8mixed.safetensors": _name(embedded.TRANSFORMER),
     "Qwen-Image-2512-Lightning-4steps-V1.0-fp32.safetensors": "tiny_animals_lora.safetensors",
+    "Qwen-Image-Edit-2511-Lightning-4steps-V1.0-bf16.safetensors": "tiny_animals_lora.safetensors",
 }
-NUMBERS: dict[str, int | float] = {"width": 256, "height": 256, "steps": 8, "cfg": 2.0}
+NUMBERS: dict[str, int | float] = {
+    **{"width": 256, "height": 256, "steps": 8, "cfg": 2.0},
+    **{"megapixels": 0.06, "tile_size": 256, "overlap": 64},
+}
 PRIMITIVES = ("PrimitiveInt", "PrimitiveFloat")
 
 _MODEL_SUFFIXES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")

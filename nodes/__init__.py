@@ -17,7 +17,9 @@ from . import (
     report,
     routes,
     sampler,
+    tiled_diffusion,
     tiled_edit,
+    tiling,
     vae,
     warmup,
 )
@@ -29,7 +31,9 @@ NODES += warmup.NODES
 NODES += report.NODES
 NODES += sampler.NODES
 NODES += vae.NODES
+NODES += tiled_diffusion.NODES
 NODES += tiled_edit.NODES
+NODES += tiling.NODES
 
 
 async def start() -> None:

@@ -22,7 +22,7 @@ FINE, COARSE = 1.0, 4.0  # pixels: what lies between these two blurs is compared
 FLAT_DIRECTION = (
     0.02  # of the other direction's slopes, squared: along stripes nothing is to be seen
 )
-ROUNDS = 3
+ROUNDS, ENOUGH = 5, 0.02  # looks at most, and pixels of a look that need no further one
 UPSAMPLING = 50
 LONGEST = 1024  # pixels of a side that is compared; larger tiles are made smaller for it
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -54,6 +54,11 @@ def _library() -> _Library:
             "`pip install scikit-image`, or switch registration off."
         ) from error
     return _Library(phase_cross_correlation, ndimage)
+
+
+def require_library() -> None:
+    """Before minutes of work that would end without it. Raises ImportError with the remedy."""
+    _library()
 
 
 def displacement(tile: Tensor, target: Tensor, trusted: Tensor) -> Displacement:
@@ -94,7 +99,9 @@ class _Comparison:
     def __init__(self, own: Any, wanted: Any, trust: Any) -> None:
         self._register, self._images = _library()
         self._own, self._trust = own, trust
-        self._window = trust * _taper(trust.shape)
+        # Soft, away from what is not trusted: an edge of the window would not move along.
+        inside = (2 * self._blurred(trust, COARSE) - 1).clip(0)
+        self._window = inside * _taper(trust.shape)
         self._total = float(self._window.sum())
         self._wanted = self._details(wanted)
 
@@ -121,6 +128,8 @@ class _Comparison:
             if max(abs(down), abs(right)) > MOST:
                 return Displacement(0.0, 0.0, "too unlike the original to measure a shift")
             details = self._details(_moved(self._own, down, right))
+            if max(map(abs, more)) < ENOUGH:
+                break
         return self._believed(before, details, down, right)
 
     def _believed(self, before: Any, after: Any, down: float, right: float) -> Displacement:

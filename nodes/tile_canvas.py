@@ -32,11 +32,12 @@ def _cut(value: Tensor, tile: Tile) -> Tensor:
 class Canvas:
     """One picture (1, H, W, C), continued to multiples of 32 px, tile by tile: never copied whole.
 
-    It is edited as RGB, whether it is gray, RGB or RGBA.
+    It is edited as RGB, whether it is gray, RGB or RGBA. With --gpu-only it comes on the GPU; what
+    is done with pixels here is done in the RAM.
     """
 
     def __init__(self, picture: Tensor) -> None:
-        self.picture = picture
+        self.picture = picture = picture.cpu()
         colours = picture if picture.shape[-1] > 1 else picture.expand(-1, -1, -1, 3)
         self.rgb = colours[..., :3]
         self.height, self.width = multiple(picture.shape[1]), multiple(picture.shape[2])
@@ -58,7 +59,7 @@ class Mask:
 
     def __init__(self, given: Tensor, canvas: Canvas) -> None:
         size = canvas.picture.shape[1:3]
-        given = given.float().clamp(0, 1)
+        given = given.cpu().float().clamp(0, 1)
         self.resized = given.shape[1:] != size
         if self.resized:
             fitted = functional.interpolate(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.tiling import Tile, TileBlender, TileGrid, crop
 from .edit_encoding import EditEncoder, Outcome
-from .pictures import Picture, Reference, Size, encode_reference
+from .pictures import Picture, Reference, Size, encode_reference, resized
 from .tile_canvas import LATENT
 from .vae_layers import WHOLE
 from .vae_pictures import Silent, decode, encode, why_stock_decodes, why_stock_encodes
@@ -64,13 +64,13 @@ class Coder:
         return encode(self._vae, pixels, None, Silent)[0]
 
     def decode(self, latent: Tensor) -> Tensor:
-        """(1, c, 1, h, w) -> (1, 8h, 8w, 3)."""
+        """(1, c, 1, h, w) -> (1, 8h, 8w, 3), float32 in the RAM."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         if why_stock_decodes(self._vae, latent):
             pixels = self._vae.decode(latent)
         else:
             pixels = decode(self._vae, latent, None, Silent)[0]
-        return pixels.reshape(-1, *pixels.shape[-3:])
+        return pixels.reshape(-1, *pixels.shape[-3:]).float().cpu()
 
     def encode_tiles(
         self, grid: TileGrid, pixels_of: Callable[[Tile], Tensor], code: Callable[[Tensor], Tensor]
@@ -105,7 +105,8 @@ def _encode_whole(vae: Any, picture: Picture) -> Reference:
 
     Rounded otherwise than at once, such a latent is not to be kept.
     """
-    if picture.how != "untouched" or why_stock_encodes(vae, picture.pixels):
+    pixels = resized(picture.pixels, picture.size, picture.how)
+    if why_stock_encodes(vae, pixels):
         return encode_reference(vae, picture)
-    latent, outcome = encode(vae, picture.pixels[..., :3], None, Silent)
+    latent, outcome = encode(vae, pixels, None, Silent)
     return Reference(latent, outcome.how != WHOLE)

@@ -19,7 +19,7 @@ FEATHER = 8  # latent pixels, as in comfy.samplers.get_area_and_mult
 Cond = dict[str, Any]
 Sides = tuple[int, int]  # height and width
 # Gives a ControlNet for a part of what it hints at: (control, sides of the whole, part of it)
-Hints = Callable[[Any, Sides, Tile], Any]
+HintsOf = Callable[[Any, Sides, Tile], Any]
 
 
 # ------------------------------------------------------------------------------ references
@@ -121,7 +121,7 @@ def _part_of_area(cond: Cond, tile: Tile) -> tuple[Tile, Tile, Sides] | None:
 
 # ------------------------------------------------------------------------------ conds
 def crop_cond(
-    cond: Cond, sides: Sides, tile: Tile, references: Sequence[str], hints: Hints
+    cond: Cond, sides: Sides, tile: Tile, references: Sequence[str], hints: HintsOf
 ) -> Cond | None:
     """A cond of `with_weights` for one tile; None if it has no say there. The cond stays as it is.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.utils
@@ -17,12 +19,12 @@ DIFFSYNTH = "DiffSynthCnetPatch"
 
 
 class Hints:
-    """Copies of the ControlNets of one run for each tile. Originals stay as they are."""
+    """Copies for each tile of the ControlNets of one run. The originals stay as they are."""
 
     def __init__(self) -> None:
         self._copies: dict[tuple[Any, ...], Any] = {}
-        self._whole: dict[tuple[Any, ...], Tensor] = {}
-        self._kept: dict[int, Any] = {}  # so that no id is given again
+        self._scaled: dict[tuple[int, ...], Tensor] = {}
+        self._kept: dict[int, Any] = {}  # whose ids are in keys: none may be given again
 
     def of(self, control: Any, whole: Sides, part: Tile) -> Any:
         """A ControlNet, and those chained before it, for a part of what the hint lies on.
@@ -38,92 +40,91 @@ class Hints:
     def _copy(self, control: Any, whole: Sides, part: Tile) -> Any:
         own = copy.copy(control)
         own.cond_hint = own.extra_concat = None
-        if hasattr(own, "control_input"):  # T2IAdapter keeps the result of its hint
+        if hasattr(own, "control_input"):  # T2IAdapter keeps what it makes of the hint
             own.control_input = None
         if control.previous_controlnet is not None:
             own.previous_controlnet = self.of(control.previous_controlnet, whole, part)
         own.multigpu_clones = {
             device: self.of(clone, whole, part) for device, clone in control.multigpu_clones.items()
         }
-        ratio = control.compression_ratio
+        ratio, scaling = control.compression_ratio, (control.upscale_algorithm, "center")
         own.extra_concat_orig = [
-            mask if mask.shape[-2:] == (1, 1) else self._crop(control, mask, whole, part, ratio)
+            mask if mask.shape[-2:] == (1, 1) else self._crop(mask, whole, part, ratio, *scaling)
             for mask in control.extra_concat_orig
         ]
         if control.vae is not None:
             ratio *= control.vae.spacial_compression_encode()
         if control.cond_hint_original is not None:
-            own.cond_hint_original = self._crop(
-                control, control.cond_hint_original, whole, part, ratio
-            )
+            hint = control.cond_hint_original
+            own.cond_hint_original = self._crop(hint, whole, part, ratio, *scaling)
         return own
 
-    def _crop(self, control: Any, hint: Tensor, whole: Sides, part: Tile, ratio: int) -> Tensor:
-        """Scaled to the whole as ComfyUI does it, and then cut."""
-        return self.scaled(
-            hint, Tile(0, 0, *whole), part, ratio, control.upscale_algorithm, "center"
-        )
-
-    def scaled(
-        self, hint: Tensor, whole: Tile, part: Tile, ratio: int, method: str, cut: str
+    def _crop(
+        self, hint: Tensor, whole: Sides, part: Tile, ratio: int, method: str, cut: str
     ) -> Tensor:
-        """The part of a hint (..., h, w) that is scaled to the whole, times `ratio`."""
-        height, width = (side * ratio for side in whole[2:])
-        key = (id(hint), height, width)
-        if hint.shape[-2:] != (height, width):
-            if key not in self._whole:
+        """The part of a hint (..., h, w), scaled to the whole as ComfyUI does it.
+
+        `ratio`: pixels of the hint along one latent pixel.
+        """
+        height, width = (side * ratio for side in whole)
+        if tuple(hint.shape[-2:]) != (height, width):
+            key = (id(hint), height, width)
+            if key not in self._scaled:
                 self._kept[id(hint)] = hint
-                self._whole[key] = comfy.utils.common_upscale(hint, width, height, method, cut)
-            hint = self._whole[key]
+                self._scaled[key] = comfy.utils.common_upscale(hint, width, height, method, cut)
+            hint = self._scaled[key]
         return crop(hint, Tile(*(side * ratio for side in part)))
 
     # -------------------------------------------------------------------------- model patches
-    def options(self, options: dict[str, Any], whole: Sides, part: Tile) -> dict[str, Any]:
-        """The model's options, with what ComfyUI's DiffSynth ControlNets see made the tile's."""
+    @contextmanager
+    def options(
+        self, options: dict[str, Any], whole: Sides, part: Tile, device: torch.device
+    ) -> Iterator[dict[str, Any]]:
+        """The model's options, with ComfyUI's DiffSynth ControlNets made those of the tile.
+
+        What they encode is as wide as the model: on the GPU it is the current tile's alone.
+        """
         inner = options.get("transformer_options", {})
         patches = inner.get("patches", {})
-        if not any(map(is_diffsynth, patches.get("double_block", ()))):
-            return options
-        own = [
-            self._patch(patch, whole, part) if is_diffsynth(patch) else patch
-            for patch in patches["double_block"]
-        ]
-        patches = {**patches, "double_block": own}
-        return {**options, "transformer_options": {**inner, "patches": patches}}
+        blocks = patches.get("double_block", ())
+        if not any(map(is_diffsynth, blocks)):
+            yield options
+            return
+        blocks = [self._patch(b, whole, part) if is_diffsynth(b) else b for b in blocks]
+        own = list(filter(is_diffsynth, blocks))
+        _move(own, device)
+        patches = {**patches, "double_block": blocks}
+        yield {**options, "transformer_options": {**inner, "patches": patches}}
+        _move(own, "cpu")
 
     def _patch(self, patch: Any, whole: Sides, part: Tile) -> Any:
+        """A copy that has yet to encode its part of the picture."""
         key = (id(patch), whole, part)
         if key not in self._copies:
-            self._kept[id(patch)] = patch
-            own = self._copies[key] = copy.copy(patch)
-            own.encoded_image = own.encoded_image_size = None  # it encodes what it lacks
-            ratio, everything = patch.vae.spacial_compression_encode(), Tile(0, 0, *whole)
-            picture = patch.image.movedim(-1, 1)
-            picture = self._scaled_picture(patch, picture, everything, part, ratio)
+            own = copy.copy(patch)
+            own.encoded_image = own.encoded_image_size = None
+            picture, mask = self._views(patch)
+            ratio = patch.vae.spacial_compression_encode()
+            picture = self._crop(picture, whole, part, ratio, "area", "center")
             own.image = picture.movedim(1, -1)
-            if patch.mask is not None:
-                mask = self._mean(patch)
-                own.mask = self.scaled(mask, everything, part, 1, "bilinear", "none")
+            if mask is not None:
+                own.mask = self._crop(mask, whole, part, 1, "bilinear", "none")
+            self._copies[key] = own
         return self._copies[key]
 
-    def _scaled_picture(
-        self, patch: Any, picture: Tensor, whole: Tile, part: Tile, ratio: int
-    ) -> Tensor:
-        key = ("picture", id(patch))
-        picture = self._whole.setdefault(key, picture)  # one object, so that it is scaled once
-        return self.scaled(picture, whole, part, ratio, "area", "center")
+    def _views(self, patch: Any) -> tuple[Tensor, Tensor | None]:
+        """Its picture (B, C, H, W) and its mask (B, 1, ..., H, W): the same objects each time."""
+        if id(patch) not in self._kept:
+            mask = None if patch.mask is None else patch.mask.mean(dim=1, keepdim=True)
+            self._kept[id(patch)] = (patch, patch.image.movedim(-1, 1), mask)
+        return self._kept[id(patch)][1:]
 
-    def _mean(self, patch: Any) -> Tensor:
-        key = ("mask", id(patch))
-        if key not in self._whole:
-            self._whole[key] = patch.mask.mean(dim=1, keepdim=True)
-        return self._whole[key]
 
-    def to(self, device: torch.device | str) -> None:
-        """Move what DiffSynth ControlNets have encoded: as wide as the model, for every tile."""
-        for own in self._copies.values():
-            if is_diffsynth(own) and own.encoded_image is not None:
-                own.encoded_image = own.encoded_image.to(device)
+def _move(patches: list[Any], device: torch.device | str) -> None:
+    """What they have encoded so far."""
+    for patch in patches:
+        if patch.encoded_image is not None:
+            patch.encoded_image = patch.encoded_image.to(device)
 
 
 def is_diffsynth(patch: Any) -> bool:

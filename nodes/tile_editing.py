@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.tiling import PIXEL_PATCH, PIXEL_STEP, Tile, TileGrid, crop
 from .pictures import Picture
+from .registration import require_library
 from .tile_canvas import LATENT, Blend, Canvas, Mask, Tiles
 from .tile_coding import Coder, in_latent
 from .tile_correction import Correction, correct
@@ -37,12 +38,7 @@ class Settings:
     window: str
 
     def grid(self, canvas: Canvas) -> TileGrid:
-        """The tiles of a picture. Raises ValueError with a sentence."""
-        if self.overlap > self.tile_size - PIXEL_PATCH:
-            raise ValueError(
-                f"The overlap of {self.overlap} px leaves nothing of a tile of {self.tile_size} "
-                "px. Choose an overlap that is smaller than tile_size, 128 px for example."
-            )
+        """The tiles of a picture."""
         sizes = (canvas.height, canvas.width, self.tile_size, self.overlap)
         return TileGrid.cover(*sizes, PIXEL_STEP, PIXEL_PATCH)
 
@@ -77,10 +73,12 @@ class Edit:
         self.grid = self.settings.grid(self.canvas)
 
     def run(self) -> Edited:
-        """Edit it. Raises ValueError with a sentence."""
+        """Edit it. Raises ImportError with a sentence, where scikit-image is missing."""
         every = range(len(self.grid))
         touched = frozenset(i for i in every if self._is_touched(i))
         settings, active = self.settings, touched
+        if settings.registration and len(self.grid) > 1:
+            require_library()
         self.progress.begin(self.canvas)
         if len(self.grid) > 1 and settings.guide != OFF and touched:
             self.guide = self._make_guide(len(touched))
@@ -102,7 +100,7 @@ class Edit:
         steps, settings = self.sampling.steps, self.settings
         self.progress.expect(steps * (tiles + 1))
         frame = Frame.of(self.canvas)
-        before = frame.reduced(self.canvas)
+        before = frame.scaled(self.canvas)
         latent = self.coder.reference(Picture(1, before, frame.size, "untouched"))
         height, width = latent.shape[-2:]
         mask = self.mask.reduced(height, width, frame.padded) if self.mask else None
@@ -154,7 +152,7 @@ class Edit:
         """The latent that denoising begins with."""
         if guide is None or self.settings.guide != START:
             return original
-        return guide if mask is None else original + mask * (guide - original)
+        return guide if mask is None else original + mask.to(original) * (guide - original)
 
     def _references(self, original: Tensor, guide: Tensor | None) -> list[Tensor]:
         """For the latent of a tile, or of all."""
@@ -170,16 +168,19 @@ class Edit:
         if self.guide is not None:
             guide = coder.encode_tiles(self.grid, self.guide.crop, coder.encode)
         mask = self.mask.latent(whole) if self.mask else None
-        count = len(tiles.active)
-        made = self.sampling.run(
-            self._start(original, guide, mask),
-            self.sampling.noise(*original.shape[-2:]),
-            self._references(original, guide),
-            denoise=self._denoise,
-            mask=mask,
-            callback=self.progress.callback(tiles=count),
-            model=patch(self.sampling.model, self._tiling(tiles, original)),
-        )
+        model = patch(self.sampling.model, self._tiling(tiles, original))
+        try:
+            made = self.sampling.run(
+                self._start(original, guide, mask),
+                self.sampling.noise(*original.shape[-2:]),
+                self._references(original, guide),
+                denoise=self._denoise,
+                mask=mask,
+                callback=self.progress.callback(tiles=len(tiles.active)),
+                model=model,
+            )
+        finally:
+            model.pinned = set()  # of the weights, shared with the model: see nodes/sampler.py
         pixels_of = coder.decoded_tiles(self.grid, made)
         return lambda index: pixels_of(self.grid.tiles()[index])
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core.changes import change_map, changed_tiles
+from ..core.disk_backed import reduced
 from ..core.tiling import Tile, TileGrid
-from .pictures import Size, aligned, resized
+from .pictures import Size, aligned
 from .tile_canvas import Canvas
 from .tile_correction import Correction, correct
 
@@ -43,11 +44,11 @@ class Frame:
         size = aligned(own, math.sqrt(PIXELS / (own.width * own.height)))
         return cls(size, own.height, own.width, False)
 
-    def reduced(self, canvas: Canvas) -> Tensor:
+    def scaled(self, canvas: Canvas) -> Tensor:
         """The picture in the guide's size, (1, h, w, 3)."""
         if self.padded:
             return canvas.crop(canvas.whole)
-        return resized(canvas.rgb, self.size, "area").contiguous()
+        return reduced(canvas.rgb, self.size.height, self.size.width)
 
     def enlarged(self, value: Tensor, tile: Tile, mode: str) -> Tensor:
         """What lies under a tile of the picture, (1, c, h, w) of something in the guide's size."""
@@ -87,9 +88,10 @@ class Guide:
         """Of the picture before and after the edit: put in place, in the colours of before.
 
         What the VAE cannot keep, as small letters, is no change: the edit is compared with the
-        `coded` picture, which only went through the VAE.
+        `coded` picture, which only went through the VAE. A guide that lies some pixels off would
+        look changed all over, so it is put in place by a coarse look.
         """
-        unchanged = _trust(change_map(coded, after))
+        _, unchanged = without_guide(after, coded)
         after, correction = correct(after, before, unchanged, register=register, colour=colour)
         return cls(frame, after, change_map(coded, after), correction)
 

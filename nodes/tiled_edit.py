@@ -26,7 +26,7 @@ from .tile_coding import Coder, require_qwen_vae
 from .tile_editing import Edit, Edited
 from .tile_report import Report, plan_of
 from .tile_sampling import Progress, Sampling, require_edit_model
-from .tiled_edit_inputs import Given, require_picture
+from .tiled_edit_inputs import Given, require_picture, require_tiles
 
 WAITING = encoding.Waiting()
 
@@ -47,8 +47,9 @@ class Found(NamedTuple):
 
     def answers(self, asked: tuple[Any, ...]) -> bool:
         """Whether this was asked; ComfyUI may make an input anew between two lazy checks."""
+        pairs = zip(self.asked, asked, strict=True)
         return all(
-            a is b if torch.is_tensor(a) else a == b for a, b in zip(self.asked, asked, strict=True)
+            a is b or not (torch.is_tensor(a) or torch.is_tensor(b)) and a == b for a, b in pairs
         )
 
 
@@ -71,6 +72,7 @@ class TiledEdit(io.ComfyNode):
             inputs=[
                 *inputs.what_is_edited(),
                 *inputs.how_it_is_sampled(),
+                *inputs.how_tiles_are_drawn(),
                 *inputs.how_it_is_tiled(),
                 *inputs.how_tiles_are_corrected(),
                 *inputs.further_pictures(),
@@ -113,6 +115,8 @@ class TiledEdit(io.ComfyNode):
         image3: Tensor | None = None,
     ) -> list[str]:
         """Ask for the VAE, which decodes, and for the text encoder if a prompt is new."""
+        require_edit_model(model)
+        require_tiles(tile_size, overlap)
         asked = (image, image2, image3, instruction, negative, cfg, cache)
         context = get_executing_context()
         found = WAITING.get(context)
@@ -157,7 +161,6 @@ class TiledEdit(io.ComfyNode):
         if found is None or not found.answers(asked):
             found = cls.look_up(*asked)
         metadata = Metadata.of(cls.hidden.extra_pnginfo)
-        require_edit_model(given.model)
         require_qwen_vae(given.vae)
         given.require_masks()
         REGISTRY.forget_leaving()  # a model that was kept, and is neither kept nor needed now

@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..core.tiling import WINDOWS
+from ..core.tiling import PIXEL_PATCH, PIXEL_STEP, WINDOWS
 from .encoding import CACHE_MODES
 from .tile_editing import GUIDES, MODES, Settings
 
@@ -81,6 +81,12 @@ def how_it_is_sampled() -> list[io.Input]:
             default="simple",
             tooltip="How the noise is spread over the steps.",
         ),
+    ]
+
+
+def how_tiles_are_drawn() -> list[io.Input]:
+    """From where each begins, and whether all go together."""
+    return [
         io.Float.Input(
             "denoise",
             default=0.6,
@@ -92,12 +98,6 @@ def how_it_is_sampled() -> list[io.Input]:
                 "guide that is no start of denoising: how much of the picture; use 1 there."
             ),
         ),
-    ]
-
-
-def how_it_is_tiled() -> list[io.Input]:
-    """The tiles, and what tells them what to become."""
-    return [
         io.Combo.Input(
             "mode",
             options=list(MODES),
@@ -107,6 +107,12 @@ def how_it_is_tiled() -> list[io.Input]:
                 "is edited fully, then they are blended."
             ),
         ),
+    ]
+
+
+def how_it_is_tiled() -> list[io.Input]:
+    """The tiles, and what tells them what to become."""
+    return [
         io.Int.Input(
             "tile_size",
             default=1024,
@@ -244,4 +250,18 @@ def require_picture(image: Tensor | None) -> None:
     if image.shape[-1] not in (1, 3, 4):
         raise ValueError(
             f"image has {image.shape[-1]} channels; gray, RGB and RGBA pictures can be edited."
+        )
+
+
+def require_tiles(tile_size: int, overlap: int) -> None:
+    """Raises ValueError with a sentence, before any model is loaded."""
+    if tile_size % PIXEL_STEP:
+        raise ValueError(
+            f"tile_size is {tile_size} px, which is no multiple of {PIXEL_STEP}. Choose "
+            f"{round(tile_size / PIXEL_STEP) * PIXEL_STEP} for example."
+        )
+    if overlap > tile_size - PIXEL_PATCH:
+        raise ValueError(
+            f"An overlap of {overlap} px leaves nothing of a tile of {tile_size} px. Choose an "
+            "overlap that is smaller than tile_size, 128 px for example."
         )

@@ -134,10 +134,15 @@ def models(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_base(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Makes a base directory with tiny checkpoints, known to the stock loaders."""
+    """Makes a base directory with tiny checkpoints, known to the stock loaders, and a picture."""
+    from pack.demo.animals import draw
+    from pack.demo.serving import SCENE
 
     def make(name: str) -> Path:
         base = tmp_path_factory.mktemp(name)
+        (base / "input").mkdir()
+        # Under the name of the one that ComfyUI ships, which the edit workflows start with.
+        draw(SCENE, 256, 256).save(base / "input" / "example.png")
         shutil.copytree(ROOT / "tests" / "teach_stock", base / "custom_nodes" / "teach_stock")
         shutil.copytree(models, base / "models")
         return base

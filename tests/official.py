@@ -20,9 +20,7 @@ FILES = {
     **MODEL_FILES,
     "qwen_2.5_vl_7b_fp8_scaled.safetensors": STOCK_TEXT_ENCODER,
     "qwen_image_edit_2509_fp8_e4m3fn.safetensors": _TRANSFORMER,
-    "qwen_image_edit_2511_fp8mixed.safetensors": _TRANSFORMER,
     "Qwen-Image-Edit-2509-Lightning-4steps-V1.0-bf16.safetensors": _LORA,
-    "Qwen-Image-Edit-2511-Lightning-4steps-V1.0-bf16.safetensors": _LORA,
 }
 
 

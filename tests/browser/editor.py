@@ -27,6 +27,7 @@ NODES = """() => app.graph.nodes.map(n => ({
     registered: LiteGraph.registered_node_types[n.type] !== undefined,
     errors: Boolean(n.has_errors),
     widgets: (n.widgets ?? []).map(w => [w.name, w.value]),
+    saved: (n.widgets ?? []).filter(w => w.serialize !== false).map(w => w.value),
 }))"""
 # What Save writes is not graph.serialize(): graphToPrompt drops unlinked widget slots from it.
 TO_FILE = "async () => JSON.parse(JSON.stringify((await app.graphToPrompt()).workflow))"

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import ceil
+from random import Random
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from pack.core.tiling import PATCH, STEP, WINDOWS, TileBlender, TileGrid, Weights, crop
+from pack.core.tiling import (
+    PATCH,
+    PIXEL_PATCH,
+    PIXEL_STEP,
+    STEP,
+    WINDOWS,
+    TileBlender,
+    TileGrid,
+    Weights,
+    crop,
+)
+from torch import Tensor
 
 sides = st.integers(1, 300)
 
@@ -42,24 +55,148 @@ def test_as_many_tiles_along_the_longer_side_as_asked_at_most(
     assert len(starts) <= count
 
 
-@settings(deadline=None)
-@given(
-    height=st.integers(1, 60),
-    width=st.integers(1, 60),
-    steps=st.integers(2, 12),
-    share=st.sampled_from((0.0, 0.2, 0.5, 0.8)),
-    window=st.sampled_from(list(WINDOWS)),
-)
-def test_blending_gives_back_what_was_cut(height, width, steps, share, window) -> None:
-    tile = steps * STEP
-    picture = torch.rand(2, 3, 1, height, width)
-    grid = TileGrid.cover(height, width, tile, int((tile - PATCH) * share))
-    blender = TileBlender(grid, picture.shape, window)
+MOST = 1 << 19  # values of a picture in a test: long sides come as strips
+MOST_TILES = 1000
+LAYOUTS = {  # the whole's shape, the dimension of its rows, what one pixel holds
+    "picture": (lambda b, c, h, w: (b, h, w, c), -3),
+    "mask": (lambda b, c, h, w: (b, h, w), -2),
+    "latent": (lambda b, c, h, w: (b, c, h, w), -2),
+    "latent of Qwen-Image": (lambda b, c, h, w: (b, c, 1, h, w), -2),
+}
+
+
+@st.composite
+def grids(draw: Any) -> TileGrid:
+    """Of pictures of 16 to 5000 px a side and of latents, up to 7/8 shared."""
+    pixels = draw(st.booleans())
+    step, patch = (PIXEL_STEP, PIXEL_PATCH) if pixels else (STEP, PATCH)
+    long = draw(st.integers(16, 5000))
+    short = draw(st.integers(16, max(16, min(long, MOST // long))))
+    height, width = (long, short) if draw(st.booleans()) else (short, long)
+    tile = step * draw(st.integers(1, min(2048, long + step) // step))
+    overlap = draw(st.integers(0, min(tile - patch, tile * 7 // 8)))
+    grid = TileGrid.cover(height, width, tile, overlap, step, patch)
+    assume(len(grid) <= MOST_TILES)
+    return grid
+
+
+@st.composite
+def wholes(draw: Any) -> tuple[TileGrid, Tensor, int]:
+    """A grid, what it cuts, and the dimension of its rows."""
+    grid = draw(grids())
+    make, dim = LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))]
+    room = max(1, MOST // (grid.height * grid.width))
+    batch = draw(st.integers(1, min(3, room)))
+    channels = draw(st.integers(1, min(16, max(1, room // batch))))
+    shape = make(batch, channels, grid.height, grid.width)
+    whole = torch.rand(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    dtype = draw(st.sampled_from((torch.float32, torch.float16, torch.bfloat16)))
+    return grid, whole.to(dtype), dim
+
+
+windows = st.sampled_from(list(WINDOWS))
+
+
+@settings(max_examples=150)
+@given(whole=wholes(), window=windows, random=st.randoms(use_true_random=False))
+def test_blending_gives_back_what_was_cut_in_any_order(whole, window, random: Random) -> None:
+    """Also in half precision: what is summed is float32. Corners and borders are part of it."""
+    grid, picture, dim = whole
+    order = list(enumerate(grid.tiles()))
+    random.shuffle(order)
+    blender = TileBlender(grid, picture.shape, window, dim=dim)
+    for index, each in order:
+        blender.add(index, crop(picture, each, dim))
+    assert blender.result().dtype == torch.float32
+    torch.testing.assert_close(blender.result(), picture.float(), rtol=0, atol=1e-6)
+
+
+@settings(max_examples=150)
+@given(grid=grids(), window=windows)
+def test_the_weights_sum_to_one_and_none_is_zero(grid, window) -> None:
     weights = Weights(grid, window)
-    for index, each in enumerate(grid.tiles()):
-        assert weights.of(index).min() > 0
-        blender.add(index, crop(picture, each))
-    torch.testing.assert_close(blender.result(), picture, rtol=0, atol=1e-6)
+    sums = []
+    for side, starts, along in (
+        (grid.height, grid.tops, weights.vertical),
+        (grid.width, grid.lefts, weights.horizontal),
+    ):
+        total = torch.zeros(side, dtype=torch.float64)
+        for start, each in zip(starts, along, strict=True):
+            assert each.min() > 0
+            total[start : start + len(each)] += each.double()
+        sums.append(total)
+    total = sums[0][:, None] * sums[1][None, :]  # the weights of all tiles at each pixel
+    assert (total - 1).abs().max() < 1e-6
+    assert weights.of(len(grid) - 1).min() > 0  # no product underflows, not even in the corners
+
+
+@settings(max_examples=30)
+@given(whole=wholes(), window=windows, data=st.data())
+def test_over_a_base_only_what_tiles_change_is_changed(whole, window, data) -> None:
+    grid, base, dim = whole
+    every = st.integers(0, len(grid) - 1)
+    changed = data.draw(st.sets(every, max_size=3))
+    same = data.draw(st.sets(every, max_size=3)) - changed
+    blender = TileBlender(grid, base.shape, window, dim=dim, base=base)
+    touched = torch.zeros(base.shape, dtype=torch.bool)
+    for index in changed | same:
+        tile = crop(base, grid.tiles()[index], dim)
+        blender.add(index, tile + 1 if index in changed else tile)
+    for index in changed:
+        crop(touched, grid.tiles()[index], dim).fill_(True)
+    result = blender.result()
+    assert torch.equal(result[~touched], base.float()[~touched])
+    assert (result >= base.float()).all()
+    assert (result[touched] > base.float()[touched]).any() == bool(changed)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_with_all_tiles_a_base_makes_no_difference(window) -> None:
+    torch.manual_seed(1)
+    base, picture = torch.rand(2, 1, 3, 70, 90), torch.rand(2, 1, 3, 70, 90)
+    grid = TileGrid.cover(70, 90, 32, 10)
+    with_base = TileBlender(grid, base.shape, window, base=base)
+    without = TileBlender(grid, base.shape, window)
+    for index, tile in enumerate(grid.tiles()):
+        for blender in (with_base, without):
+            blender.add(index, crop(picture, tile) * (index + 1) / len(grid))
+    torch.testing.assert_close(with_base.result(), without.result(), rtol=0, atol=1e-6)
+
+
+def test_the_memory_of_the_sum_may_be_given_and_need_not_lie_in_one_piece() -> None:
+    grid = TileGrid.cover(70, 90, 32, 10)
+    memory = torch.full((1, 90, 140, 3), torch.nan).transpose(1, 2)[:, ::2]
+    blender = TileBlender(grid, memory.shape, dim=-3, into=memory)
+    for index, tile in enumerate(grid.tiles()):
+        blender.add(index, torch.ones(1, 3, tile.width, tile.height).transpose(1, 3))
+    assert blender.result() is memory
+    torch.testing.assert_close(memory, torch.ones_like(memory), rtol=0, atol=1e-6)
+
+
+def test_a_grid_of_latents_is_one_of_pixels_eight_times_as_large() -> None:
+    grid = TileGrid.cover(100, 131, 32, 8)
+    pixels = grid.scaled(8)
+    assert pixels.tiles() == tuple(tuple(8 * v for v in tile) for tile in grid.tiles())
+    assert pixels.scaled(1, 8) == grid
+    assert grid.scaled(3, 1).scaled(1, 3) == grid
+    with pytest.raises(ValueError, match="is no whole pixel"):
+        grid.scaled(1, 2)
+
+
+def test_what_does_not_belong_is_refused_in_a_sentence() -> None:
+    grid = TileGrid.cover(64, 64, 48, 16)
+    with pytest.raises(ValueError, match="no window 'flat'. Choose one of hann, linear"):
+        Weights(grid, "flat")
+    with pytest.raises(ValueError, match="one of 64 x 64, not of 32 x 64"):
+        TileBlender(grid, (1, 3, 64, 32))
+    blender = TileBlender(grid, (1, 3, 64, 64))
+    with pytest.raises(ValueError, match=r"Tile 1 came as \(1, 3, 48, 32\) instead of"):
+        blender.add(0, torch.rand(1, 3, 48, 32))
+    blender.add(0, torch.rand(1, 3, 48, 48))
+    with pytest.raises(ValueError, match="Tile 1 came twice"):
+        blender.add(0, torch.rand(1, 3, 48, 48))
+    with pytest.raises(ValueError, match="3 tiles are missing: 2, 3, 4"):
+        blender.result()
 
 
 def test_what_a_16_megapixel_picture_is_cut_into() -> None:

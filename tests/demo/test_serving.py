@@ -28,8 +28,8 @@ def types(path: Path) -> Counter[str]:
     return Counter(node["type"] for node in bundled.nodes(bundled.load(path)))
 
 
-def test_it_offers_the_two_that_it_names() -> None:
-    assert {path.stem for path in OFFERED} == {serving.OPENED, serving.OTHER}
+def test_it_offers_those_that_it_names() -> None:
+    assert {path.stem for path in OFFERED} == {serving.OPENED, *serving.OTHERS}
 
 
 @each_workflow
@@ -59,9 +59,10 @@ def test_offering_puts_them_into_the_panel_and_the_templates(tmp_path: Path) -> 
     for folder in ("user/default/workflows", f"custom_nodes/{serving.TEMPLATES}/workflows"):
         copies = sorted((tmp_path / folder).iterdir())
         assert [c.read_bytes() for c in copies] == [path.read_bytes() for path in OFFERED]
-    editing = json.loads((serving.WORKFLOWS / f"{serving.OTHER}.json").read_text(encoding="utf-8"))
-    (loader,) = (node for node in editing["nodes"] if node["type"] == "LoadImage")
-    assert (tmp_path / "input" / loader["widgets_values"][0]).is_file()
+    for name in serving.OTHERS:
+        editing = bundled.load(serving.WORKFLOWS / f"{name}.json")
+        (loader,) = (node for node in editing["nodes"] if node["type"] == "LoadImage")
+        assert (tmp_path / "input" / loader["widgets_values"][0]).is_file()
 
 
 def test_another_one_on_the_same_folder_is_found(tmp_path: Path) -> None:

@@ -1,19 +1,26 @@
-"""A sampler that works in tiles."""
+"""Samplers that work in tiles: what the model sees of everything, and what comes out."""
 
 from __future__ import annotations
 
 import gc
 import importlib
-from collections.abc import Iterator
-from types import ModuleType
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from pack.tests.graphs import UNET
-from pack.tests.host import Host
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pack.tests.graphs import LORA, UNET, VAE, node, text_to_image
+from pack.tests.host import Host, RunError
 from pack.tests.nodes.slicing_models import SIDES, conditioning, random, sample
 from torch import Tensor
+
+TILE = 128  # pixels: 16 latent pixels
+Predict = Callable[..., Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +29,9 @@ def tiled(host: Host) -> ModuleType:
     return importlib.import_module(f"{host.pack.__name__}.nodes.tiled_diffusion")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(host: Host) -> Iterator[Any]:
-    """A model of its own; afterwards the host has forgotten it."""
+    """A model that no test changes; afterwards the host has forgotten it."""
     import comfy.model_management
 
     path = host.models / "diffusion_models" / UNET
@@ -34,19 +41,760 @@ def model(host: Host) -> Iterator[Any]:
     gc.collect()
 
 
-def test_one_tile_is_the_stock_sampler(tiled, model) -> None:
-    references = {"reference_latents": [random(1, 16, 1, *SIDES)]}
-    both = conditioning(**references), conditioning(tokens=9, seed=8, **references)
-    clone = tiled.patch(model, tiled.Tiling(512, 64))
-    assert torch.equal(sample(clone, *both), sample(model, *both))
+# ------------------------------------------------------------------- a model without attention
+def by_position(
+    x: Tensor,
+    t: Tensor,
+    c_concat: Tensor | None = None,
+    c_crossattn: Tensor | None = None,
+    control: dict[str, Any] | None = None,
+    transformer_options: dict[str, Any] | None = None,
+    **more: Any,
+) -> Tensor:
+    """A prediction that at each position depends on what is there alone, and on the text."""
+    out = x * 0.7 + t.reshape(-1, *[1] * (x.ndim - 1)) * 0.1
+    out = out + c_crossattn.mean((1, 2)).reshape(-1, *[1] * (x.ndim - 1))
+    if c_concat is not None:
+        out = out + 0.3 * c_concat[:, :16]
+    for reference in more.get("ref_latents") or ():
+        out = out + 0.2 * reference
+    for hint in (control or {}).get("input", ()):
+        out = out + 0.1 * hint
+    return out
 
 
-def test_tiles(tiled, model) -> None:
-    references = {"reference_latents": [random(1, 16, 1, *SIDES), random(1, 16, 1, 30, 8)]}
-    both = conditioning(**references), conditioning(tokens=9, seed=8, **references)
-    clone = tiled.patch(model, tiled.Tiling(128, 32))
-    one = sample(clone, *both)
-    assert not torch.equal(one, sample(model, *both))
-    clone = tiled.patch(model, tiled.Tiling(128, 32, batch=3))
-    two = sample(clone, *both)
-    print((one - two).abs().max(), one.abs().max())
+def predicting(model: Any, predict: Predict = by_position) -> tuple[Any, list[dict[str, Any]]]:
+    """A clone whose forward passes are this function, and what they were given."""
+    clone, calls = model.clone(), []
+
+    def wrapper(executor: Any, x: Tensor, t: Tensor, *args: Any, **more: Any) -> Tensor:
+        names = ("c_concat", "c_crossattn", "control", "transformer_options")
+        given = {**dict(zip(names, args, strict=False)), **more}
+        calls.append({"x": x.clone(), "t": t, **given})
+        return predict(x, t, **given)
+
+    clone.add_wrapper_with_key("apply_model", "qwen_vram.test", wrapper)
+    return clone, calls
+
+
+def places(calls: list[dict[str, Any]], whole: Tensor) -> list[tuple[int, int]]:
+    """Where in the first step's input each call's picture was."""
+    found = []
+    for call in calls:
+        height, width = call["x"].shape[-2:]
+        windows = whole.unfold(-2, height, 1).unfold(-2, width, 1)
+        same = (windows == call["x"][:, :, :, None, None]).all(-1).all(-1)[0, :, 0].all(0)
+        found.append(tuple(same.nonzero()[0].tolist()))
+    return found
+
+
+class Hint:
+    """Makes a ControlNet of ComfyUI's kind that gives its hint, and counts how often it is made."""
+
+    def __new__(cls, picture: Tensor, strength: float = 1.0) -> Any:
+        import comfy.controlnet
+        import comfy.utils
+
+        class Fake(comfy.controlnet.ControlBase):
+            made: list[tuple[int, ...]] = []
+
+            def get_control(self, x: Tensor, *_: Any) -> dict[str, Any]:
+                previous = self.previous_controlnet
+                before = previous.get_control(x, *_)["input"] if previous else []
+                if self.cond_hint is None:
+                    size = x.shape[-1] * 8, x.shape[-2] * 8
+                    method = self.upscale_algorithm
+                    scaled = comfy.utils.common_upscale(
+                        self.cond_hint_original, *size, method, "center"
+                    )
+                    self.cond_hint = scaled[:, :1, 4::8, 4::8].unsqueeze(2)
+                    self.made.append(tuple(self.cond_hint.shape[-2:]))
+                return {"input": [*before, self.cond_hint * self.strength]}
+
+        return Fake().set_cond_hint(picture, strength)
+
+
+def area(*sides: int, **more: Any) -> dict[str, Any]:
+    """As Conditioning (Set Area) does."""
+    return {"area": sides, "strength": 1.0, **more}
+
+
+def mask(*box: int) -> Tensor:
+    """Of the picture's pixels, soft, 1 in the box."""
+    found = torch.zeros(1, SIDES[0] * 8, SIDES[1] * 8)
+    top, left, height, width = box
+    found[:, top : top + height, left : left + width] = torch.linspace(0.2, 1, width)
+    return found
+
+
+def inpainting() -> dict[str, Any]:
+    """What models for inpainting have beside x."""
+    import comfy.conds
+
+    concat = comfy.conds.CONDNoiseShape(random(1, 17, 1, *SIDES, seed=4))
+    return {"model_conds": {"c_concat": concat}}
+
+
+def chained() -> Any:
+    """A ControlNet behind another, with hints that are larger, smaller and of another shape."""
+    first = Hint(random(1, 3, 640, 576, seed=3))
+    return Hint(random(1, 3, 200, 100, seed=2), 0.5).set_previous_controlnet(first)
+
+
+SAME = random(1, 16, 1, *SIDES, seed=11)
+WITH: dict[str, Callable[[], tuple[list[Any], list[Any]]]] = {
+    "texts of different lengths": lambda: (conditioning(13), conditioning(7, seed=8)),
+    "a reference": lambda: (conditioning(reference_latents=[SAME]), conditioning(seed=8)),
+    "inpainting": lambda: (conditioning(**inpainting()), conditioning(seed=8, **inpainting())),
+    "areas": lambda: (
+        [
+            *conditioning(**area(17, 30, 3, 5)),
+            *conditioning(seed=9, **area(9, 9, 31, 27)),
+            *conditioning(seed=10, **area(40, 12, 0, 20, strength=0.3)),
+        ],
+        conditioning(seed=8),
+    ),
+    "masks": lambda: (
+        [
+            *conditioning(mask=mask(0, 0, 200, 160), mask_strength=0.8),
+            *conditioning(seed=9, mask=mask(100, 90, 220, 198)),
+        ],
+        conditioning(seed=8),
+    ),
+    "a mask in an area": lambda: (
+        [
+            *conditioning(mask=mask(0, 0, 200, 160), **area(25, 25, 2, 2)),
+            *conditioning(seed=9, strength=0.5),
+        ],
+        conditioning(seed=8),
+    ),
+    "a range of timesteps": lambda: (
+        [
+            *conditioning(start_percent=0.0, end_percent=0.4),
+            *conditioning(seed=9, start_percent=0.3, end_percent=1.0),
+        ],
+        conditioning(seed=8),
+    ),
+    "ControlNets": lambda: (
+        conditioning(control=chained(), control_apply_to_uncond=True),
+        conditioning(seed=8),
+    ),
+    "a ControlNet in an area": lambda: (
+        [
+            *conditioning(control=Hint(random(1, 3, 320, 288)), **area(24, 30, 9, 3)),
+            *conditioning(seed=9),
+        ],
+        conditioning(seed=8),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WITH)
+def test_a_model_without_attention_predicts_the_same_in_tiles(tiled, model, what: str) -> None:
+    clone, calls = predicting(model)
+    whole = sample(clone, *WITH[what](), steps=3)
+    assert whole.isfinite().all()
+    calls.clear()
+    for overlap in (0, 64):
+        calls.clear()
+        apart = sample(tiled.patch(clone, tiled.Tiling(TILE, overlap)), *WITH[what](), steps=3)
+        assert max(max(call["x"].shape[-2:]) for call in calls) <= TILE // 8
+        torch.testing.assert_close(apart, whole, rtol=0, atol=1e-5)
+
+
+def test_without_shared_pixels_it_is_the_same_bit_for_bit(tiled, model) -> None:
+    sides = (48, 32)
+    clone, calls = predicting(model)
+    references = {"reference_latents": [random(1, 16, 1, *sides, seed=11)]}
+    both = conditioning(**references), conditioning(7, seed=8, **references)
+    whole = sample(clone, *both, sides=sides, batch=2, steps=3)
+    calls.clear()
+    clone = tiled.patch(clone, tiled.Tiling(TILE, 0, batch=1))
+    assert torch.equal(sample(clone, *both, sides=sides, batch=2, steps=3), whole)
+    assert len(calls) == 6 * 2 * 3 and {tuple(c["x"].shape) for c in calls} == {(2, 16, 1, 16, 16)}
+
+
+@settings(max_examples=30)
+@given(
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    tile=st.sampled_from([64, 128, 256]),
+    overlap=st.integers(0, 40),
+    batch=st.integers(1, 2),
+    frames=st.sampled_from([None, 1, 3]),
+)
+def test_any_latent_comes_back(tiled, height, width, tile, overlap, batch, frames) -> None:
+    """Smaller than a tile, odd sides, four and five dimensions, several layers."""
+    shape = (batch, 16, *([frames] if frames else []), height, width)
+    x = random(*shape)
+    run = tiled.Run(tiled.Tiling(tile, overlap), (height, width))
+    cond = {"model_conds": {}, "uuid": 1}
+    seen = []
+
+    def execute(model: Any, conds: Any, x: Tensor, *_: Any) -> list[Tensor]:
+        seen.append(tuple(x.shape[-2:]))
+        return [x * 2, x * 0]
+
+    inner = SimpleNamespace(diffusion_model=None)
+    out, nothing = run.calculate(execute, inner, [[cond], None], x, torch.ones(batch), {})
+    torch.testing.assert_close(out, x * 2, rtol=0, atol=2e-6)
+    assert torch.equal(nothing, x * 0) and len(set(seen)) == 1
+    assert seen[0] == (min(height, tile // 8), min(width, tile // 8))
+
+
+# ------------------------------------------------------------------------------ the real model
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde", "uni_pc"])
+def test_one_tile_is_the_stock_sampler_bit_for_bit(tiled, model, sampler: str) -> None:
+    import comfy.sample
+
+    references = {"reference_latents": [SAME, random(1, 16, 1, 6, 30)]}
+    positive = conditioning(mask=mask(9, 9, 99, 99), **references)
+    noise, latent = random(1, 16, 1, *SIDES), SAME * 0.5
+
+    @torch.inference_mode()
+    def run(patcher: Any) -> Tensor:
+        return comfy.sample.sample(
+            patcher,
+            noise,
+            3,
+            2.5,
+            sampler,
+            "simple",
+            [*positive, *conditioning(**area(9, 9, 3, 3))],
+            conditioning(9, seed=8),
+            latent,
+            denoise=0.8,
+            noise_mask=mask(0, 0, 160, 160),
+            disable_pbar=True,
+            seed=1,
+        )
+
+    assert torch.equal(run(tiled.patch(model, tiled.Tiling(320, 64))), run(model))
+
+
+def test_a_mask_of_the_latent_keeps_the_rest(tiled, model) -> None:
+    import comfy.sample
+
+    noise_mask, latent = mask(0, 0, 160, 160).gt(0).float(), random(1, 16, 1, *SIDES, seed=3)
+    with torch.inference_mode():
+        out = comfy.sample.sample(
+            tiled.patch(model, tiled.Tiling(TILE, 32)),
+            random(*latent.shape),
+            2,
+            1.0,
+            "euler",
+            "simple",
+            conditioning(),
+            conditioning(),
+            latent,
+            noise_mask=noise_mask,
+            disable_pbar=True,
+            seed=1,
+        )
+    kept = torch.ones(SIDES, dtype=torch.bool)
+    kept[:21, :21] = False
+    torch.testing.assert_close(out[..., kept], latent[..., kept], rtol=0, atol=1e-5)
+    assert (out - latent)[..., :20, :20].abs().mean() > 0.1
+
+
+def test_what_a_tile_sees_of_references(tiled, model) -> None:
+    """The picture's own size, half of it, another shape, and one that is chosen by hand."""
+    clone, calls = predicting(model, lambda x, t, **_: x)
+    latents = [
+        SAME,
+        random(1, 16, 1, 20, 18, seed=12),
+        random(1, 16, 1, 8, 30, seed=13),
+        random(1, 16, 1, 20, 18, seed=14),
+    ]
+    given = [latent.clone() for latent in latents]
+    choices = ("auto", "auto", "auto", "keep whole")
+    tiling = tiled.Tiling(TILE, 32, references=choices, batch=1)
+    positive = conditioning(reference_latents=latents)
+    sample(tiled.patch(clone, tiling), positive, conditioning(seed=8), steps=1)
+    assert all(map(torch.equal, latents, given)) and positive[0][1]["reference_latents"] is latents
+    seen = [call for call in calls if "ref_latents" in call]
+    inner = lambda latent: model.model.process_latent_in(latent)  # noqa: E731
+    grid = tiled.grid_of(tiling, *SIDES)
+    assert len(seen) == len(grid) == 9
+    for call, tile in zip(seen, grid.tiles(), strict=True):
+        one, half, other, chosen = call["ref_latents"]
+        rows, columns = slice(tile.top, tile.top + 16), slice(tile.left, tile.left + 16)
+        assert torch.equal(one, inner(SAME)[..., rows, columns])
+        top, left = round(tile.top / 4) * 2, round(tile.left / 4) * 2
+        assert torch.equal(half, inner(latents[1])[..., top : top + 8, left : left + 8])
+        assert torch.equal(other, inner(latents[2])) and torch.equal(chosen, inner(latents[3]))
+
+
+def test_in_an_area_a_tile_sees_the_reference_of_what_the_model_sees(tiled, model) -> None:
+    """Where a tile meets an area the model gets that part alone, and what it shows."""
+    clone, calls = predicting(model, lambda x, t, **_: x)
+    positive = conditioning(reference_latents=[SAME], **area(10, 12, 9, 7))
+    sample(tiled.patch(clone, tiled.Tiling(TILE, 0)), positive, steps=1)
+    seen = [call for call in calls if "ref_latents" in call]
+    assert len(seen) == 2 * 2 and all(
+        call["ref_latents"][0].shape[-2:] == call["x"].shape[-2:] for call in seen
+    )
+    whole = model.model.process_latent_in(SAME)
+    assert torch.equal(seen[0]["ref_latents"][0], whole[..., 9:16, 7:16])
+
+
+@given(
+    own=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    sides=st.tuples(st.integers(17, 90), st.integers(17, 90)),
+)
+def test_every_tile_sees_as_much_of_a_reference(tiled, own, sides) -> None:
+    conditions = importlib.import_module(
+        tiled.__name__.replace("tiled_diffusion", "tile_conditions")
+    )
+    latent = torch.zeros(1, 1, 1, *own)
+    grid = tiled.grid_of(tiled.Tiling(TILE, 32), *sides)
+    crops = [conditions.crop_reference(latent, sides, tile) for tile in grid.tiles()]
+    (shape,) = {tuple(part.shape[-2:]) for part in crops}
+    for size, whole, side, tile in zip(
+        shape, own, sides, (grid.tile_height, grid.tile_width), strict=True
+    ):
+        assert 1 <= size <= whole
+        assert own == sides or size == whole or (size % 2 == 0 and size >= 2)
+        assert own == sides or abs(size - max(2, whole * tile / side)) <= 1 or size == whole
+    if own == sides:
+        assert shape == (grid.tile_height, grid.tile_width)
+
+
+@pytest.mark.parametrize(
+    ("own", "sides", "cropped"),
+    [
+        ((128, 96), (128, 96), True),
+        ((148, 112), (384, 288), True),  # 1 MP of 3:4, in steps of 32 px
+        ((130, 114), (384, 288), False),
+        ((96, 128), (128, 96), False),
+        ((128, 128), (512, 516), True),
+        ((112, 60), (512, 256), True),
+        ((112, 70), (512, 256), False),
+    ],
+)
+def test_auto_goes_by_the_shape(tiled, own, sides, cropped) -> None:
+    conditions = importlib.import_module(
+        tiled.__name__.replace("tiled_diffusion", "tile_conditions")
+    )
+    assert conditions.is_cropped(torch.zeros(1, 16, 1, *own), "auto", sides) is cropped
+    assert conditions.is_cropped(torch.zeros(1, 16, 1, *own), "crop along", sides)
+    assert not conditions.is_cropped(torch.zeros(1, 16, 1, *own), "keep whole", sides)
+
+
+# ------------------------------------------------------------------------------ ControlNets
+def tiny_controlnet(host: Host) -> Any:
+    """One for Qwen-Image, of ComfyUI's own classes, with random weights."""
+    import comfy.controlnet
+    import comfy.latent_formats
+    import comfy.ops
+    from comfy.ldm.qwen_image.controlnet import QwenImageControlNetModel
+    from pack.demo.tiny_checkpoints import TEXT_HIDDEN
+
+    inner = QwenImageControlNetModel(
+        num_layers=1,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        joint_attention_dim=TEXT_HIDDEN,
+        axes_dims_rope=(4, 14, 14),
+        extra_condition_channels=4,
+        dtype=torch.float32,
+        device="cpu",
+        operations=comfy.ops.disable_weight_init,
+    )
+    generator = torch.Generator().manual_seed(1)
+    for parameter in inner.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return comfy.controlnet.ControlNet(
+        inner.eval(),
+        compression_ratio=1,
+        latent_format=comfy.latent_formats.Wan21(),
+        concat_mask=True,
+        load_device=torch.device("cpu"),
+        extra_conds=[],
+    )
+
+
+@pytest.fixture(scope="module")
+def vae(host: Host) -> Any:
+    """The tiny one."""
+    return host.nodes.VAELoader().load_vae(VAE)[0]
+
+
+def test_a_copy_of_a_controlnet_begins_anew(tiled) -> None:
+    """Also that for another GPU, and of an adapter, which keeps what it made of its hint."""
+    control, other = Hint(random(1, 3, 80, 80)), Hint(random(1, 3, 80, 80))
+    control.cond_hint = control.control_input = other.cond_hint = torch.ones(1, 1, 4, 4)
+    control.multigpu_clones["cuda:1"] = other
+    hints = importlib.import_module(
+        tiled.__name__.replace("tiled_diffusion", "tile_control")
+    ).Hints()
+    tile = tiled.grid_of(tiled.Tiling(64, 0), 20, 20).tiles()[4]
+    own = hints.of(control, (20, 20), tile)
+    assert own is hints.of(control, (20, 20), tile) is not control
+    for made in (own, own.get_instance_for_device("cuda:1")):
+        assert made.cond_hint is None and made.cond_hint_original.shape[-2:] == (64, 64)
+    assert own.get_instance_for_device("cuda:1") is not other and own.control_input is None
+    assert control.cond_hint is control.control_input is other.cond_hint is not None
+
+
+def test_a_controlnet_sees_the_tile_and_encodes_its_part_once(
+    host, tiled, model, vae, monkeypatch
+) -> None:
+    control, seen = tiny_controlnet(host), []
+    picture = random(1, 3, SIDES[0] * 8, SIDES[1] * 8, seed=3).sigmoid()
+    inpaint = mask(64, 32, 99, 199).unsqueeze(0)
+    control.set_cond_hint(picture, 0.7, vae=vae, extra_concat=[inpaint])
+    forward = type(control.control_model).forward
+
+    def recording(self: Any, x: Tensor, *args: Any, hint: Tensor, **more: Any) -> Any:
+        seen.append(hint)
+        return forward(self, x, *args, hint=hint, **more)
+
+    monkeypatch.setattr(type(control.control_model), "forward", recording)
+    encoded, copies = [], []
+    encode = type(vae).encode
+    keep = lambda self, pixels, *a: encoded.append(pixels) or encode(self, pixels, *a)  # noqa: E731
+    monkeypatch.setattr(type(vae), "encode", keep)
+    tiling = tiled.Tiling(TILE, 0)
+    hints = importlib.import_module(tiled.__name__.replace("tiled_diffusion", "tile_control"))
+    copy = hints.copy.copy
+    monkeypatch.setattr(
+        hints.copy, "copy", lambda one: copies.append(weakref.ref(made := copy(one))) or made
+    )
+    patched = tiled.patch(model, tiling)  # which keeps nothing of its run
+    out = sample(patched, conditioning(control=control), steps=2)
+    grid = tiled.grid_of(tiling, *SIDES)
+    assert len(encoded) == len(grid) == 9 and len(seen) == 9 * 2
+    for pixels, hint, tile in zip(encoded, seen, grid.tiles(), strict=False):
+        top, left, height, width = (side * 8 for side in tile)
+        part = picture[..., top : top + height, left : left + width]
+        assert torch.equal(pixels, part.movedim(1, -1))
+        scaled = torch.nn.functional.interpolate(inpaint, size=SIDES, mode="nearest-exact")
+        rows, columns = slice(tile.top, tile.top + 16), slice(tile.left, tile.left + 16)
+        assert torch.equal(hint[:, 16, 0], scaled[:, 0, rows, columns])
+    assert all(torch.equal(a, b) for a, b in zip(seen[:9], seen[9:], strict=True))
+    assert not torch.equal(out, sample(tiled.patch(model, tiling), steps=2))
+    assert control.cond_hint is None and control.cond_hint_original is picture
+    gc.collect()
+    assert len(copies) == 9 and [copy() for copy in copies] == [None] * 9
+
+
+def test_the_patch_of_a_diffsynth_controlnet_sees_the_tile(host, tiled, model, vae) -> None:
+    """ComfyUI's own node, with random weights of the tiny model's width, and a picture of
+    another size and shape."""
+    import comfy.model_patcher
+    import comfy.ops
+    import comfy.utils
+    import comfy_extras.nodes_model_patch as patches
+
+    inner = patches.QwenImageBlockWiseControlNet(
+        2, additional_in_dim=4, dim=128, dtype=torch.float32, operations=comfy.ops.manual_cast
+    )
+    generator = torch.Generator().manual_seed(1)
+    for parameter in inner.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    patch = comfy.model_patcher.CoreModelPatcher(inner, torch.device("cpu"), torch.device("cpu"))
+    picture = random(1, TILE, TILE, 3, seed=3).sigmoid()  # the patch encodes this size at once
+    scaled = comfy.utils.common_upscale(picture.movedim(-1, 1), 288, 320, "area", "center")
+    (clone,) = patches.QwenImageDiffsynthControlnet().diffsynth_controlnet(
+        model, patch, vae, picture, 0.8, mask=mask(64, 32, 99, 199)
+    )
+    (own,) = clone.model_options["transformer_options"]["patches"]["double_block"]
+    where = comfy.utils.common_upscale(own.mask[:, :, 0], 36, 40, "bilinear", "none").unsqueeze(2)
+    whole, tiling = own.encoded_image.clone(), tiled.Tiling(TILE, 0)
+    seen: dict[tuple[int, int], list[int]] = {}
+    encode = inner.process_input_latent_image
+
+    def recording(latent: Tensor) -> Tensor:
+        seen.setdefault(tuple(latent.shape[-2:]), []).append(latent.clone())
+        return encode(latent)
+
+    inner.process_input_latent_image = recording
+    out = sample(tiled.patch(clone, tiling), steps=2)
+    grid = tiled.grid_of(tiling, *SIDES)
+    assert {size: len(found) for size, found in seen.items()} == {(16, 16): len(grid)}
+    for latent, tile in zip(seen[16, 16], grid.tiles(), strict=True):
+        top, left, height, width = (side * 8 for side in tile)
+        part = scaled[..., top : top + height, left : left + width].movedim(1, -1)
+        assert torch.equal(latent[:, :16], vae.encode(part))
+        rows, columns = slice(tile.top, tile.top + 16), slice(tile.left, tile.left + 16)
+        assert torch.equal(latent[:, 16:], where[..., rows, columns])
+    assert torch.equal(own.encoded_image, whole) and own.image.shape == picture.shape
+    assert not torch.equal(out, sample(tiled.patch(model, tiling), steps=2))
+    alone = sample(tiled.patch(clone, tiled.Tiling(320, 0)), steps=2)
+    assert torch.equal(alone, sample(clone, steps=2))
+
+
+# ------------------------------------------------------------------------------ several at once
+def test_tiles_share_a_forward_pass_as_far_as_they_may(tiled, model) -> None:
+    references = {"reference_latents": [SAME, random(1, 16, 1, 8, 30)]}
+    both = conditioning(**references), conditioning(7, seed=8)
+    one = sample(tiled.patch(model, tiled.Tiling(TILE, 32, batch=1)), *both, batch=2)
+    noted, calls = predicting(model, lambda x, t, **_: x)
+    sample(tiled.patch(noted, tiled.Tiling(TILE, 32, batch=4)), *both, batch=2, steps=1)
+    assert [call["x"].shape[0] for call in calls] == [6] * 2 * 3  # 9 tiles in 3 passes, 2 latents
+    first = next(call for call in calls if "ref_latents" in call)
+    assert [tuple(r.shape) for r in first["ref_latents"]] == [(6, 16, 1, 16, 16), (6, 16, 1, 8, 30)]
+    assert torch.equal(first["ref_latents"][0][0], first["ref_latents"][0][1])
+    assert not torch.equal(first["ref_latents"][0][1], first["ref_latents"][0][2])
+    together = sample(tiled.patch(model, tiled.Tiling(TILE, 32, batch=4)), *both, batch=2)
+    assert (together - one).abs().max() <= 2**-6 * one.abs().max()  # of bfloat16
+
+
+@pytest.mark.parametrize(
+    ("positive", "patch"),
+    [
+        (lambda: conditioning(control=Hint(random(1, 3, 64, 64))), None),
+        (lambda: conditioning(mask=mask(0, 0, 320, 288)), None),
+        (lambda: conditioning(**area(40, 36, 0, 0)), None),
+        (conditioning, "double_block"),
+    ],
+)
+def test_tiles_that_differ_go_one_by_one(tiled, model, positive, patch) -> None:
+    noted, calls = predicting(model, lambda x, t, **_: x)
+    if patch:
+        noted.set_model_patch(lambda options: options, patch)
+    sample(tiled.patch(noted, tiled.Tiling(TILE, 32, batch=4)), positive(), steps=1)
+    sides = [len(call["transformer_options"]["cond_or_uncond"]) for call in calls]
+    assert [call["x"].shape[0] for call in calls] == sides
+    assert {call["x"].shape[-1] for call in calls} == {16}
+
+
+@pytest.mark.parametrize(
+    ("batch", "free", "together"),
+    [
+        (0, 10**6, 3),  # 9 tiles in 3 passes
+        (0, 449, 2),  # of 150 each
+        (0, 10, 1),
+        (1, 10**6, 1),
+        (16, 10**6, 9),
+        (5, 10**6, 5),
+        (8, 1100, 5),  # of 7 at most, spread evenly
+        (5, 500, 3),
+    ],
+)
+def test_how_many_tiles_go_together(tiled, model, batch, free, together) -> None:
+    run = tiled.Run(tiled.Tiling(TILE, 32, batch=batch), SIDES)
+    patcher = SimpleNamespace(get_free_memory=lambda device: free)
+    stub = SimpleNamespace(
+        diffusion_model=model.model.diffusion_model,
+        current_patcher=patcher,
+        memory_required=lambda shape, cond_shapes: 100,
+    )
+    conds = [[{"model_conds": {}}], None]
+    assert run._size(stub, conds, SAME, {}) == together
+
+
+# ------------------------------------------------------------------------------ active, known
+def test_tiles_that_are_not_active_keep_what_is_known(tiled, model) -> None:
+    known = random(1, 16, *SIDES, seed=21)  # a latent of four dimensions
+    told: list[tuple[int, int]] = []
+    tell = lambda *at: told.append(at)  # noqa: E731
+    tiling = tiled.Tiling(TILE, 32, active=frozenset({0, 1}), known=known, told=tell, batch=1)
+    clone, calls = predicting(model)
+    out = sample(tiled.patch(clone, tiling), steps=2)
+    grid = tiled.grid_of(tiling, *SIDES)
+    left = max(tile.left for tile in grid.tiles()[:2]) + 16
+    torch.testing.assert_close(out[:, :, 0, 16:], known[:, :, 16:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(out[:, :, 0, :, left:], known[..., left:], rtol=0, atol=1e-5)
+    assert (out[:, :, 0, :9, :9] - known[..., :9, :9]).abs().mean() > 0.1
+    assert len(calls) == 2 * 2 and told == [(1, 2), (2, 2)] * 2
+
+
+def test_without_an_active_tile_the_prediction_is_what_is_known(tiled, model) -> None:
+    known = random(2, 16, 1, *SIDES, seed=21)
+    clone, calls = predicting(model)
+    for tile in (TILE, 512):
+        tiling = tiled.Tiling(tile, 32, active=frozenset(), known=known)
+        out = sample(tiled.patch(clone, tiling), steps=1, batch=2)
+        torch.testing.assert_close(out, known, rtol=0, atol=1e-5)
+    assert not calls
+    with pytest.raises(ValueError, match="known is a latent of"):
+        wrong = tiled.Tiling(TILE, 32, active=frozenset(), known=known[..., :8])
+        sample(tiled.patch(clone, wrong), steps=1, batch=2)
+    with pytest.raises(ValueError, match="need a known latent"):
+        tiled.Tiling(TILE, 32, active=frozenset({1}))
+
+
+def test_an_interruption_stops_between_two_tiles(tiled, model) -> None:
+    import comfy.model_management as management
+
+    clone, calls = predicting(model)
+    told = lambda done, count: management.interrupt_current_processing(done == 2)  # noqa: E731
+    with pytest.raises(management.InterruptProcessingException):
+        sample(tiled.patch(clone, tiled.Tiling(TILE, 32, told=told, batch=1)))
+    assert len({id(call["x"]) for call in calls}) == 2 and not management.processing_interrupted()
+
+
+# ------------------------------------------------------------------------------ memory
+@pytest.mark.parametrize(("batch", "count"), [(0, 1), (3, 3), (16, 9)])
+def test_the_load_reckons_with_tiles(tiled, model, batch: int, count: int) -> None:
+    clone, loads = model.clone(), []
+
+    def note(executor: Any, patcher: Any, shape: Any, conds: Any, **more: Any) -> Any:
+        import comfy.sampler_helpers
+
+        need = comfy.sampler_helpers.estimate_memory(patcher, shape, conds)
+        loads.append((tuple(shape), conds["positive"][0].get("reference_latents"), need))
+        return executor(patcher, shape, conds, **more)
+
+    clone.add_wrapper_with_key("prepare_sampling", "qwen_vram.test", note)
+    seen, latents = [], [SAME, random(1, 16, 1, 8, 30)]
+    patched = tiled.patch(clone, tiled.Tiling(TILE, 32, batch=batch))
+    keep = lambda executor, *args: seen.append(args[1]) or executor(*args)  # noqa: E731
+    patched.add_wrapper_with_key("calc_cond_batch", "qwen_vram.test", keep)
+    both = conditioning(reference_latents=latents), conditioning(seed=8)
+    sample(patched, *both, steps=1)
+    sample(clone, *both, steps=1)
+    (tile, references, need), (whole, every, more) = loads
+    assert tile == (count, 16, 1, 16, 16) and whole == (1, 16, 1, *SIDES) and every is latents
+    assert [tuple(r.shape) for r in references] == [(count, 16, 1, 16, 16), (count, 16, 1, 8, 30)]
+    assert more[0] / need[0] == pytest.approx(
+        (2 * 1440 + 1440 + 240) / (count * (2 * 256 + 256 + 240))
+    )
+
+
+@pytest.mark.parametrize("first", ["fit", "tiles"])
+def test_fit_goes_with_it_and_reckons_with_tiles(host, tiled, model, monkeypatch, first) -> None:
+    fitting, passes = host.part("nodes.fitting"), host.part("nodes.passes")
+    fit = fitting.Fitting("exact only", 10**9)
+    tiling, shapes = tiled.Tiling(TILE, 32), []
+    expect = passes.Passes.expect
+
+    def keep(self: Any, patcher: Any, shape: Any, conds: Any) -> int:
+        shapes.append((tuple(shape), conds["positive"][0]["reference_latents"][0].shape[-2:]))
+        return expect(self, patcher, shape, conds)
+
+    monkeypatch.setattr(passes.Passes, "expect", keep)
+    both = tiled.patch(fit.patch(model), tiling)
+    if first == "tiles":
+        both = fit.patch(tiled.patch(model, tiling))
+    positive = conditioning(reference_latents=[SAME])
+    out = sample(both, positive)
+    assert shapes == [((1, 16, 1, 16, 16), (16, 16))]
+    assert torch.equal(out, sample(tiled.patch(model, tiling), positive))
+    assert fit.record.exactness() == "exact" and not fit.record.ended
+
+
+# ------------------------------------------------------------------------------ other patches
+def node_of(host: Host, name: str, *args: Any) -> Any:
+    """What a node of ComfyUI makes of a model."""
+    kind = host.nodes.NODE_CLASS_MAPPINGS[name]
+    made = kind.execute(*args)
+    return made.args[0] if hasattr(made, "args") else made[0]
+
+
+def test_a_cache_of_passes_is_refused(host, tiled, model) -> None:
+    cached = node_of(host, "EasyCache", model, 0.2, 0.15, 0.95, False)
+    for patched in (
+        tiled.patch(cached, tiled.Tiling(TILE, 32)),
+        node_of(host, "EasyCache", tiled.patch(model, tiled.Tiling(TILE, 32)), 0.2, 0.15, 0.95, 0),
+    ):
+        with pytest.raises(ValueError, match=r"EasyCache keeps .* Take that node out"):
+            sample(patched)
+    sample(tiled.patch(cached, tiled.Tiling(320, 32)), steps=1)  # one tile
+    with pytest.raises(ValueError, match="Flux KV Cache keeps"):
+        sample(tiled.patch(node_of(host, "FluxKVCache", model), tiled.Tiling(TILE, 32)))
+
+
+def test_lazycache_goes_with_it(host, tiled, model) -> None:
+    """It keeps whole predictions, above the tiles."""
+    clone, calls = predicting(model)
+    patched = tiled.patch(clone, tiled.Tiling(TILE, 32, batch=1))
+    lazy = node_of(host, "LazyCache", patched, 3.0, 0.0, 1.0, False)
+    assert sample(lazy, steps=6).isfinite().all()
+    steps = {float(call["t"][0]) for call in calls}
+    assert 2 <= len(steps) < 6 and len(calls) % 9 == 0
+
+
+def test_what_cannot_be_cut_is_refused(tiled, model) -> None:
+    tiling = tiled.Tiling(TILE, 32)
+    clone = model.clone()
+    clone.model_options["context_handler"] = object()
+    with pytest.raises(ValueError, match="context windows"):
+        sample(tiled.patch(clone, tiling))
+    with pytest.raises(ValueError, match="GLIGEN"):
+        tiled.TiledModel(tiling)._check({"transformer_options": {}}, {"positive": [{"gligen": 1}]})
+    with pytest.raises(ValueError, match=r"\(1, 16, 99\) is no picture"):
+        tiled.TiledModel(tiling)._sample(SimpleNamespace(class_obj=None), torch.zeros(1, 16, 99))
+
+
+def test_the_log_names_foreign_patches_once(tiled, model, caplog) -> None:
+    clone, _ = predicting(model)
+    clone.set_model_patch(lambda options: options, "attn1_patch")
+    clone.add_wrapper_with_key("diffusion_model", "somebody's", lambda run, *a, **m: run(*a, **m))
+    clone = tiled.patch(clone, tiled.Tiling(TILE, 32))
+    with caplog.at_level(logging.INFO, "qwen_vram"):
+        for _ in range(2):
+            sample(clone, steps=1)
+    (line,) = [record.getMessage() for record in caplog.records if "see tiles" in record.message]
+    assert line.endswith("somebody's, attn1_patch")
+
+
+def test_a_second_tiling_replaces_the_first(tiled, model) -> None:
+    clone, calls = predicting(model)
+    twice = tiled.patch(tiled.patch(clone, tiled.Tiling(TILE, 32)), tiled.Tiling(256, 32))
+    sample(twice, steps=1)
+    assert {tuple(call["x"].shape[-2:]) for call in calls} == {(32, 32)}
+
+
+def test_a_lora_holds_in_every_tile(host, tiled, model) -> None:
+    lora = host.nodes.LoraLoaderModelOnly().load_lora_model_only(model, LORA, 1.0)[0]
+    one, two = (sample(tiled.patch(m, tiled.Tiling(TILE, 32))) for m in (model, lora))
+    apart = (one - two).abs().mean((0, 1, 2))
+    assert all(part.min() > 0 for part in apart.split(16))
+    before = tiled.patch(model, tiled.Tiling(TILE, 32))
+    after = host.nodes.LoraLoaderModelOnly().load_lora_model_only(before, LORA, 1.0)[0]
+    assert torch.equal(sample(after), two)
+
+
+def test_a_compiled_model_samples_in_tiles(tiled, model) -> None:
+    from comfy_api.torch_helpers.torch_compile import set_torch_compile_wrapper
+
+    compiled = model.clone()
+    set_torch_compile_wrapper(compiled, backend="eager", dynamic=False)
+    tiling = tiled.Tiling(TILE, 32)
+    out = sample(tiled.patch(compiled, tiling), steps=1)
+    torch.testing.assert_close(out, sample(tiled.patch(model, tiling), steps=1), rtol=0, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------ the node
+def in_tiles(graph: dict[str, Any], **inputs: Any) -> dict[str, Any]:
+    """The same graph with the node before its sampler."""
+    values = {"tile_size": 256, "overlap": 64, "window": "hann", "tile_batch": 0}
+    values |= dict.fromkeys(("reference_1", "reference_2", "other_references"), "auto")
+    values |= inputs
+    graph["tiles"] = node("QwenVRAMTiledDiffusion", model=["shift", 0], **values)
+    graph["sampler"]["inputs"]["model"] = ["tiles", 0]
+    return graph
+
+
+def test_the_node_says_what_it_does(host, tiled, monkeypatch) -> None:
+    told: list[tuple[str, str]] = []
+    tell = lambda text, node_id, sid: told.append((node_id, text))  # noqa: E731
+    monkeypatch.setattr(host.server, "send_progress_text", tell)
+    graph = in_tiles(text_to_image(size=448, steps=1))
+    graph["out"] = node("PreviewAny", source=["sampler", 0])
+    run = host.run(graph, ["out"])
+    assert run.outputs["sampler"][0][0]["samples"].shape[-2:] == (56, 56)
+    assert run.status("tiles")["text"] == "samples in tiles when a sampler runs with it"
+    line = "tiles: 4, each 256 x 256 pixels"
+    said = [text for node_id, text in told if node_id == "tiles"]
+    assert said[-2:] == [line, f"{line} · in one forward pass: 2"]
+    line = tiled.Run(tiled.Tiling(256, 64, references=("auto", "keep whole")), SIDES).line
+    given = [{"reference_latents": [SAME, SAME, SAME]}, {"reference_latents": []}]
+    assert line({"positive": given, "negative": [{}]}) == (
+        "tiles: 4, each 256 x 256 pixels · references cropped: 1, whole: 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"overlap": 256}, "overlap: tiles of 256 pixels can share 0 to 240 pixels, not 256"),
+        ({"overlap": 2000}, "Make tile_size larger"),
+    ],
+)
+def test_too_much_overlap_is_a_sentence(host, inputs, sentence: str) -> None:
+    with pytest.raises(RunError, match=sentence):
+        host.run(in_tiles(text_to_image(size=64), **inputs), ["sampler"])

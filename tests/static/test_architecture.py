@@ -129,4 +129,8 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMFit",
         "QwenVRAMDecode",
         "QwenVRAMEncode",
+        "QwenVRAMSplitTiles",
+        "QwenVRAMMergeTiles",
+        "QwenVRAMTiledEdit",
+        "QwenVRAMTiledDiffusion",
     }

@@ -15,13 +15,19 @@ from pack.tests.conftest import ROOT
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 STOCK_NODES = {
+    "CFGNorm",
     "ComfySwitchNode",
     "EmptySD3LatentImage",
     "ImageScale",
+    "ImageScaleToTotalPixels",
     "KSampler",
+    "LoadImage",
     "LoraLoaderModelOnly",
     "MarkdownNote",
+    "MaskPreview",
     "ModelSamplingAuraFlow",
+    "PreviewAny",
+    "PreviewImage",
     "PrimitiveBoolean",
     "PrimitiveFloat",
     "PrimitiveInt",

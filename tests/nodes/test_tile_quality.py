@@ -1,0 +1,54 @@
+"""Seams, shift and colour of tiled edits, sampled by ComfyUI on a model with known faults."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from pack.benchmarks import tile_quality as quality
+from pack.benchmarks.tile_quality import Faults, Figures
+from pack.core.tiling import TileGrid
+from pack.tests.host import Host
+
+SIDE = 512
+GRID = TileGrid.cover(SIDE, SIDE, quality.TILE, quality.OVERLAP, 32, 16)
+# All tiles alike, but for a rest: what the steps of one sampling agree upon. Each on its own: what
+# tiles that do not know of each other do.
+FAULTS = {"together": Faults(), "one after another": Faults(shift=0.3, apart=1.5)}
+
+
+@pytest.fixture(scope="module")
+def faulty(host: Host) -> Host:
+    """The host with the nodes of the benchmark."""
+    quality.add_nodes(host)
+    return host
+
+
+def figures(host: Host, kind: str, mode: str, faults: Faults, **inputs: object) -> Figures:
+    """Of an edit that should change nothing."""
+    graph = quality.tiled_edit(quality.write(host, kind, SIDE), faults, mode=mode, **inputs)
+    with torch.inference_mode():
+        return quality.measure(*quality.edited(host, graph), GRID)
+
+
+@pytest.mark.parametrize("mode", FAULTS)
+@pytest.mark.parametrize("kind", quality.pictures.PICTURES)
+def test_no_seam_no_shift_and_no_drift_is_left(faulty, kind: str, mode: str) -> None:
+    found = figures(faulty, kind, mode, FAULTS[mode])
+    assert found.seam < 1.05
+    assert found.colour < 1
+    assert math.isnan(found.shift) if kind in ("flat", "gradient") else found.shift < 0.25
+
+
+@pytest.mark.parametrize(("kind", "fault"), [("flat", "seam"), ("text", "shift")])
+def test_without_corrections_the_faults_are_seen(faulty, kind: str, fault: str) -> None:
+    off = {"registration": False, "colour_match": False}
+    found = figures(faulty, kind, "one after another", FAULTS["one after another"], **off)
+    assert found.colour > 2
+    assert found.seam > 1.1 if fault == "seam" else found.shift > 1
+
+
+def test_an_edit_that_lies_four_pixels_off_is_put_back(faulty) -> None:
+    found = figures(faulty, "textured", "together", Faults(shift=4.0))
+    assert found.shift < 0.25 and found.colour < 1
