@@ -44,7 +44,7 @@ TOGETHER, TILE = "tiles together", "one tile by itself"
 MODES = {"node, together": "together", "node, one after another": "one after another"}
 TEXT_TOKENS, HUGE_RAM_GIB = 60, 2.5
 TINY_DIVISOR = 4
-LEFT, BOTTOM, WIDTH, HEIGHT = 40, 350, 680, 400  # of the plot, in pixels
+LEFT, BOTTOM, WIDTH, HEIGHT = 40, 350, 740, 400  # of the plot, in pixels
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,7 @@ def plot(rows: list[Row], out: Path) -> None:
 
     def place(megapixels: float, seconds: float) -> tuple[float, float]:
         right, up = megapixels / most, seconds / top
-        return LEFT + right * (WIDTH - LEFT - 40), BOTTOM - up * (BOTTOM - 60)
+        return LEFT + right * (WIDTH - LEFT - 100), BOTTOM - up * (BOTTOM - 60)
 
     draw.line([place(0, 0), place(most, 0)], fill="black")
     draw.line([place(0, 0), place(0, top)], fill="black")
