@@ -23,6 +23,9 @@ from .units import size_text
 
 PREFIX = "qwen_vram_picture_"
 BYTES = 4  # of a float32
+CHUNK = 1 << 22  # bytes of zeros that are written at once
+WINDOWS = os.name == "nt"
+CANNOT = (errno.EOPNOTSUPP, errno.EINVAL)  # reserve: the file system does not know how
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -56,14 +59,32 @@ def _reserve(descriptor: int, size: int, folder: Path) -> None:
     if free < size:
         raise full
     try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)
-        else:
-            os.ftruncate(descriptor, size)
+        _allocate(descriptor, size)
     except OSError as error:
         if error.errno in NO_ROOM:
             raise full from error
         raise
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Make the file that long, with its room on the disk. Raises OSError.
+
+    Windows reserves what a file is extended by. Elsewhere that leaves a hole, which has no room.
+    """
+    if WINDOWS:
+        os.ftruncate(descriptor, size)
+        return
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in CANNOT:
+                raise
+    zeros = memoryview(bytes(min(CHUNK, size)))
+    written = 0
+    while written < size:
+        written += os.write(descriptor, zeros[: size - written])
 
 
 def reduced(picture: Tensor, height: int, width: int) -> Tensor:

@@ -212,7 +212,8 @@ class TileBlender:
     give the memory of the sum, float32 of that shape; it may lie on a disk.
 
     Tiles that were not changed give back what was cut, within 1e-6 for values up to 1 if neighbours
-    share up to 7/8 of a tile. Beyond, hundreds of roundings add up at each pixel: up to 1e-4.
+    share up to 7/8 of a tile. Beyond, hundreds of tiles add up at each pixel, and with them their
+    roundings: up to 1e-5.
 
     Over a `base` of the same shape (not `into` itself), what a tile changes of it is summed. Tiles
     that are never added then leave the base as it is, bit for bit, and so do those that equal it.

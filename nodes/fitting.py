@@ -15,7 +15,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from . import foreign, outcome, recovery, slicing
 from .outcome import CANCELLED, FAILED, Metadata, Record
 from .passes import Passes
-from .vram_limit import VRAMLimit
+from .vram_limit import LIMIT, VRAMLimit
 
 KEY = "qwen_vram.fit"
 RESTARTS = 2  # of a run that ran out of memory between two forward passes
@@ -55,6 +55,7 @@ class Fitting:
     def patch(self, model: ModelPatcher) -> ModelPatcher:
         """A clone of the model that fits itself to the memory; an earlier fitting is replaced."""
         clone = model.clone()
+        clone.model_options["transformer_options"][LIMIT] = self.limit
         self.not_sliced = slicing.install(clone, self.plans)
         wrappers = {
             WrappersMP.OUTER_SAMPLE: self._sample,

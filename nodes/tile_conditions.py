@@ -7,7 +7,7 @@ from typing import Any
 
 import comfy.samplers
 import torch
-from comfy.conds import CONDList, CONDRegular
+from comfy.conds import CONDConstant, CONDList, CONDRegular
 from comfy.utils import repeat_to_batch_size
 from torch import Tensor
 
@@ -26,7 +26,7 @@ HintsOf = Callable[[Any, Sides, Tile], Any]
 def is_cropped(latent: Tensor, choice: str, sides: Sides) -> bool:
     """Whether a reference is cropped along with tiles of a picture with these sides.
 
-    `AUTO`: if it has the picture's shape, as far as sides that are rounded to 32 px can have it.
+    `AUTO`: if it has the picture's shape, as far as sides that are rounded to `STEP` can have it.
     """
     if choice != AUTO:
         return choice == CROP
@@ -44,19 +44,37 @@ def choice_of(references: Sequence[str], index: int) -> str:
 def crop_reference(latent: Tensor, sides: Sides, tile: Tile) -> Tensor:
     """The part of a reference latent (..., h, w) that shows what the tile shows.
 
-    Of one of another size whole tokens, as many for every tile of a grid.
+    Of one of another size whole tokens, as many for every tile of a grid. Where these do not lie
+    on its latent pixels they are resampled: a part that is moved to them would be seen shifted, in
+    each tile by another distance.
     """
-    if tuple(latent.shape[-2:]) == sides:
-        return crop(latent, tile)
-    own = (_along(*each) for each in zip(latent.shape[-2:], sides, tile[:2], tile[2:], strict=True))
-    (top, height), (left, width) = own
-    return crop(latent, Tile(top, left, height, width))
+    for dim, *place in zip((-2, -1), sides, tile[:2], tile[2:], strict=True):
+        latent = _part(latent, dim, *place)
+    return latent
 
 
-def _along(own: int, side: int, start: int, length: int) -> tuple[int, int]:
-    """Start and length along one side of a reference that is `own` long; the picture is `side`."""
-    size = min(own, max(PATCH, round(length * own / side / PATCH) * PATCH))
-    return min(round(start * own / side / PATCH) * PATCH, own - size), size
+def _part(latent: Tensor, dim: int, side: int, start: int, length: int) -> Tensor:
+    """Along one dimension, what `length` from `start` is of the picture's `side`.
+
+    Linear between the middles of latent pixels, constant beyond the outermost.
+    """
+    own = latent.shape[dim]
+    size = own if length == side else length if own == side else _tokens(length * own / side, own)
+    first, rest = divmod(start * own, side)
+    if not rest and length * own == size * side:
+        return latent.narrow(dim, first, size)
+    middles = start + (torch.arange(size, dtype=torch.float64) + 0.5) * length / size
+    middles = (middles * own / side - 0.5).clamp(0, own - 1)
+    lower = middles.long()
+    upper = (lower + 1).clamp(max=own - 1)
+    shares = (middles - lower).to(latent).reshape(-1, *[1] * (-dim - 1))
+    near, far = (latent.index_select(dim, at.to(latent.device)) for at in (lower, upper))
+    return torch.lerp(near, far, shares)
+
+
+def _tokens(length: float, most: int) -> int:
+    """Latent pixels of whole tokens."""
+    return min(most, max(PATCH, round(length / PATCH) * PATCH))
 
 
 def crop_references(
@@ -138,7 +156,8 @@ def crop_cond(
         own["area"] = (*lengths, *seen[2:], *starts, *places)
     if "mask" in cond:
         own["mask"] = crop(cond["mask"], tile)
-        if not own["mask"].any():
+        # A default holds wherever no other prompt does, whatever its own mask.
+        if "default" not in cond and not own["mask"].any():
             return None
     if cond.get("control") is not None:
         own["control"] = hints(cond["control"], whole, part)
@@ -189,7 +208,8 @@ def batched(conds: Sequence[Cond], batch: int) -> Cond:
 
 def _joined(values: Sequence[Any], batch: int) -> Any:
     first = values[0]
-    if all(value is first for value in values):
+    repeated = isinstance(first, CONDRegular) and not isinstance(first, CONDConstant)
+    if not repeated and all(value is first for value in values):
         return first
     if isinstance(first, CONDList):
         lists = zip(*(value.cond for value in values), strict=True)
@@ -198,7 +218,12 @@ def _joined(values: Sequence[Any], batch: int) -> Any:
 
 
 def _cat(parts: Sequence[Any], batch: int) -> Any:
-    """What is the same for every tile stays: ComfyUI repeats it."""
-    if all(part is parts[0] for part in parts):
-        return parts[0]
+    """What is one and the same for every tile stays: ComfyUI repeats it.
+
+    Of several it would give one after the other to latents, not the first ones to each tile.
+    """
+    first = parts[0]
+    single = not isinstance(first, Tensor) or first.shape[0] == 1
+    if single and all(part is first for part in parts):
+        return first
     return torch.cat([repeat_to_batch_size(part, batch) for part in parts])

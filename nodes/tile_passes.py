@@ -18,7 +18,6 @@ from ..core.tiling import (
     PATCH,
     PIXEL_PATCH,
     PIXEL_STEP,
-    STEP,
     Tile,
     TileBlender,
     TileGrid,
@@ -39,8 +38,9 @@ from .tile_conditions import (
     with_weights,
 )
 from .tile_control import Hints
+from .vram_limit import LIMIT
 
-LATENT = 8  # pixels of the picture along one latent pixel
+LATENT = 8  # pixels of the picture along one latent pixel of Qwen-Image
 AT_MOST = 3  # tiles in one forward pass, where the user leaves it open
 SPARE = 1.5  # of the memory that ComfyUI reckons with, as in its own choice of batches
 Conds = dict[str, list[Cond]]
@@ -74,24 +74,37 @@ class Tiling:
             raise ValueError("Tiles that are not active need a known latent.")
 
 
-def grid_of(tiling: Tiling, height: int, width: int) -> TileGrid:
-    """Of a latent with these sides, in latent pixels."""
-    overlap = ceil(tiling.overlap / LATENT / PATCH) * PATCH
-    return TileGrid.cover(height, width, tiling.tile // LATENT, overlap, STEP, PATCH)
+def grid_of(tiling: Tiling, height: int, width: int, ratio: int = LATENT) -> TileGrid:
+    """Of a latent with these sides, in latent pixels; `ratio`: pixels along one of them.
+
+    Tiles begin every 16 pixels, of models with larger latent pixels every two of these. The tile
+    comes as near to the size that was asked for as such steps allow.
+    """
+    patch = max(PATCH, PIXEL_PATCH // ratio)
+    step = max(PATCH, PIXEL_STEP // ratio)
+    tile = max(1, round(tiling.tile / ratio / step)) * step
+    overlap = ceil(tiling.overlap / ratio / patch) * patch
+    return TileGrid.cover(height, width, tile, min(overlap, tile - patch), step, patch)
+
+
+def ratio_of(model: BaseModel) -> int:
+    """Pixels along one latent pixel of what this model samples."""
+    return model.latent_format.spacial_downscale_ratio
 
 
 @dataclass
 class Run:
-    """One run of a sampler on a latent with these sides."""
+    """One run of a sampler on a latent with these sides; `ratio` as of `grid_of`."""
 
     tiling: Tiling
     sides: Sides
+    ratio: int = LATENT
     hints: Hints = field(default_factory=Hints)
     together: int = 1  # tiles in a forward pass
     _known: Tensor | None = None  # as the model has it
 
     def __post_init__(self) -> None:
-        self.grid = grid_of(self.tiling, *self.sides)
+        self.grid = grid_of(self.tiling, *self.sides, self.ratio)
         chosen = self.tiling.active
         self.active = [i for i in range(len(self.grid)) if chosen is None or i in chosen]
 
@@ -177,10 +190,12 @@ class Run:
         """How many tiles share a forward pass: those that fit, spread evenly over the passes.
 
         Weights are then cast, or streamed from RAM, once for several tiles. Beyond three there is
-        hardly any gain, but more memory taken.
+        hardly any gain, but more memory taken. What a limit of ours leaves is not what is free: of
+        itself nothing takes more than one tile then.
         """
         count = len(self.active)
-        most = min(count, self.tiling.batch or AT_MOST)
+        limited = options.get("transformer_options", {}).get(LIMIT, 0) > 0
+        most = min(count, self.tiling.batch or (1 if limited else AT_MOST))
         if most < 2 or not _may_share(model, conds, options):
             return 1
         free = model.current_patcher.get_free_memory(x.device)
@@ -226,7 +241,7 @@ class Run:
     def line(self, conds: Conds) -> str:
         """For the node: tiles and references."""
         count = len(self.grid)
-        width, height = self.grid.tile_width * LATENT, self.grid.tile_height * LATENT
+        width, height = self.grid.tile_width * self.ratio, self.grid.tile_height * self.ratio
         parts = [f"tiles: {count}, each {width} x {height} pixels"]
         every = [cond.get("reference_latents") or [] for side in conds.values() for cond in side]
         latents = max(every, key=len, default=[])

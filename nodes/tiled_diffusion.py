@@ -24,7 +24,7 @@ from .tile_conditions import CROP as CROP
 from .tile_conditions import REFERENCES, Cond
 from .tile_conditions import WHOLE as WHOLE
 from .tile_control import is_diffsynth
-from .tile_passes import Conds, Run, Tiling
+from .tile_passes import Conds, Run, Tiling, ratio_of
 from .tile_passes import grid_of as grid_of
 
 log = logging.getLogger("qwen_vram")
@@ -85,7 +85,8 @@ class TiledModel:
         guider, before = executor.class_obj, self._run
         if noise.ndim < 4:
             raise ValueError(NO_PICTURE.format(tuple(noise.shape)))
-        self._run = run = Run(self.tiling, tuple(noise.shape[-2:]))
+        ratio = ratio_of(guider.model_patcher.model)
+        self._run = run = Run(self.tiling, tuple(noise.shape[-2:]), ratio)
         try:
             if not run.trivial:
                 self._check(guider.model_options, guider.conds)
@@ -112,10 +113,12 @@ class TiledModel:
         if any("gligen" in cond for side in conds.values() for cond in side):
             raise ValueError(BOXES)
         names = foreign.strangers(inner, foreign.AROUND_A_CALCULATION)
-        names += [kind for kind, found in patches.items() if not all(map(is_diffsynth, found))]
-        names += [kind for kind, found in inner.get("patches_replace", {}).items() if found]
+        for kind, found in patches.items():
+            names += [_name(patch, kind) for patch in found if not is_diffsynth(patch)]
+        for kind, found in inner.get("patches_replace", {}).items():
+            names += [_name(patch, kind) for patch in found.values()]
         names += [foreign.FUNCTION] if foreign.FUNCTION in options else []
-        if unknown := [name for name in names if name not in self._named]:
+        if unknown := [name for name in dict.fromkeys(names) if name not in self._named]:
             self._named.update(unknown)
             log.info(FOREIGN, ", ".join(unknown))
 
@@ -153,10 +156,15 @@ class TiledModel:
         """CALC_COND_BATCH: the predictions of one step."""
         run = self._run
         if run is None or run.sides != tuple(x.shape[-2:]):  # called beside a run of a sampler
-            run = Run(self.tiling, tuple(x.shape[-2:]))
+            run = Run(self.tiling, tuple(x.shape[-2:]), ratio_of(model))
         if run.trivial:
             return executor(model, conds, x, timestep, options)
         return run.calculate(executor, model, conds, x, timestep, options)
+
+
+def _name(patch: Any, kind: str) -> str:
+    """The class or function of another node's patch, and where in the model it is."""
+    return f"{getattr(patch, '__qualname__', type(patch).__qualname__)} ({kind})"
 
 
 def _put_first(wrappers: dict[str, dict[str, list[Any]]]) -> None:
@@ -193,7 +201,7 @@ class TiledDiffusion(io.ComfyNode):
                     tooltip=(
                         "Tiles in one forward pass at most. Several are faster, most of all where "
                         "weights are streamed from RAM, and take more memory. 0: up to 3, as the "
-                        "memory allows."
+                        "memory allows, and one with a vram_limit."
                     ),
                     advanced=True,
                 ),
@@ -239,6 +247,7 @@ class TiledDiffusion(io.ComfyNode):
             io.Combo.Input(
                 "reference_1",
                 options=list(REFERENCES),
+                default=AUTO,
                 tooltip=(
                     "The first reference picture. crop along: each tile sees its part of it. keep "
                     "whole: each tile sees all of it, as for a style. auto: crop along if it has "
@@ -248,11 +257,16 @@ class TiledDiffusion(io.ComfyNode):
             io.Combo.Input(
                 "reference_2",
                 options=list(REFERENCES),
-                tooltip="The second reference picture, as the first.",
+                default=WHOLE,
+                tooltip=(
+                    "The second reference picture, as the first. It is often a style or a person, "
+                    "which every tile shall see whole."
+                ),
             ),
             io.Combo.Input(
                 "other_references",
                 options=list(REFERENCES),
+                default=WHOLE,
                 tooltip="All further reference pictures.",
             ),
         ]

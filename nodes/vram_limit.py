@@ -16,6 +16,7 @@ from .recovery import is_used, stream_more, vbar_of
 from .status import size_text
 
 GB = 1_000_000_000
+LIMIT = "qwen_vram.vram_limit"  # in transformer_options: the bytes of the patch, 0 without a limit
 RANGE: dict[str, Any] = {"min": 0.0, "max": 1024.0, "step": 0.1, "round": 0.01}  # of the input
 NOT_HERE = "the VRAM limit only decides how to run: PyTorch cannot limit {}"
 MEMORIES = {  # by the kind of device

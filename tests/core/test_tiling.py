@@ -130,6 +130,43 @@ def test_the_weights_sum_to_one_and_none_is_zero(grid, window) -> None:
     assert weights.of(len(grid) - 1).min() > 0  # no product underflows, not even in the corners
 
 
+@pytest.mark.parametrize(
+    ("window", "outer", "inner"),
+    [  # at 1/8 and 3/8 of a tile, by hand
+        ("hann", 0.14644661, 0.85355339),
+        ("linear", 0.25, 0.75),
+        ("cosine", 0.38268343, 0.92387953),
+        ("gaussian", 0.00088418, 0.45783336),  # exp(-7.03125) and exp(-0.78125)
+    ],
+)
+def test_a_window_has_the_values_of_its_formula(window, outer, inner) -> None:
+    expected = torch.tensor([outer, inner, inner, outer], dtype=torch.float64)
+    torch.testing.assert_close(WINDOWS[window](4), expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_towards_an_outer_edge_a_window_stays_as_high_as_in_its_middle(window) -> None:
+    """Two tiles that share three quarters: the inner half of each counts up to the edge."""
+    left, right = Weights(TileGrid.cover(8, 40, 32, 24), window).horizontal
+    shape = WINDOWS[window](32)
+    first, second = shape.clone(), shape.clone()
+    first[:16], second[16:] = shape[16], shape[16]
+    total = first[8:] + second[:24]
+    torch.testing.assert_close(left[8:].double(), first[8:] / total, rtol=0, atol=1e-6)
+    torch.testing.assert_close(right[:24].double(), second[:24] / total, rtol=0, atol=1e-6)
+    assert (left[:8] == 1).all() and (right[24:] == 1).all()
+
+
+def test_where_hundreds_of_tiles_overlap_their_roundings_add_up_to_little() -> None:
+    picture = torch.rand(1, 700, 700, 1, generator=torch.Generator().manual_seed(1))
+    grid = TileGrid.cover(700, 700, 512, 496, PIXEL_STEP, PIXEL_PATCH)
+    blender = TileBlender(grid, picture.shape, dim=-3)
+    for index, tile in enumerate(grid.tiles()):
+        blender.add(index, crop(picture, tile, -3))
+    assert len(grid) > 100
+    torch.testing.assert_close(blender.result(), picture, rtol=0, atol=1e-5)
+
+
 @settings(max_examples=30)
 @given(whole=wholes(), window=windows, data=st.data())
 def test_over_a_base_only_what_tiles_change_is_changed(whole, window, data) -> None:

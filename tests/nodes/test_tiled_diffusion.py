@@ -7,6 +7,7 @@ import importlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,13 @@ from pack.tests.nodes.slicing_models import SIDES, conditioning, random, sample
 from torch import Tensor
 
 TILE = 128  # pixels: 16 latent pixels
+LIMIT = "qwen_vram.vram_limit"  # nodes/vram_limit.py
 Predict = Callable[..., Tensor]
+
+
+def part_of(tiled: ModuleType, name: str) -> ModuleType:
+    """A module beside that of the node."""
+    return importlib.import_module(tiled.__name__.replace("tiled_diffusion", name))
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +65,8 @@ def by_position(
         out = out + 0.3 * c_concat[:, :16]
     for reference in more.get("ref_latents") or ():
         out = out + 0.2 * reference
+    for one in more.get("maps") or ():
+        out = out + (0.3 * one if one.ndim == x.ndim else one.mean())
     for hint in (control or {}).get("input", ()):
         out = out + 0.1 * hint
     return out
@@ -135,6 +144,14 @@ def inpainting() -> dict[str, Any]:
     return {"model_conds": {"c_concat": concat}}
 
 
+def maps() -> dict[str, Any]:
+    """A list of inputs, as some models have, of which only one lies on the picture."""
+    import comfy.conds
+
+    values = [random(1, 16, 1, *SIDES, seed=4), random(1, 3, seed=5)]
+    return {"model_conds": {"maps": comfy.conds.CONDList(values)}}
+
+
 def chained() -> Any:
     """A ControlNet behind another, with hints that are larger, smaller and of another shape."""
     first = Hint(random(1, 3, 640, 576, seed=3))
@@ -146,9 +163,10 @@ WITH: dict[str, Callable[[], tuple[list[Any], list[Any]]]] = {
     "texts of different lengths": lambda: (conditioning(13), conditioning(7, seed=8)),
     "a reference": lambda: (conditioning(reference_latents=[SAME]), conditioning(seed=8)),
     "inpainting": lambda: (conditioning(**inpainting()), conditioning(seed=8, **inpainting())),
+    "inputs in a list": lambda: (conditioning(**maps()), conditioning(seed=8, **maps())),
     "areas": lambda: (
         [
-            *conditioning(**area(17, 30, 3, 5)),
+            *conditioning(mask_strength=0.3, **area(17, 30, 3, 5)),
             *conditioning(seed=9, **area(9, 9, 31, 27)),
             *conditioning(seed=10, **area(40, 12, 0, 20, strength=0.3)),
         ],
@@ -158,6 +176,13 @@ WITH: dict[str, Callable[[], tuple[list[Any], list[Any]]]] = {
         [
             *conditioning(mask=mask(0, 0, 200, 160), mask_strength=0.8),
             *conditioning(seed=9, mask=mask(100, 90, 220, 198)),
+        ],
+        conditioning(seed=8),
+    ),
+    "a default with a mask": lambda: (
+        [
+            *conditioning(mask=mask(0, 0, 200, 160)),
+            *conditioning(seed=9, default=True, mask=mask(200, 100, 40, 40)),
         ],
         conditioning(seed=8),
     ),
@@ -338,14 +363,38 @@ def test_in_an_area_a_tile_sees_the_reference_of_what_the_model_sees(tiled, mode
     assert torch.equal(seen[0]["ref_latents"][0], whole[..., 9:16, 7:16])
 
 
+@pytest.mark.parametrize("picture", [(3072, 3072), (2160, 3840), (3840, 5120), (3840, 2176)])
+def test_a_tile_sees_its_own_place_in_a_reference_of_another_size(tiled, model, picture) -> None:
+    """A reference of 1 MP whose values tell where in the picture they lie, in latent pixels."""
+    sides = tuple(side // 8 for side in picture)
+    scale = (128 * 128 / (sides[0] * sides[1])) ** 0.5
+    own = [round(side * scale / 4) * 4 for side in sides]
+    ramps = [(torch.arange(n) + 0.5) * side / n for n, side in zip(own, sides, strict=True)]
+    latent = torch.stack(torch.meshgrid(*ramps, indexing="ij"))[None, :, None]
+    run = tiled.Run(tiled.Tiling(1024, 128), sides)
+    shapes = set()
+    for tile in run.grid.tiles():
+        (part,) = part_of(tiled, "tile_conditions").crop_references(
+            [latent], ("auto",), sides, tile
+        )
+        shapes.add(tuple(part.shape))
+        rows, columns = part[0, 0, 0, :, 0], part[0, 1, 0, 0]
+        for seen, start, length in zip((rows, columns), tile[:2], tile[2:], strict=True):
+            places = start + (torch.arange(len(seen)) + 0.5) * length / len(seen)
+            # Less than half a pixel of the picture off, also where a tile ends with the picture.
+            torch.testing.assert_close(seen, places, rtol=0, atol=0.06)
+    (shape,) = shapes
+    assert shape[-1] % 2 == shape[-2] % 2 == 0
+    (cond,) = run.for_the_load({"positive": [{"reference_latents": [latent]}]})[0]["positive"]
+    assert cond["reference_latents"][0].shape == shape
+
+
 @given(
     own=st.tuples(st.integers(1, 90), st.integers(1, 90)),
     sides=st.tuples(st.integers(17, 90), st.integers(17, 90)),
 )
 def test_every_tile_sees_as_much_of_a_reference(tiled, own, sides) -> None:
-    conditions = importlib.import_module(
-        tiled.__name__.replace("tiled_diffusion", "tile_conditions")
-    )
+    conditions = part_of(tiled, "tile_conditions")
     latent = torch.zeros(1, 1, 1, *own)
     grid = tiled.grid_of(tiled.Tiling(TILE, 32), *sides)
     crops = [conditions.crop_reference(latent, sides, tile) for tile in grid.tiles()]
@@ -373,9 +422,7 @@ def test_every_tile_sees_as_much_of_a_reference(tiled, own, sides) -> None:
     ],
 )
 def test_auto_goes_by_the_shape(tiled, own, sides, cropped) -> None:
-    conditions = importlib.import_module(
-        tiled.__name__.replace("tiled_diffusion", "tile_conditions")
-    )
+    conditions = part_of(tiled, "tile_conditions")
     assert conditions.is_cropped(torch.zeros(1, 16, 1, *own), "auto", sides) is cropped
     assert conditions.is_cropped(torch.zeros(1, 16, 1, *own), "crop along", sides)
     assert not conditions.is_cropped(torch.zeros(1, 16, 1, *own), "keep whole", sides)
@@ -424,15 +471,15 @@ def test_a_copy_of_a_controlnet_begins_anew(tiled) -> None:
     """Also that for another GPU, and of an adapter, which keeps what it made of its hint."""
     control, other = Hint(random(1, 3, 80, 80)), Hint(random(1, 3, 80, 80))
     control.cond_hint = control.control_input = other.cond_hint = torch.ones(1, 1, 4, 4)
+    control.extra_concat = other.extra_concat = [torch.ones(1, 1, 4, 4)]
     control.multigpu_clones["cuda:1"] = other
-    hints = importlib.import_module(
-        tiled.__name__.replace("tiled_diffusion", "tile_control")
-    ).Hints()
+    hints = part_of(tiled, "tile_control").Hints()
     tile = tiled.grid_of(tiled.Tiling(64, 0), 20, 20).tiles()[4]
     own = hints.of(control, (20, 20), tile)
     assert own is hints.of(control, (20, 20), tile) is not control
     for made in (own, own.get_instance_for_device("cuda:1")):
         assert made.cond_hint is None and made.cond_hint_original.shape[-2:] == (64, 64)
+        assert made.extra_concat is None
     assert own.get_instance_for_device("cuda:1") is not other and own.control_input is None
     assert control.cond_hint is control.control_input is other.cond_hint is not None
 
@@ -456,7 +503,7 @@ def test_a_controlnet_sees_the_tile_and_encodes_its_part_once(
     keep = lambda self, pixels, *a: encoded.append(pixels) or encode(self, pixels, *a)  # noqa: E731
     monkeypatch.setattr(type(vae), "encode", keep)
     tiling = tiled.Tiling(TILE, 0)
-    hints = importlib.import_module(tiled.__name__.replace("tiled_diffusion", "tile_control"))
+    hints = part_of(tiled, "tile_control")
     copy = hints.copy.copy
     monkeypatch.setattr(
         hints.copy, "copy", lambda one: copies.append(weakref.ref(made := copy(one))) or made
@@ -542,6 +589,24 @@ def test_tiles_share_a_forward_pass_as_far_as_they_may(tiled, model) -> None:
 
 
 @pytest.mark.parametrize(
+    ("latents", "references", "texts"), [(1, 4, 1), (3, 2, 1), (1, 1, 3), (3, 1, 2)]
+)
+def test_each_latent_has_the_same_references_and_text_in_every_tile(
+    tiled, model, latents, references, texts
+) -> None:
+    """As ComfyUI gives them out: the first ones, and from the start again."""
+    text = torch.cat([conditioning(seed=30 + index)[0][0] for index in range(texts)])
+    seen = [random(references, 16, 1, 8, 30), random(references, 16, 1, *SIDES, seed=9)]
+    positive = [[text, {"reference_latents": seen}]]
+    clones = (tiled.patch(model, tiled.Tiling(TILE, 32, batch=batch)) for batch in (1, 3))
+    one, together = (sample(clone, positive, batch=latents) for clone in clones)
+    assert (together - one).abs().max() <= 2**-6 * one.abs().max()  # of bfloat16
+    noted, calls = predicting(model, lambda x, t, **_: x)
+    sample(tiled.patch(noted, tiled.Tiling(TILE, 32, batch=3)), positive, batch=latents, steps=1)
+    assert all(call["x"].shape[0] % (3 * latents) == 0 for call in calls)
+
+
+@pytest.mark.parametrize(
     ("positive", "patch"),
     [
         (lambda: conditioning(control=Hint(random(1, 3, 64, 64))), None),
@@ -583,6 +648,10 @@ def test_how_many_tiles_go_together(tiled, model, batch, free, together) -> None
     )
     conds = [[{"model_conds": {}}], None]
     assert run._size(stub, conds, SAME, {}) == together
+    for elsewhere in ("multigpu_clones", "model_function_wrapper"):
+        assert run._size(stub, conds, SAME, {elsewhere: {}}) == 1
+    limited = run._size(stub, conds, SAME, {"transformer_options": {LIMIT: 10**12}})
+    assert limited == (together if batch else 1)
 
 
 # ------------------------------------------------------------------------------ active, known
@@ -626,7 +695,130 @@ def test_an_interruption_stops_between_two_tiles(tiled, model) -> None:
     assert len({id(call["x"]) for call in calls}) == 2 and not management.processing_interrupted()
 
 
+def test_a_prompt_costs_nothing_where_its_mask_is_not(tiled, model) -> None:
+    clone, calls = predicting(model)
+    positive = [*conditioning(mask=mask(0, 0, 72, 72)), *conditioning(seed=9)]
+    sample(tiled.patch(clone, tiled.Tiling(TILE, 0)), positive, steps=1)
+    sides = [side for call in calls for side in call["transformer_options"]["cond_or_uncond"]]
+    assert (sides.count(0), sides.count(1)) == (9 + 1, 9)
+
+
+def test_what_is_predicted_beside_the_sampler_has_sides_of_its_own(tiled, model) -> None:
+    """As patches of other nodes do for a guidance of theirs."""
+    import comfy.samplers
+
+    clone, calls = predicting(model)
+    found: list[Tensor] = []
+
+    def beside(args: dict[str, Any]) -> Tensor:
+        given = [args["cond"]], args["input"][..., :20, :33], args["sigma"], args["model_options"]
+        found.extend(comfy.samplers.calc_cond_batch(args["model"], *given))
+        return args["denoised"]
+
+    clone.set_model_sampler_post_cfg_function(beside)
+    sample(clone, steps=1)
+    calls.clear()
+    sample(tiled.patch(clone, tiled.Tiling(TILE, 32)), steps=1)
+    whole, apart = found
+    torch.testing.assert_close(apart, whole, rtol=0, atol=1e-5)
+    assert max(max(call["x"].shape[-2:]) for call in calls) <= TILE // 8
+
+
+# ------------------------------------------------------------------------------ pixels, latents
+@given(
+    ratio=st.sampled_from([1, 4, 8, 16, 32, 42]),
+    tile=st.integers(8, 64),
+    overlap=st.integers(0, 900),
+    sides=st.tuples(st.integers(1, 150), st.integers(1, 150)),
+)
+def test_a_grid_for_latent_pixels_of_any_size(tiled, ratio, tile, overlap, sides) -> None:
+    tiling = tiled.Tiling(tile * 32, min(overlap, tile * 32 - 16))
+    height, width = (side * 8 * 8 // ratio for side in sides)
+    grid = tiled.grid_of(tiling, max(1, height), max(1, width), ratio)
+    step = max(32, 2 * ratio)
+    for side, starts, own in (
+        (height, grid.tops, grid.tile_height),
+        (width, grid.lefts, grid.tile_width),
+    ):
+        if len(starts) == 1:
+            continue
+        assert own < side and abs(own * ratio - tiling.tile) <= step / 2
+        patch = max(16, 2 * ratio)
+        shared = min((own - (after - before)) * ratio for before, after in pairwise(starts))
+        assert shared >= min(tiling.overlap, own * ratio - patch)
+        assert all(start * ratio % patch == 0 for start in starts[:-1])
+
+
+@pytest.mark.parametrize(("ratio", "latents"), [(4, 32), (8, 16), (16, 8), (42, 4)])
+def test_tiles_are_in_the_pixels_of_the_model(tiled, model, monkeypatch, ratio, latents) -> None:
+    monkeypatch.setattr(model.model.latent_format, "spacial_downscale_ratio", ratio)
+    lines: list[str] = []
+    monkeypatch.setattr(tiled.outcome, "tell", lambda text, *nodes: lines.append(text))
+    clone, calls = predicting(model)
+    patched = tiled.patch(clone, tiled.Tiling(TILE, 0, batch=1))
+    torch.testing.assert_close(sample(patched, steps=1), sample(clone, steps=1), rtol=0, atol=1e-5)
+    assert tuple(calls[0]["x"].shape[-2:]) == (latents, latents)
+    assert lines[0].endswith(f"each {latents * ratio} x {latents * ratio} pixels")
+    options = {"transformer_options": {}}
+    found: list[int] = []
+
+    def execute(_: Any, conds: Any, x: Tensor, *rest: Any) -> list[Tensor]:
+        found.append(x.shape[-1])
+        return [x]
+
+    beside = SimpleNamespace(latent_format=model.model.latent_format, diffusion_model=None)
+    conds = [[{"model_conds": {}, "uuid": 1}]]
+    tiled.TiledModel(tiled.Tiling(TILE, 0))._calculate(
+        execute, beside, conds, random(1, 16, 99, 99), torch.ones(1), options
+    )
+    assert set(found) == {latents}
+
+
 # ------------------------------------------------------------------------------ memory
+def test_what_tiles_may_take_is_reckoned_with_their_references(tiled, model, monkeypatch) -> None:
+    """As ComfyUI itself reckons with them when it has the tile."""
+    reckoned: list[tuple[Any, Any]] = []
+    required = type(model.model).memory_required
+
+    def noting(self: Any, shape: Any, cond_shapes: Any = None) -> float:
+        found = (cond_shapes or {}).get("ref_latents", [])
+        reckoned.append((list(shape), [list(size) for size in found]))
+        return required(self, shape, cond_shapes=cond_shapes)
+
+    monkeypatch.setattr(type(model.model), "memory_required", noting)
+    halves = [random(4, 16, 1, 21, 19, seed=3), random(1, 16, 1, 8, 30)]
+    patched = tiled.patch(model, tiled.Tiling(TILE, 32, references=("crop along", "keep whole")))
+    keep: list[int] = []
+
+    def before(executor: Any, *args: Any) -> Any:
+        keep.append(len(reckoned))
+        return executor(*args)
+
+    patched.add_wrapper_with_key("calc_cond_batch", "qwen_vram.test", before)
+    sample(patched, conditioning(reference_latents=halves), steps=1, batch=2)
+    ours, *_ = reckoned[keep[0] - 1 :]
+    size = 16 * (8 * 8 + 8 * 30)
+    assert ours == ([2, 16, 1, 16, 16], [[2, 16, size // 16]])
+    assert ([6, 16, 1, 16, 16], [[6, 16, size // 16]]) in reckoned[keep[0] :]
+
+
+@pytest.mark.parametrize("first", ["fit", "tiles"])
+@pytest.mark.parametrize(("limit", "batch", "together"), [(0, 0, 3), (10**9, 0, 1), (10**9, 3, 3)])
+def test_within_a_limit_a_pass_has_one_tile(
+    host, tiled, model, first, limit, batch, together
+) -> None:
+    """Unless more are asked for: what is free is more than the limit leaves."""
+    fit = host.part("nodes.fitting").Fitting("exact only", limit)
+    noted, calls = predicting(model, lambda x, t, **_: x)
+    tiling = tiled.Tiling(TILE, 32, batch=batch)
+    both = tiled.patch(fit.patch(noted), tiling)
+    if first == "tiles":
+        both = fit.patch(tiled.patch(noted, tiling))
+    sample(both, steps=1)
+    sides = [len(call["transformer_options"]["cond_or_uncond"]) for call in calls]
+    assert [call["x"].shape[0] for call in calls] == [side * together for side in sides]
+
+
 @pytest.mark.parametrize(("batch", "count"), [(0, 1), (3, 3), (16, 9)])
 def test_the_load_reckons_with_tiles(tiled, model, batch: int, count: int) -> None:
     clone, loads = model.clone(), []
@@ -658,7 +850,7 @@ def test_the_load_reckons_with_tiles(tiled, model, batch: int, count: int) -> No
 def test_fit_goes_with_it_and_reckons_with_tiles(host, tiled, model, monkeypatch, first) -> None:
     fitting, passes = host.part("nodes.fitting"), host.part("nodes.passes")
     fit = fitting.Fitting("exact only", 10**9)
-    tiling, shapes = tiled.Tiling(TILE, 32), []
+    tiling, shapes = tiled.Tiling(TILE, 32, batch=1), []
     expect = passes.Passes.expect
 
     def keep(self: Any, patcher: Any, shape: Any, conds: Any) -> int:
@@ -719,16 +911,33 @@ def test_what_cannot_be_cut_is_refused(tiled, model) -> None:
         tiled.TiledModel(tiling)._sample(SimpleNamespace(class_obj=None), torch.zeros(1, 16, 99))
 
 
+class Somebody:
+    """A patch of another pack."""
+
+    def __call__(self, options: Any) -> Any:
+        return options
+
+    @staticmethod
+    def replace(given: dict[str, Any], more: dict[str, Any]) -> Any:
+        """That of a block."""
+        return more["original_block"](given)
+
+
 def test_the_log_names_foreign_patches_once(tiled, model, caplog) -> None:
     clone, _ = predicting(model)
-    clone.set_model_patch(lambda options: options, "attn1_patch")
+    clone.set_model_patch(Somebody(), "attn1_patch")
+    clone.set_model_patch(by_position, "attn1_patch")
+    for block in range(3):
+        clone.set_model_patch_replace(Somebody.replace, "dit", "double_block", block)
     clone.add_wrapper_with_key("diffusion_model", "somebody's", lambda run, *a, **m: run(*a, **m))
     clone = tiled.patch(clone, tiled.Tiling(TILE, 32))
     with caplog.at_level(logging.INFO, "qwen_vram"):
         for _ in range(2):
             sample(clone, steps=1)
     (line,) = [record.getMessage() for record in caplog.records if "see tiles" in record.message]
-    assert line.endswith("somebody's, attn1_patch")
+    assert line.endswith(
+        "somebody's, Somebody (attn1_patch), by_position (attn1_patch), Somebody.replace (dit)"
+    )
 
 
 def test_a_second_tiling_replaces_the_first(tiled, model) -> None:
@@ -786,6 +995,16 @@ def test_the_node_says_what_it_does(host, tiled, monkeypatch) -> None:
     assert line({"positive": given, "negative": [{}]}) == (
         "tiles: 4, each 256 x 256 pixels · references cropped: 1, whole: 2"
     )
+
+
+def test_of_references_the_first_alone_is_cropped_unless_asked(tiled) -> None:
+    """Further ones are often a style or a person, and as square as the picture."""
+    inputs = {each.id: each for each in tiled.TiledDiffusion.define_schema().inputs}
+    names = ("reference_1", "reference_2", "other_references")
+    chosen = tuple(inputs[name].default for name in names)
+    assert chosen == ("auto", "keep whole", "keep whole")
+    line = tiled.Run(tiled.Tiling(256, 64, references=chosen), SIDES).line
+    assert "cropped: 1, whole: 2" in line({"positive": [{"reference_latents": [SAME] * 3}]})
 
 
 @pytest.mark.parametrize(
