@@ -208,7 +208,8 @@ class Run:
         for cond in (cond for side in conds for cond in side or ()):
             if (value := cond["model_conds"].get(REFERENCE_LATENTS)) is not None:
                 parts = crop_references(value.cond, self.tiling.references, self.sides, tile)
-                size = type(value)(parts).size()
+                # However many there are, each latent has one of each.
+                size = type(value)([part[:1] for part in parts]).size()
                 most = max(most, [x.shape[0], *size[1:]], key=lambda shape: shape[-1])
         return model.memory_required(self.shape(x.shape), cond_shapes={REFERENCE_LATENTS: [most]})
 

@@ -136,7 +136,7 @@ def test_the_weights_sum_to_one_and_none_is_zero(grid, window) -> None:
         ("hann", 0.14644661, 0.85355339),
         ("linear", 0.25, 0.75),
         ("cosine", 0.38268343, 0.92387953),
-        ("gaussian", 0.00088418, 0.45783336),  # exp(-7.03125) and exp(-0.78125)
+        ("gaussian", 0.00088383, 0.45783336),  # exp(-7.03125) and exp(-0.78125)
     ],
 )
 def test_a_window_has_the_values_of_its_formula(window, outer, inner) -> None:
