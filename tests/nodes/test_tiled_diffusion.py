@@ -722,6 +722,16 @@ def test_what_is_predicted_beside_the_sampler_has_sides_of_its_own(tiled, model)
     assert max(max(call["x"].shape[-2:]) for call in calls) <= TILE // 8
 
 
+def test_a_load_for_another_latent_is_none_of_tiles(tiled, model) -> None:
+    """A run within the run, as of a node that samples a mask or a smaller picture first."""
+    tiling = tiled.TiledModel(tiled.Tiling(TILE, 32))
+    tiling._run = tiled.Run(tiling.tiling, SIDES)
+    for shape in ((1, 16, 1, 80, 80), (1, 16, 1, 8, 8)):
+        conds = {"positive": [{"reference_latents": [SAME]}]}
+        asked = tiling._prepare(lambda *given, **_: given, model, shape, conds)
+        assert asked == (model, shape, conds) and asked[2] is conds
+
+
 # ------------------------------------------------------------------------------ pixels, latents
 @given(
     ratio=st.sampled_from([1, 4, 8, 16, 32, 42]),
