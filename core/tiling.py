@@ -211,9 +211,9 @@ class TileBlender:
     or five dimensions and for masks, -3 for pictures (batch, height, width, channels). `into` may
     give the memory of the sum, float32 of that shape; it may lie on a disk.
 
-    Tiles that were not changed give back what was cut, within 1e-6 for values up to 1 if neighbours
-    share up to 7/8 of a tile. Beyond, hundreds of tiles add up at each pixel, and with them their
-    roundings: up to 1e-5.
+    It is kept as the mean of the tiles so far. Tiles that agree then give what they agree on, bit
+    for bit: unchanged ones what was cut. A sum would round it, and files of 8 bits, into which
+    ComfyUI rounds down, would be darker by one here and there.
 
     Over a `base` of the same shape (not `into` itself), what a tile changes of it is summed. Tiles
     that are never added then leave the base as it is, bit for bit, and so do those that equal it.
@@ -240,6 +240,9 @@ class TileBlender:
         self._sum, self._base, self._dim = into, base, dim
         self._tiles, self._weights = grid.tiles(), Weights(grid, window)
         self._missing = set(range(len(grid)))
+        self._counted = None  # the weights so far, (height, width)
+        if base is None:
+            self._counted = torch.zeros(grid.height, grid.width, device=into.device)
         self._clear()
 
     def _clear(self) -> None:
@@ -259,11 +262,18 @@ class TileBlender:
             raise ValueError(f"Tile {index + 1} came twice.")
         self._missing.remove(index)
         value = value.to(own.device, torch.float32)
+        weight = self._weights.of(index).to(own.device)
         if self._base is not None:
             value = value - crop(self._base, self._tiles[index], self._dim).to(own.device)
-        weight = self._weights.of(index).to(own.device)
-        # Ones behind the columns, as the channels of a picture.
-        own.addcmul_(value, weight.reshape(*weight.shape, *(1,) * (-self._dim - 2)))
+            own.addcmul_(value, self._spread(weight))
+        else:
+            counted = crop(self._counted, self._tiles[index])
+            counted += weight
+            own.lerp_(value, self._spread(weight / counted))
+
+    def _spread(self, weight: Tensor) -> Tensor:
+        """Ones behind the columns, as the channels of a picture."""
+        return weight.reshape(*weight.shape, *(1,) * (-self._dim - 2))
 
     def result(self) -> Tensor:
         """The sum, float32. Raises ValueError while tiles are missing, unless there is a base."""
