@@ -37,6 +37,18 @@ def require_qwen_vae(vae: Any) -> None:
         )
 
 
+def require_numbers(pixels: Tensor, what: str) -> Tensor:
+    """The same. Raises ValueError where a model has failed: NaN looks like a picture to no one."""
+    if not bool(pixels.isfinite().all()):
+        raise ValueError(
+            f"{what} came out as NaN or infinity, which is no picture. The model's numbers grew "
+            "too large, as happens in fp16, or an attention kernel fails with this model. Start "
+            "ComfyUI with --bf16-unet --bf16-vae, or with --use-pytorch-cross-attention in place "
+            "of another attention."
+        )
+    return pixels
+
+
 class Coder:
     """Pictures to latents and back, for one run of a node; `outcomes` tell what the store gave."""
 

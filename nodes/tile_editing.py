@@ -12,7 +12,7 @@ from ..core.tiling import PIXEL_PATCH, PIXEL_STEP, Tile, TileGrid, crop
 from .pictures import Picture
 from .registration import require_library
 from .tile_canvas import LATENT, Blend, Canvas, Mask, Tiles
-from .tile_coding import Coder, in_latent
+from .tile_coding import Coder, in_latent, require_numbers
 from .tile_correction import Correction, correct
 from .tile_guide import Frame, Guide, without_guide
 from .tile_sampling import Progress, Sampling
@@ -112,7 +112,8 @@ class Edit:
             mask=mask,
             callback=self.progress.callback(),
         )
-        coded, after = self.coder.decode(latent), self.coder.decode(made)
+        coded = self.coder.decode(latent)
+        after = require_numbers(self.coder.decode(made), "The guide")
         corrections = {"register": settings.registration, "colour": settings.colour_match}
         return Guide.compare(frame, before, coded, after, **corrections)
 
@@ -125,7 +126,7 @@ class Edit:
         pixels_of = way(tiles)
         corrections = {}
         for index in sorted(tiles.active):
-            pixels = pixels_of(index)
+            pixels = require_numbers(pixels_of(index), f"Tile {index + 1}")
             if len(self.grid) > 1:
                 pixels, corrections[index] = self._corrected(self.grid.tiles()[index], pixels)
             blend.add(index, pixels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,18 +20,33 @@ from torch import Tensor
 from ..core.tiling import Tile
 from .tile_canvas import Canvas
 
+LAYERED = "negative_index"  # how ComfyUI gives references to Qwen-Image-Layered alone
 Callback = Callable[[int, Tensor, Tensor, int], None]
 
 
 def require_edit_model(model: ModelPatcher) -> None:
-    """Raises ValueError for a model that takes no reference latents as Qwen-Image-Edit does."""
+    """Raises ValueError for a model that takes no reference latents as Qwen-Image-Edit does.
+
+    Qwen-Image, which draws from text alone, has the very same weights by name and shape: it cannot
+    be told apart, and the help says so.
+    """
     inner = model.model
-    if not isinstance(inner, comfy.model_base.QwenImage):
+    other = isinstance(inner, comfy.model_base.MageFlow)  # made from it, for another VAE
+    network = getattr(inner, "diffusion_model", None)
+    layered = getattr(network, "default_ref_method", None) == LAYERED
+    if not isinstance(inner, comfy.model_base.QwenImage) or other or layered:
+        name = "Qwen-Image-Layered" if layered else type(inner).__name__
         raise ValueError(
-            f"The model input carries {type(inner).__name__}, which is not Qwen-Image-Edit. "
+            f"The model input carries {name}, which is not Qwen-Image-Edit. "
             "Load qwen_image_edit_2511 or another Qwen-Image-Edit with Load Diffusion Model "
             "(Qwen VRAM)."
         )
+
+
+def takes_negative(model: ModelPatcher, cfg: float) -> bool:
+    """Whether ComfyUI runs the negative prompt: not with CFG 1, unless a patch wants to see it."""
+    wanted = model.model_options.get("disable_cfg1_optimization", False)
+    return bool(wanted) or not math.isclose(cfg, 1.0)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, merge_nested_dicts
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -51,6 +51,22 @@ WAITS = "samples in tiles when a sampler runs with it"
 def patch(model: ModelPatcher, tiling: Tiling) -> ModelPatcher:
     """A clone of the model that samples in tiles; an earlier tiling is replaced."""
     return TiledModel(tiling).patch(model)
+
+
+def require_tileable(model: ModelPatcher) -> None:
+    """Raises ValueError for a model that a run in tiles would refuse, before anything is run."""
+    inner = model.model_options["transformer_options"]
+    wrappers = merge_nested_dicts(inner.get("wrappers", {}), model.wrappers)
+    _require_no_memory({**inner, "wrappers": wrappers})
+
+
+def _require_no_memory(inner: dict[str, Any]) -> None:
+    """`inner`: transformer_options. Raises ValueError for what one tile would get of another."""
+    if foreign.cached(inner):
+        raise ValueError(REMEMBERS.format("EasyCache"))
+    every = (patch for kind in inner.get("patches", {}).values() for patch in kind)
+    if any(type(patch).__name__ == KV_CACHE for patch in every):
+        raise ValueError(REMEMBERS.format("Flux KV Cache"))
 
 
 class TiledModel:
@@ -103,11 +119,7 @@ class TiledModel:
         """Raises ValueError for what cannot work with tiles; names in the log what may not."""
         inner = options["transformer_options"]
         patches = inner.get("patches", {})
-        every = [patch for kind in patches.values() for patch in kind]
-        if foreign.cached(inner):
-            raise ValueError(REMEMBERS.format("EasyCache"))
-        if any(type(patch).__name__ == KV_CACHE for patch in every):
-            raise ValueError(REMEMBERS.format("Flux KV Cache"))
+        _require_no_memory(inner)
         if options.get("context_handler") is not None:
             raise ValueError(WINDOWS_OF_FRAMES)
         if any("gligen" in cond for side in conds.values() for cond in side):

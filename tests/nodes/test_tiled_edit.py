@@ -6,7 +6,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -345,6 +345,19 @@ def test_a_model_without_reference_latents_is_refused(host) -> None:
         part(host, "tile_sampling").require_edit_model(Model())
 
 
+@pytest.mark.parametrize("kind", ["MageFlow", "Qwen-Image-Layered"])
+def test_a_relative_of_qwen_image_edit_is_refused(host, kind) -> None:
+    import comfy.model_base
+
+    own = {"MageFlow": comfy.model_base.MageFlow}.get(kind, comfy.model_base.QwenImage)
+    inner = own.__new__(own)
+    torch.nn.Module.__init__(inner)
+    inner.diffusion_model = torch.nn.Linear(1, 1)
+    inner.diffusion_model.default_ref_method = "index" if kind == "MageFlow" else "negative_index"
+    with pytest.raises(ValueError, match=f"carries {kind}, which is not"):
+        part(host, "tile_sampling").require_edit_model(SimpleNamespace(model=inner))
+
+
 def test_without_scikit_image_it_says_so_before_anything_is_sampled(
     host, hand_over, untouched, monkeypatch
 ) -> None:
@@ -394,6 +407,7 @@ class Sampled(NamedTuple):
     denoise: float
     mask: torch.Tensor | None
     model: Any
+    by: Any  # the Sampling
 
 
 @pytest.fixture
@@ -402,7 +416,7 @@ def untouched(host, quick_vae, monkeypatch) -> list[Sampled]:
     calls: list[Sampled] = []
 
     def run(self, latent, noise, references, *, denoise, mask, callback, model=None) -> Any:
-        calls.append(Sampled(latent, noise, references, denoise, mask, model))
+        calls.append(Sampled(latent, noise, references, denoise, mask, model, self))
         return latent
 
     monkeypatch.setattr(part(host, "tile_sampling").Sampling, "run", run)
@@ -617,3 +631,177 @@ def test_a_guide_names_the_tiles_that_it_changes_also_at_the_end_of_a_side(
     target, unchanged = guide.target(grid.tiles()[-1], canvas.crop(grid.tiles()[-1]))
     assert (target[:, -40:, -40:] > 0.9).all() and (unchanged[:, -40:, -40:] == 0).all()
     assert not target[:, :50, :50].any() and (unchanged[:, :50, :50] > 0.999).all()
+
+
+# --------------------------------------------------------------------------------- what else counts
+def clone_of_the_model(host: Host) -> Any:
+    """That of the last run."""
+    return host.executor.caches.outputs.get_local("shift").outputs[0][0].clone()
+
+
+def test_the_negative_is_the_sampler_s_also_with_cfg_1_where_a_patch_wants_it(
+    host, hand_over, untouched
+) -> None:
+    inputs = {"guide": "off", **EVERY, **SMALL, "negative": "blurry"}
+    host.run(hand_over(cat(64, 64), **{**inputs, "cfg": 2.0}))
+    host.run(hand_over(cat(64, 64), **inputs))
+    wants = clone_of_the_model(host)
+    wants.set_model_sampler_post_cfg_function(
+        lambda values: values["denoised"], disable_cfg1_optimization=True
+    )
+    host.run(hand_over(cat(64, 64), {"model": wants}, **inputs))
+    both, one, wanted = (call.by for call in untouched)
+    assert one.negative is one.positive
+    for by in (both, wanted):
+        assert not torch.equal(by.positive[0][0], by.negative[0][0])
+        assert torch.equal(by.positive[0][0], one.positive[0][0])
+
+
+@pytest.mark.parametrize(("guide", "cropped"), [("start of denoising", 1), ("extra reference", 2)])
+def test_only_active_tiles_are_sampled_and_further_references_stay_whole(
+    host, hand_over, untouched, monkeypatch, guide, cropped
+) -> None:
+    tilings: list[Any] = []
+    editing = part(host, "tile_editing")
+    patch = editing.patch
+    monkeypatch.setattr(editing, "patch", lambda *given: tilings.append(given[1]) or patch(*given))
+    only(monkeypatch, host, 1, 2)
+    graph = hand_over(cat(400, 290), {"image2": cat(64, 64)}, guide=guide, **SMALL)
+    host.run(graph)
+    assert tilings[0].active == {1, 2}
+    assert torch.equal(tilings[0].known, untouched[1].references[0])
+    assert tilings[0].references == (*("crop along",) * cropped, "keep whole")
+
+
+def test_weights_in_pinned_memory_stay_there_when_the_tiles_are_done(
+    host, hand_over, untouched
+) -> None:
+    graph = hand_over(cat(400, 290), guide="off", **EVERY, **SMALL)
+    host.run(graph)
+    model = clone_of_the_model(host)
+    model.pinned = {"a weight"}
+    try:
+        graph = hand_over(cat(400, 290), {"model": model}, guide="off", **EVERY, **SMALL)
+        host.run(graph)
+        assert untouched[-1].model.pinned == set() and model.pinned == {"a weight"}
+    finally:
+        model.pinned = set()
+
+
+def test_the_pictures_of_a_batch_have_their_own_masks_and_one_place(
+    host, hand_over, untouched, monkeypatch
+) -> None:
+    """In a file on the disk, where they are large."""
+    node_of = part(host, "tiled_edit")
+    places: list[torch.Tensor] = []
+    new = node_of.new_picture
+    monkeypatch.setattr(node_of, "new_picture", lambda s: places.append(new(s)) or places[-1])
+    pair = torch.cat([cat(96, 64), cat(96, 64).flip(2)])
+    masks = torch.cat([torch.zeros(1, 64, 96), torch.ones(1, 64, 96)])
+    run = host.run(hand_over(pair, {"mask": masks}, guide="off", **EVERY, **SMALL))
+    assert torch.equal(image(run)[0], pair[0]) and not edited(run)[0].any()
+    assert not torch.equal(image(run)[1], pair[1]) and (edited(run)[1] == 1).all()
+    assert [place.data_ptr() for place in places] == [image(run).data_ptr(), edited(run).data_ptr()]
+
+
+def test_an_empty_mask_needs_no_model_of_the_prompt(host, hand_over, untouched) -> None:
+    picture = torch.cat([cat(300, 260)] * 2)
+    run = host.run(hand_over(picture, {"mask": torch.zeros(1, 260, 300)}, **SMALL))
+    assert torch.equal(image(run), picture) and not untouched
+    assert not {"clip", "vae"} & set(run.executed)
+    assert "nothing edited: the mask is empty" in run.status("edit")["text"]
+
+
+def test_a_latent_that_the_vae_made_in_tiles_is_not_stored(host, quick_vae, monkeypatch) -> None:
+    coding = part(host, "tile_coding")
+    picture = part(host, "pictures").Picture(1, cat(64, 64), (64, 64), "untouched")
+    monkeypatch.setattr(coding, "why_stock_encodes", lambda *_: "")
+    assert not coding._encode_whole(None, picture).tiled
+    tiles = part(host, "vae_layers").Outcome("tiles", 4)
+    monkeypatch.setattr(coding, "encode", lambda *_: (torch.zeros(1, 16, 1, 8, 8), tiles))
+    assert coding._encode_whole(None, picture).tiled
+
+
+def test_what_the_vae_cannot_keep_is_no_change(host) -> None:
+    guides, canvas_of = part(host, "tile_guide"), part(host, "tile_canvas")
+    picture = (torch.arange(128) // 2 % 2).float().expand(1, 128, 128)[..., None].repeat(1, 1, 1, 3)
+    coded = torch.full_like(picture, 0.5)
+    frame = guides.Frame.of(canvas_of.Canvas(picture))
+    off = {"register": False, "colour": False}
+    assert guides.Guide.compare(frame, picture, coded, coded, **off).change.max() < 0.5 / 255
+    other = guides.Guide.compare(frame, picture, coded, picture, **off)
+    assert other.change.max() > 6 / 255
+
+
+def test_a_guide_that_is_enlarged_stays_a_picture(host, monkeypatch) -> None:
+    """Cubic curves go beyond the values that they run through."""
+    guides, canvas_of = part(host, "tile_guide"), part(host, "tile_canvas")
+    monkeypatch.setattr(guides, "PIXELS", 64 * 64)
+    canvas = canvas_of.Canvas(torch.zeros(1, 256, 256, 3))
+    frame = guides.Frame.of(canvas)
+    sharp = torch.zeros(1, 64, 64, 3)
+    sharp[:, :, 32:] = 1
+    off = {"register": False, "colour": False}
+    guide = guides.Guide.compare(frame, sharp, sharp, sharp, **off)
+    found = guide.crop(canvas.whole)
+    assert found.shape == (1, 256, 256, 3) and found.min() == 0 and found.max() == 1
+
+
+def test_what_was_looked_up_answers_the_same_inputs_only_and_keeps_no_picture(host) -> None:
+    tiled = part(host, "tiled_edit")
+    picture = torch.ones(1, 4, 4, 3)
+    asked = tiled.Asked(picture, None, None, "make it red", "", False, "off")
+    found = tiled.Found(asked.weak(), [])
+    assert found.answers(asked)
+    for other in (
+        asked._replace(image=picture.clone()),
+        asked._replace(image2=picture),
+        asked._replace(image=None),
+        asked._replace(instruction="make it blue"),
+        asked._replace(both=True),
+    ):
+        assert not found.answers(other)
+    left = found.asked[0]
+    del picture, asked, other
+    assert left() is None
+
+
+def test_the_sampler_gets_the_seed(host, hand_over, quick_vae, monkeypatch) -> None:
+    """Some samplers draw noise of their own."""
+    import comfy.sample
+
+    given: list[dict[str, Any]] = []
+
+    def sample(model, noise, steps, cfg, name, scheduler, positive, negative, latent, **more):
+        given.append(more)
+        return latent
+
+    monkeypatch.setattr(comfy.sample, "sample", sample)
+    host.run(hand_over(cat(400, 290), seed=77, **EVERY, **SMALL))
+    assert [more["seed"] for more in given] == [77, 77]
+
+
+@pytest.mark.parametrize(
+    ("guide", "what"), [("start of denoising", "The guide"), ("off", "Tile 1")]
+)
+def test_a_model_that_gives_nan_is_named(host, hand_over, quick_vae, monkeypatch, guide, what):
+    def run(self, latent, *_: Any, **__: Any) -> torch.Tensor:
+        return latent * float("nan")
+
+    monkeypatch.setattr(part(host, "tile_sampling").Sampling, "run", run)
+    with pytest.raises(RunError, match=f"{what} came out as NaN .* --bf16-unet"):
+        host.run(hand_over(cat(400, 290), guide=guide, **EVERY, **SMALL))
+
+
+def test_a_cache_of_steps_is_refused_before_anything_is_loaded(host, hand_over, untouched) -> None:
+    graph = hand_over(cat(300, 64), **EVERY, **SMALL)
+    host.run(graph)
+    model = clone_of_the_model(host)
+    untouched.clear()
+    model.add_wrapper_with_key("diffusion_model", "easycache", lambda executor, *a: executor(*a))
+    with pytest.raises(RunError, match="EasyCache keeps what the model computed") as failure:
+        host.run(hand_over(cat(300, 64), {"model": model}, **EVERY, **SMALL))
+    assert failure.value.details["node_id"] == "edit" and not untouched
+    one_by_one = {"mode": "one after another", **EVERY, **SMALL}
+    host.run(hand_over(cat(300, 64), {"model": model}, **one_by_one))
+    host.run(hand_over(cat(256, 64), {"model": model}, **EVERY, **SMALL))  # a single tile
