@@ -48,11 +48,6 @@ FOREIGN = "Tiled Diffusion: patches of other nodes see tiles instead of the pict
 WAITS = "samples in tiles when a sampler runs with it"
 
 
-def patch(model: ModelPatcher, tiling: Tiling) -> ModelPatcher:
-    """A clone of the model that samples in tiles; an earlier tiling is replaced."""
-    return TiledModel(tiling).patch(model)
-
-
 def require_tileable(model: ModelPatcher) -> None:
     """Raises ValueError for a model that a run in tiles would refuse, before anything is run."""
     inner = model.model_options["transformer_options"]
@@ -67,6 +62,11 @@ def _require_no_memory(inner: dict[str, Any]) -> None:
     every = (patch for kind in inner.get("patches", {}).values() for patch in kind)
     if any(type(patch).__name__ == KV_CACHE for patch in every):
         raise ValueError(REMEMBERS.format("Flux KV Cache"))
+
+
+def patch(model: ModelPatcher, tiling: Tiling) -> ModelPatcher:
+    """A clone of the model that samples in tiles; an earlier tiling is replaced."""
+    return TiledModel(tiling).patch(model)
 
 
 class TiledModel:
