@@ -476,11 +476,15 @@ def test_beyond_24_megapixels_the_vae_goes_tile_by_tile(
 ) -> None:
     graph = hand_over(cat(400, 290), guide="off", **EVERY, **SMALL)
     at_once = image(host.run(graph))
-    monkeypatch.setattr(part(host, "tile_coding"), "WHOLE_PIXELS", 0)
+    coding, pieces = part(host, "tile_coding"), []
+    encode = coding.encode
+    monkeypatch.setattr(coding, "WHOLE_PIXELS", 0)
+    monkeypatch.setattr(coding, "encode", lambda *g: pieces.append(g[1].shape) or encode(*g))
     graph["edit"]["inputs"]["seed"] = 4
     by_tiles = image(host.run(graph))
     assert untouched[1].references[0].shape == untouched[0].references[0].shape
-    assert 0 < (by_tiles - at_once).abs().mean() < 1 / 255
+    assert pieces == [(1, 256, 256, 3)] * 4
+    assert (by_tiles - at_once).abs().mean() < 1 / 255
 
 
 # --------------------------------------------------------------------------------- progress
