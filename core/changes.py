@@ -68,6 +68,34 @@ def _mean(values: Tensor) -> Tensor:
     return F.avg_pool2d(values, PATCH, 1, PATCH // 2, count_include_pad=False)
 
 
+def grown(change: Tensor) -> Tensor:
+    """A change map (1, h, w) whose changes reach on by the margin: (1, h, w)."""
+    margin = _margin(change)
+    wide = F.max_pool2d(change[None], (2 * margin + 1, 1), 1, (margin, 0))
+    return F.max_pool2d(wide, (1, 2 * margin + 1), 1, (0, margin))[0]
+
+
+def share(change: Tensor, threshold: float) -> Tensor:
+    """How much of an edit each place of its `change_map` takes, (1, h, w) in 0..1.
+
+    1 from the threshold on (in units of 1/255) and a margin around, then falling softly, 0 where
+    nothing near changes by half of it. With a threshold of 0 every place takes all.
+    """
+    if threshold <= 0:
+        return torch.ones_like(change)
+    steep = (grown(change) * 255 / threshold * 2 - 1).clamp(0, 1)
+    radius = (_margin(change) + 1) // 2
+    soft = grown(steep)
+    for _ in range(2):
+        edges = F.pad(soft[None], (radius,) * 4, mode="replicate")
+        soft = F.avg_pool2d(edges, 2 * radius + 1, 1)[0]
+    return soft.clamp(0, 1)
+
+
+def _margin(change: Tensor) -> int:
+    return ceil(max(change.shape[-2:]) * MARGIN)
+
+
 def changed_tiles(change: Tensor, grid: TileGrid, threshold: float) -> frozenset[int]:
     """The tiles of `grid`, by their place in its `tiles()`, that an edit changes somewhere.
 
@@ -77,14 +105,12 @@ def changed_tiles(change: Tensor, grid: TileGrid, threshold: float) -> frozenset
     if threshold <= 0:
         return frozenset(range(len(grid)))
     height, width = change.shape[-2:]
-    margin = ceil(max(height, width) * MARGIN)
-    grown = F.max_pool2d(change[None], (2 * margin + 1, 1), 1, (margin, 0))
-    grown = F.max_pool2d(grown, (1, 2 * margin + 1), 1, (0, margin))[0]
+    wide = grown(change)
     found = []
     for index, tile in enumerate(grid.tiles()):
         rows = _scaled(tile.top, tile.height, height, grid.height)
         columns = _scaled(tile.left, tile.width, width, grid.width)
-        part = crop(grown, Tile(rows[0], columns[0], rows[1], columns[1]))
+        part = crop(wide, Tile(rows[0], columns[0], rows[1], columns[1]))
         if part.max() * 255 > threshold:
             found.append(index)
     return frozenset(found)

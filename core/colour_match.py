@@ -15,7 +15,7 @@ from torch import Tensor
 SIDE = 64  # cells along the longer side of the small copy, at most
 CELL = 8  # pixels of a cell's side, at least: texture that has moved is the same on the average
 REACH = 1 / 20  # standard deviation of the blur, of the longer side
-MOST = 24 / 255  # a difference beyond this is no drift
+MOST = 24 / 255  # more is no drift: taken off where trusted, but not carried on
 TWICE = 4  # rounds in which what is left is matched again (Tukey's twicing)
 LEAST_TRUST = 0.02  # of the tile
 FAINT = 1e-3  # weight of the tile's mean difference, where nothing trusted is near
@@ -50,8 +50,15 @@ def colour_match(tile: Tensor, target: Tensor, trusted: Tensor) -> Match:
     for _ in range(1 + TWICE):
         smooth = smooth + _carried(apart - smooth, weight)
     smooth = smooth.clamp(-MOST, MOST)
-    full = F.interpolate(smooth, size=tile.shape[1:3], mode="bilinear")
-    return Match(full.movedim(1, -1), float((beyond * weight).sum() / weight.sum()))
+    # Far off where the target is the truth: the tile went wrong there, and follows it.
+    known = (weight > 1e-6).float()
+    rest = known * beyond * ((wanted - own) / weight.clamp(min=1e-6) - smooth)
+    smooth, rest, known = (
+        F.interpolate(v, size=tile.shape[1:3], mode="bilinear").movedim(1, -1)
+        for v in (smooth, rest, known)
+    )
+    rest = rest / known.clamp(min=1e-6) * trusted[..., None]
+    return Match(smooth + rest, float((beyond * weight).sum() / weight.sum()))
 
 
 def _small(values: Tensor, trusted: Tensor) -> Tensor:

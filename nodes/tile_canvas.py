@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import ceil
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -12,6 +14,7 @@ from ..core.tiling import PIXEL_STEP, Tile, TileGrid, Weights
 from .disk import new_picture
 
 LATENT = 8  # pixels of the picture along a side of a latent pixel
+STRIP = 512  # rows of the picture at a time, a multiple of LATENT
 
 
 def multiple(side: int) -> int:
@@ -72,14 +75,37 @@ class Mask:
         """(1, h, w)."""
         return _cut(self.values[..., None], tile)[..., 0]
 
-    def latent(self, tile: Tile) -> Tensor:
-        """(1, h / 8, w / 8): 1 for each latent pixel that the mask touches."""
-        return (functional.max_pool2d(self.crop(tile), LATENT) > 0).float()
-
     def reduced(self, height: int, width: int, padded: bool) -> Tensor:
-        """(1, height, width): the same for a latent of the whole picture in another size."""
+        """(1, height, width): 1 where it touches a latent of the whole picture in another size."""
         values = self.crop(self._whole) if padded else self.values
         return (functional.adaptive_max_pool2d(values, (height, width)) > 0).float()
+
+
+class Region:
+    """Where a picture may change, and how much of the edit each pixel takes: from 0 to 1.
+
+    The product of the user's mask and of the share that the guide gives each place; at least one of
+    the two. Made tile by tile: it is as large as the picture.
+    """
+
+    def __init__(self, mask: Mask | None, share: Callable[[Tile], Tensor] | None) -> None:
+        self._parts = [part for part in (mask and mask.crop, share) if part is not None]
+
+    def crop(self, tile: Tile) -> Tensor:
+        """(1, h, w)."""
+        first, *more = (part(tile) for part in self._parts)
+        for factor in more:
+            first = first * factor
+        return first
+
+    def latent(self, tile: Tile) -> Tensor:
+        """(1, h / 8, w / 8): 1 for each latent pixel of which any pixel may change."""
+        strips = []
+        for top in range(tile.top, tile.top + tile.height, STRIP):
+            height = min(STRIP, tile.top + tile.height - top)
+            values = self.crop(Tile(top, tile.left, height, tile.width))
+            strips.append((functional.max_pool2d(values, LATENT) > 0).float())
+        return torch.cat(strips, 1)
 
 
 class Tiles(NamedTuple):
@@ -101,7 +127,7 @@ class Blend:
     for bit. It is TileBlender's sum, but the last tiles may stick out of the picture.
     """
 
-    def __init__(self, canvas: Canvas, tiles: Tiles, mask: Mask | None) -> None:
+    def __init__(self, canvas: Canvas, tiles: Tiles, mask: Region | None) -> None:
         channels = max(3, canvas.picture.shape[-1])
         self._canvas, self._tiles, self._mask = canvas, tiles.grid.tiles(), mask
         self._weights = Weights(tiles.grid, tiles.window)
@@ -112,12 +138,15 @@ class Blend:
         if channels > 3:
             self.result[..., 3:].copy_(canvas.picture[..., 3:])
 
+    def share(self, index: int) -> Tensor:
+        """How much of a tile comes into the picture, (1, h, w)."""
+        share = self._weights.of(index)[None]
+        return share if self._mask is None else share * self._mask.crop(self._tiles[index])
+
     def add(self, index: int, value: Tensor) -> None:
         """(1, h, w, 3), by the tile's place in the grid."""
         tile = self._tiles[index]
-        share = self._weights.of(index)[None, ..., None]
-        if self._mask is not None:
-            share = share * self._mask.crop(tile)[..., None]
+        share = self.share(index)[..., None]
         into, edited = (self._part(t, tile) for t in (self.result[..., :3], self.edited))
         height, width = into.shape[1:3]
         share, value = share[:, :height, :width], value[:, :height, :width].float()

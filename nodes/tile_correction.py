@@ -14,13 +14,15 @@ class Correction(NamedTuple):
     """What was done to a tile.
 
     `down` and `right` are the pixels that it was moved by, `colour` the mean of what was added to
-    red, green and blue, of 255. `note` says what was not corrected and why, or is empty.
+    red, green and blue, of 255. `note` says what was not corrected and why, or is empty. `far` is
+    how much of what can be compared was off by more than a drift.
     """
 
     down: float
     right: float
     colour: tuple[float, float, float]
     note: str
+    far: float = 0.0
 
 
 NOTHING = (0.0, 0.0, 0.0)
@@ -44,21 +46,24 @@ def correct(
     if register:
         by = registration.displacement(tile, target, unchanged)
         if by.down or by.right:
-            tile = registration.moved(tile, by)
+            tile = registration.moved(tile, by).clamp(0, 1)  # cubic splines overshoot
         notes.append(by.note)
-    added = NOTHING
+    added, far = NOTHING, 0.0
     if colour:
         match = colour_match.colour_match(tile, target, unchanged)
         tile = (tile + match.difference).clamp(0, 1)
         red, green, blue = (255 * match.difference.mean((0, 1, 2))).tolist()
-        added = (red, green, blue)
+        added, far = (red, green, blue), match.beyond
         notes.append(_told(match))
-    return tile, Correction(by.down, by.right, added, "; ".join(filter(None, notes)))
+    return tile, Correction(by.down, by.right, added, "; ".join(filter(None, notes)), far)
 
 
 def _told(match: colour_match.Match) -> str:
-    """About a match that could not follow the target."""
+    """About a tile that was more than a drift off."""
     if match.beyond < 0.1:
         return ""
     most = round(255 * colour_match.MOST)
-    return f"{match.beyond:.0%} of it differs by more than {most} of 255, which is not followed"
+    return (
+        f"{match.beyond:.0%} of what the guide leaves alone differed by more than {most} of 255 "
+        "and was put back"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -11,12 +11,12 @@ from torch import Tensor
 from ..core.tiling import PIXEL_PATCH, PIXEL_STEP, Tile, TileGrid, crop
 from .pictures import Picture
 from .registration import require_library
-from .tile_canvas import LATENT, Blend, Canvas, Mask, Tiles
+from .tile_canvas import LATENT, Blend, Canvas, Mask, Region, Tiles
 from .tile_coding import Coder, in_latent, require_numbers
 from .tile_correction import Correction, correct
 from .tile_guide import Frame, Guide, without_guide
 from .tile_sampling import Progress, Sampling
-from .tiled_diffusion import CROP, WHOLE, Tiling, patch
+from .tiled_diffusion import CROP, WHOLE, Tiling, patch, untiled
 
 TOGETHER, ONE_BY_ONE = MODES = ("together", "one after another")
 START, EXTRA, OFF = GUIDES = ("start of denoising", "extra reference", "off")
@@ -53,6 +53,8 @@ class Edited(NamedTuple):
     guide: Guide | None
     corrections: dict[int, Correction]
     mask_resized: bool
+    differences: dict[int, float]  # from the guide, as by Guide.difference
+    was_tiled: bool  # the model, by a node in front
 
 
 @dataclass
@@ -67,6 +69,8 @@ class Edit:
     progress: Progress
     others: Sequence[Tensor]
     guide: Guide | None = None
+    region: Region | None = None  # where pixels may change; None: everywhere
+    differences: dict[int, float] = field(default_factory=dict)
     grid: TileGrid = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,6 +78,16 @@ class Edit:
 
     def run(self) -> Edited:
         """Edit it. Raises ImportError with a sentence, where scikit-image is missing."""
+        given = self.sampling.model
+        model = untiled(given)  # tiles of tiles, or of the guide, are nobody's wish
+        self.sampling = replace(self.sampling, model=model)
+        try:
+            return self._run(was_tiled=model is not given)
+        finally:
+            if model is not given:
+                model.pinned = set()  # of the weights, shared with the model: see nodes/sampler.py
+
+    def _run(self, *, was_tiled: bool) -> Edited:
         every = range(len(self.grid))
         touched = frozenset(i for i in every if self._is_touched(i))
         settings, active = self.settings, touched
@@ -83,13 +97,17 @@ class Edit:
         if len(self.grid) > 1 and settings.guide != OFF and touched:
             self.guide = self._make_guide(len(touched))
             active &= self.guide.changed(self.grid, settings.skip_threshold)
+            self.region = self.guide.region(self.mask, settings.skip_threshold)
+        elif self.mask is not None:
+            self.region = Region(self.mask, None)
         tiles = Tiles(self.grid, settings.window, active)
-        blend = Blend(self.canvas, tiles, self.mask)
+        blend = Blend(self.canvas, tiles, self.region)
         corrections = self._edit_tiles(tiles, blend) if active else {}
         image, edited = blend.finish()
         untouched = frozenset(every) - touched
         resized = self.mask is not None and self.mask.resized
-        return Edited(image, edited, tiles, untouched, self.guide, corrections, resized)
+        found = (self.guide, corrections, resized, self.differences, was_tiled)
+        return Edited(image, edited, tiles, untouched, *found)
 
     def _is_touched(self, index: int) -> bool:
         """Whether the mask lets anything of a tile be edited."""
@@ -128,13 +146,17 @@ class Edit:
         for index in sorted(tiles.active):
             pixels = require_numbers(pixels_of(index), f"Tile {index + 1}")
             if len(self.grid) > 1:
-                pixels, corrections[index] = self._corrected(self.grid.tiles()[index], pixels)
+                tile = self.grid.tiles()[index]
+                original = self.canvas.crop(tile)
+                pixels, corrections[index] = self._corrected(tile, original, pixels)
+                if self.guide is not None:
+                    found = self.guide.difference(tile, original, pixels, blend.share(index))
+                    self.differences[index] = found
             blend.add(index, pixels)
         return corrections
 
-    def _corrected(self, tile: Tile, pixels: Tensor) -> tuple[Tensor, Correction]:
+    def _corrected(self, tile: Tile, original: Tensor, pixels: Tensor) -> tuple[Tensor, Correction]:
         """An edited tile in its place and in its colours."""
-        original = self.canvas.crop(tile)
         if self.guide is not None:
             target, unchanged = self.guide.target(tile, original)
         else:
@@ -168,7 +190,7 @@ class Edit:
         guide = None
         if self.guide is not None:
             guide = coder.encode_tiles(self.grid, self.guide.crop, coder.encode)
-        mask = self.mask.latent(whole) if self.mask else None
+        mask = self.region.latent(whole) if self.region else None
         model = patch(self.sampling.model, self._tiling(tiles, original))
         try:
             made = self.sampling.run(
@@ -214,7 +236,7 @@ class Edit:
             guides = {i: self.coder.encode(self.guide.crop(tile)) for i, tile in places.items()}
         made = {}
         for index, tile in places.items():
-            mask = self.mask.latent(tile) if self.mask else None
+            mask = self.region.latent(tile) if self.region else None
             original, guide = originals.pop(index), guides.pop(index, None)
             made[index] = self.sampling.run(
                 self._start(original, guide, mask),

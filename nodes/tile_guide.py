@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..core.changes import change_map, changed_tiles
+from ..core.changes import change_map, changed_tiles, share
 from ..core.disk_backed import reduced
 from ..core.tiling import Tile, TileGrid
 from .pictures import Size, aligned
-from .tile_canvas import Canvas
+from .tile_canvas import Canvas, Mask, Region
 from .tile_correction import Correction, correct
 
 PIXELS = 1024 * 1024  # what the model is made for
 TRUST = 6 / 255  # a place that the guide changed by so much has no original to be compared with
 COARSE = 4  # pixels in one: without a guide, a tile is compared at this size
+CHANGED = 24.0  # of 255: what a guide changes by so much can be told from what tiles draw anew
+LEAST_CHANGED = 0.005  # of a tile
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,38 @@ class Guide:
         right = ceil(width * max(0, grid.width / self.frame.columns - 1))
         change = functional.pad(self.change[None], (0, right, 0, below), mode="replicate")[0]
         return changed_tiles(change, grid, threshold)
+
+    @property
+    def most(self) -> float:
+        """The largest change, of 255."""
+        return float(self.change.max()) * 255
+
+    def region(self, mask: Mask | None, threshold: float) -> Region | None:
+        """What the edit may change, of what the mask leaves; None for a picture that may change
+        everywhere. `threshold` as for `changed`."""
+        if threshold <= 0:
+            return Region(mask, None) if mask is not None else None
+        taken = share(self.change, threshold)[:, None]
+        return Region(mask, lambda tile: self.frame.enlarged(taken, tile, "bilinear")[:, 0])
+
+    def difference(self, tile: Tile, original: Tensor, edited: Tensor, share: Tensor) -> float:
+        """How far an edited tile is from the guide where that changed the picture.
+
+        0: it is as the guide; 1: as far from it as the original. Seen at the guide's size, over
+        areas of COARSE pixels: what is finer is the tile's to draw. What counts little in the blend
+        by its `share`, (1, h, w), counts little here.
+        """
+        area = max(1, round(COARSE * self.frame.rows / self.frame.size.height))
+        changed = self.frame.enlarged(self.change[:, None], tile, "bilinear") * 255 > CHANGED
+        where = functional.avg_pool2d(changed * share[:, None], area)
+        guide, before, after = (
+            functional.avg_pool2d(t.movedim(-1, 1).float(), area)
+            for t in (self.crop(tile), original, edited)
+        )
+        asked = ((guide - before).abs() * where).sum()
+        if where.mean() < LEAST_CHANGED or asked <= 0:
+            return 0.0
+        return float(((guide - after).abs() * where).sum() / asked)
 
     def target(self, tile: Tile, original: Tensor) -> tuple[Tensor, Tensor]:
         """What a tile should look like, (1, h, w, 3), and where that is the original, (1, h, w)."""

@@ -14,6 +14,8 @@ from .tile_correction import Correction
 from .tile_editing import Edited, Settings
 
 LEAST_MOVE, LEAST_COLOUR = 0.005, 0.05  # pixels, of 255: what rounds to zero in the text
+ASTRAY = 0.5  # of the way from the guide to the original: measured, edits are lost from here on
+FAR = 0.5  # of what can be compared of a tile
 
 
 def plan_of(picture: Tensor, edited: Edited) -> Tensor:
@@ -41,6 +43,10 @@ def _most_moved(every: Sequence[Correction]) -> float:
 def _most_coloured(every: Sequence[Correction]) -> float:
     """Of 255, in one channel."""
     return max((max(map(abs, c.colour)) for c in every), default=0.0)
+
+
+def _tiles(number: int) -> str:
+    return "1 tile" if number == 1 else f"{number} tiles"
 
 
 def _told(made: Correction) -> str:
@@ -79,6 +85,7 @@ class Report:
             parts.append(f"moved by up to {most:.2f} px")
         if (most := _most_coloured(corrections)) >= LEAST_COLOUR:
             parts.append(f"colour by up to {most:.1f} of 255")
+        parts += self._warnings()
         if any(made.mask_resized for made in self._made):
             parts.append("mask resized to the picture")
         if conditionings:
@@ -87,11 +94,28 @@ class Report:
             parts.append(told("latents: ", references))
         return " · ".join([*parts, *self._notes])
 
+    def _warnings(self) -> list[str]:
+        """What the user should know of and can do something about."""
+        astray = sum(d > ASTRAY for made in self._made for d in made.differences.values())
+        far = sum(c.far > FAR for made in self._made for c in made.corrections.values())
+        parts = []
+        if astray:
+            parts.append(f"{_tiles(astray)} far from the guide: lower denoise")
+        if far:
+            parts.append(f"{_tiles(far)} far from the picture put back: lower denoise")
+        if any(made.was_tiled for made in self._made):
+            parts.append("tiling of the model left out")
+        return parts
+
     def _why_nothing(self) -> str:
         """Why no tile was edited."""
         if all(len(made.untouched) == len(made.tiles.grid) for made in self._made):
             return "nothing edited: the mask is empty"
-        return "nothing edited: the guide changes no tile by skip_threshold"
+        most = max(made.guide.most for made in self._made if made.guide is not None)
+        return (
+            f"nothing edited: the guide changes at most {most:.1f} of 255, skip_threshold is "
+            f"{self._settings.skip_threshold:g}: lower it"
+        )
 
     # --------------------------------------------------------------------------------- the report
     def text(self) -> str:
@@ -117,6 +141,13 @@ class Report:
         if made.mask_resized:
             lines.append("The mask had another size than the picture and was resized to it.")
         lines += [f"Tile {i + 1}: {_told(c)}." for i, c in sorted(made.corrections.items())]
+        lines += [
+            f"Tile {i + 1} is far from the guide where that changes the picture: lower denoise."
+            for i, difference in sorted(made.differences.items())
+            if difference > ASTRAY
+        ]
+        if made.was_tiled:
+            lines.append("The model was tiled by a node in front; that tiling was left out.")
         return lines
 
     def _guide(self, made: Edited) -> list[str]:
@@ -125,7 +156,7 @@ class Report:
         size = made.guide.frame.size
         return [
             f"Guide: {size.width}x{size.height} px, {self._settings.guide}; "
-            f"{_told(made.guide.correction)}."
+            f"changes at most {made.guide.most:.1f} of 255; {_told(made.guide.correction)}."
         ]
 
     # ------------------------------------------------------------------------------- the metadata
@@ -146,5 +177,8 @@ class Report:
             "moved_px": {str(i + 1): [c.down, c.right] for i, c in made.corrections.items()},
             "colour_of_255": {str(i + 1): list(c.colour) for i, c in made.corrections.items()},
             "notes": {str(i + 1): c.note for i, c in made.corrections.items() if c.note},
+            "guide_changes_of_255": guide.most if guide else None,
+            "far_from_guide": {str(i + 1): d for i, d in made.differences.items()},
+            "tiling_left_out": made.was_tiled,
             "mask_resized": made.mask_resized,
         }

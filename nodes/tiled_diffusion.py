@@ -30,6 +30,7 @@ from .tile_passes import grid_of as grid_of
 log = logging.getLogger("qwen_vram")
 
 KEY = "qwen_vram.tiled_diffusion"
+KINDS = (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING, WrappersMP.CALC_COND_BATCH)
 KV_CACHE = "KV_Attn_Input"  # the class in ComfyUI's Flux KV Cache, which cannot be imported
 REMEMBERS = (
     "Tiled Diffusion: {} keeps what the model computed in one forward pass for the next one, which "
@@ -69,6 +70,16 @@ def patch(model: ModelPatcher, tiling: Tiling) -> ModelPatcher:
     return TiledModel(tiling).patch(model)
 
 
+def untiled(model: ModelPatcher) -> ModelPatcher:
+    """The model itself, or a clone without the tiling that it has. See TiledModel.patch."""
+    if not any(model.get_wrappers(kind, KEY) for kind in KINDS):
+        return model
+    clone = model.clone()
+    for kind in KINDS:
+        clone.remove_wrappers_with_key(kind, KEY)
+    return clone
+
+
 class TiledModel:
     """The wrappers of one tiling; `node_id`: the node that tells of each run.
 
@@ -83,12 +94,8 @@ class TiledModel:
     def patch(self, model: ModelPatcher) -> ModelPatcher:
         """See above."""
         clone = model.clone()
-        wrappers = {
-            WrappersMP.OUTER_SAMPLE: self._sample,
-            WrappersMP.PREPARE_SAMPLING: self._prepare,
-            WrappersMP.CALC_COND_BATCH: self._calculate,
-        }
-        for kind, wrapper in wrappers.items():
+        wrappers = (self._sample, self._prepare, self._calculate)
+        for kind, wrapper in zip(KINDS, wrappers, strict=True):
             clone.remove_wrappers_with_key(kind, KEY)
             clone.add_wrapper_with_key(kind, KEY, wrapper)
         return clone

@@ -94,7 +94,7 @@ class TiledEdit(io.ComfyNode):
             category="Qwen VRAM/tiles",
             description=(
                 "Edits a picture of any size with Qwen-Image-Edit, by overlapping tiles. The "
-                "result has exactly the picture's size, and what the edit does not concern keeps "
+                "result has exactly the picture's size, and what its guide does not change keeps "
                 "its pixels."
             ),
             search_aliases=["tiled edit", "large image", "4k", "upscale edit", "seamless tiles"],

@@ -89,13 +89,14 @@ def how_tiles_are_drawn() -> list[io.Input]:
     return [
         io.Float.Input(
             "denoise",
-            default=0.6,
+            default=0.2,
             min=0.0,
             max=1.0,
             step=0.01,
             tooltip=(
-                "How much of the guide the tiles draw anew: less keeps more of it. With a "
-                "guide that is no start of denoising: how much of the picture; use 1 there."
+                "How much of the guide the tiles draw anew: less keeps more of it, more may "
+                "lose or repeat things. With a guide that is no start of denoising: how much of "
+                "the picture; use 1 there."
             ),
         ),
         io.Combo.Input(
@@ -141,13 +142,13 @@ def how_it_is_tiled() -> list[io.Input]:
         ),
         io.Float.Input(
             "skip_threshold",
-            default=6.0,
+            default=3.0,
             min=0.0,
             max=255.0,
             step=0.5,
             tooltip=(
-                "Tiles that the guide changes by less keep their pixels exactly; of 255. "
-                "0 edits every tile."
+                "What the guide changes by less keeps its pixels exactly, tiles and places in "
+                "tiles; of 255. 0 edits everything."
             ),
         ),
     ]
@@ -164,7 +165,9 @@ def how_tiles_are_corrected() -> list[io.Input]:
         io.Boolean.Input(
             "colour_match",
             default=True,
-            tooltip="Take wide drifts of colour off each edited tile.",
+            tooltip=(
+                "Take wide drifts of colour off each edited tile. Off for edits of colour alone."
+            ),
         ),
         io.Combo.Input(
             "window",

@@ -7,12 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.benchmarks import tile_pictures as pictures
-from pack.core.changes import change_map, changed_tiles
+from pack.core.changes import change_map, changed_tiles, share
+from pack.core.disk_backed import reduced
 from pack.core.tiling import TileGrid
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-THRESHOLD = 6.0  # the default of the node, of 255
+THRESHOLD = 6.0  # of 255: what noise and shifts stay below
+DEFAULT = 3.0  # of the node: a tile edited for nothing costs time, one left out the edit
 KINDS = (*pictures.PICTURES, "objects")
 
 
@@ -79,6 +81,41 @@ def test_a_drift_is_taken_off_that_most_of_what_is_left_shares() -> None:
     after[:, :100] += 0.3
     change = change_map(before, after)[0] * 255
     assert change[:90].min() > 20 and change[110:].max() < 0.1
+
+
+@pytest.mark.parametrize(("grain", "size"), [(0.0, 24), (0.02, 60)])
+def test_a_faint_watermark_on_16_megapixels_is_a_change(grain: float, size: int) -> None:
+    """Of 15 %, in small letters, as a guide of 1 megapixel shows it; the edit is perfect."""
+    side = 4096
+    layer = Image.new("L", (side, 200))
+    font = ImageFont.load_default(size)
+    ImageDraw.Draw(layer).text((3000, 60), "(c) Photographer 2026", fill=255, font=font)
+    opacity = torch.zeros(1, side, side, 1)
+    letters = torch.frombuffer(bytearray(layer.tobytes()), dtype=torch.uint8)
+    opacity[0, 3400:3600, :, 0] = letters.view(200, side) / 255 * 0.15
+    noise = torch.randn(1, side, side, 1, generator=torch.Generator().manual_seed(0))
+    clean = (0.5 + grain * noise).expand(-1, -1, -1, 3)
+    small = reduced(clean, 1024, 1024)
+    change = change_map(reduced(clean * (1 - opacity) + opacity, 1024, 1024), small)
+    found = changed_tiles(change, TileGrid.cover(side, side, 1024, 128, 32, 16), DEFAULT)
+    assert 0 < len(found) <= 6
+    taken = share(change, DEFAULT)[0]
+    assert taken[850:900, 750:850].max() == 1 and not taken[:800].any()
+
+
+@given(st.floats(0.5, 20), st.integers(0, 99), st.integers(0, 99))
+@settings(max_examples=30)
+def test_an_edit_is_taken_whole_where_it_is_and_not_at_all_further_off(threshold, row, column):
+    change = torch.zeros(1, 100, 128)
+    change[0, row, column] = 1.5 * threshold / 255
+    taken = share(change, threshold)[0]
+    assert taken[row, column] == pytest.approx(1) and taken.min() >= 0 and taken.max() <= 1
+    rows, columns = torch.arange(100)[:, None], torch.arange(128)
+    far = torch.maximum((rows - row).abs(), (columns - column).abs())
+    assert not taken[far > 8].any() and (taken[far <= 2] > 0.99).all()
+    assert (taken.diff(dim=0).abs() < 0.5).all() and (taken.diff(dim=1).abs() < 0.5).all()
+    assert not share(change / 4, threshold).any()
+    assert (share(change, 0) == 1).all()
 
 
 def test_pictures_of_unlike_sizes_are_refused() -> None:

@@ -101,14 +101,14 @@ def test_where_all_was_edited_nothing_is_corrected(correction) -> None:
     tile, target, trusted = tile_and_target("textured", (2.0, 1.0))
     fixed, done = correction.correct(tile, target, 0.01 * trusted, register=True, colour=True)
     assert fixed is tile
-    assert done == (0, 0, (0, 0, 0), "edited everywhere, nothing to compare with")
+    assert done == (0, 0, (0, 0, 0), "edited everywhere, nothing to compare with", 0)
 
 
 def test_each_correction_can_be_switched_off(correction) -> None:
     tile, target, trusted = tile_and_target("textured", (2.0, 1.0))
     tile = (tile + 0.03).clamp(0, 1)
     same, done = correction.correct(tile, target, trusted, register=False, colour=False)
-    assert same is tile and done == (0, 0, (0, 0, 0), "")
+    assert same is tile and done == (0, 0, (0, 0, 0), "", 0)
     _, done = correction.correct(tile, target, trusted, register=True, colour=False)
     assert done.down and done.colour == (0, 0, 0)
     _, done = correction.correct(target + 0.03, target, trusted, register=False, colour=True)
@@ -118,8 +118,18 @@ def test_each_correction_can_be_switched_off(correction) -> None:
 def test_a_difference_that_is_no_drift_is_told(correction) -> None:
     tile, target, trusted = tile_and_target("flat", (0.0, 0.0))
     _, done = correction.correct(tile + 0.2, target, trusted, register=False, colour=True)
-    assert done.colour == pytest.approx((-24,) * 3)
-    assert done.note == "100% of it differs by more than 24 of 255, which is not followed"
+    assert done.colour == pytest.approx((-51,) * 3, abs=1e-3) and done.far == 1
+    assert done.note == (
+        "100% of what the guide leaves alone differed by more than 24 of 255 and was put back"
+    )
+
+
+def test_a_tile_that_is_moved_stays_between_black_and_white(correction) -> None:
+    """Cubic splines swing beyond a hard edge."""
+    tile, target, trusted = tile_and_target("text", (1.4, -2.3))
+    tile, target = ((t > 0.5).float() for t in (tile, target))
+    fixed, done = correction.correct(tile, target, trusted, register=True, colour=False)
+    assert done.down and fixed.min() >= 0 and fixed.max() <= 1
 
 
 def test_without_scikit_image_a_sentence_says_what_to_do(correction, monkeypatch) -> None:
