@@ -16,7 +16,7 @@ SIDE = 64  # cells along the longer side of the small copy, at most
 CELL = 8  # pixels of a cell's side, at least: texture that has moved is the same on the average
 REACH = 1 / 20  # standard deviation of the blur, of the longer side
 MOST = 24 / 255  # more is no drift: taken off where trusted, but not carried on
-TWICE = 4  # rounds in which what is left is matched again (Tukey's twicing)
+TWICE = 8  # rounds in which what is left is matched again (Tukey's twicing)
 LEAST_TRUST = 0.02  # of the tile
 FAINT = 1e-3  # weight of the tile's mean difference, where nothing trusted is near
 

@@ -45,7 +45,10 @@ AT_MOST = 3  # tiles in one forward pass, where the user leaves it open
 SPARE = 1.5  # of the memory that ComfyUI reckons with, as in its own choice of batches
 Conds = dict[str, list[Cond]]
 SIZE = "tile_size must be a multiple of {} pixels, not {}."
-OVERLAP = "overlap: tiles of {0} pixels can share 0 to {1} pixels, not {2}. Make tile_size larger."
+OVERLAP = (
+    "overlap: tiles of {0} pixels can share 0 to {1} pixels, not {2}. Make it smaller, or "
+    "tile_size larger."
+)
 KNOWN_SHAPE = "known is a latent of {}, but the picture's is {}."
 
 

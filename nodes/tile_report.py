@@ -11,7 +11,7 @@ from ..core import tile_plan
 from .edit_encoding import Outcome, told
 from .outcome import versions
 from .tile_correction import Correction
-from .tile_editing import Edited, Settings
+from .tile_editing import START, Edited, Settings
 
 LEAST_MOVE, LEAST_COLOUR = 0.005, 0.05  # pixels, of 255: what rounds to zero in the text
 ASTRAY = 0.5  # of the way from the guide to the original: measured, edits are lost from here on
@@ -133,11 +133,14 @@ class Report:
         ]
         lines += self._guide(made)
         if skipped := len(made.tiles.skipped()):
-            lines.append(
-                f"{skipped} of {len(grid)} tiles keep their pixels: {len(made.untouched)} by the "
-                f"mask, {skipped - len(made.untouched)} because the guide changes them by less "
-                f"than {settings.skip_threshold:g} of 255."
-            )
+            masked = len(made.untouched)
+            why = [f"{masked} by the mask"] if masked else []
+            if skipped > masked:
+                why.append(
+                    f"{skipped - masked} because the guide changes them by less than "
+                    f"{settings.skip_threshold:g} of 255"
+                )
+            lines.append(f"{skipped} of {len(grid)} tiles keep their pixels: {', '.join(why)}.")
         if made.mask_resized:
             lines.append("The mask had another size than the picture and was resized to it.")
         lines += [f"Tile {i + 1}: {_told(c)}." for i, c in sorted(made.corrections.items())]
@@ -152,7 +155,10 @@ class Report:
 
     def _guide(self, made: Edited) -> list[str]:
         if made.guide is None:
-            return ["No guide: a single tile needs none."] if len(made.tiles.grid) == 1 else []
+            if len(made.tiles.grid) > 1:
+                return []
+            whole = "; it is edited with denoise 1" if self._settings.guide == START else ""
+            return [f"No guide: a single tile needs none{whole}."]
         size = made.guide.frame.size
         return [
             f"Guide: {size.width}x{size.height} px, {self._settings.guide}; "

@@ -1025,7 +1025,7 @@ def test_of_references_the_first_alone_is_cropped_unless_asked(tiled) -> None:
     ("inputs", "sentence"),
     [
         ({"overlap": 256}, "overlap: tiles of 256 pixels can share 0 to 240 pixels, not 256"),
-        ({"overlap": 2000}, "Make tile_size larger"),
+        ({"overlap": 2000}, "Make it smaller, or tile_size larger"),
     ],
 )
 def test_too_much_overlap_is_a_sentence(host, inputs, sentence: str) -> None:
