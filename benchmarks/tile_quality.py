@@ -323,6 +323,7 @@ def main() -> None:
                 print(_row(kind, faults, way, measure(after, before, grid), error), flush=True)
                 if given.out:
                     pixels = (after[0].clamp(0, 1) * 255).round().byte().numpy()
+                    given.out.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(pixels).save(given.out / f"{kind}_{number}.png")
         for row in scenes(host, 512, given.scenes):
             print(row, flush=True)
