@@ -1,4 +1,4 @@
-"""Overlapping tiles of a picture, the windows that blend them, and the sum that they make.
+"""Overlapping tiles of a picture, the windows that blend them, and the mean that they make.
 
 The weights of a window are divided by their own sum, along each axis on its own and in float64, so
 that they add up to one at every pixel whatever the window, the overlap and the order are
@@ -205,13 +205,13 @@ def crop(value: Tensor, tile: Tile, dim: int = -2) -> Tensor:
 
 
 class TileBlender:
-    """The sum of tiles by their weights, in float32, one tile at a time.
+    """The mean of tiles by their weights, in float32, one tile at a time.
 
     `shape` is that of the whole; rows are dimension `dim`, columns the next: -2 for latents of four
     or five dimensions and for masks, -3 for pictures (batch, height, width, channels). `into` may
-    give the memory of the sum, float32 of that shape; it may lie on a disk.
+    give the memory of the mean, float32 of that shape; it may lie on a disk.
 
-    It is kept as the mean of the tiles so far. Tiles that agree then give what they agree on, bit
+    It is the mean of the tiles so far. Tiles that agree then give what they agree on, bit
     for bit: unchanged ones what was cut. A sum would round it, and files of 8 bits, into which
     ComfyUI rounds down, would be darker by one here and there.
 
@@ -237,7 +237,7 @@ class TileBlender:
             )
         if into is None:
             into = torch.empty(tuple(shape), dtype=torch.float32, device=device)
-        self._sum, self._base, self._dim = into, base, dim
+        self._mean, self._base, self._dim = into, base, dim
         self._tiles, self._weights = grid.tiles(), Weights(grid, window)
         self._missing = set(range(len(grid)))
         self._counted = None  # the weights so far, (height, width)
@@ -248,12 +248,12 @@ class TileBlender:
     def _clear(self) -> None:
         """Tile by tile: the base may be larger than the memory."""
         for tile in self._tiles:
-            own = crop(self._sum, tile, self._dim)
+            own = crop(self._mean, tile, self._dim)
             own.zero_() if self._base is None else own.copy_(crop(self._base, tile, self._dim))
 
     def add(self, index: int, value: Tensor) -> None:
         """A tile by its place in `TileGrid.tiles()`, once. Raises ValueError: another size."""
-        own = crop(self._sum, self._tiles[index], self._dim)
+        own = crop(self._mean, self._tiles[index], self._dim)
         if value.shape != own.shape:
             raise ValueError(
                 f"Tile {index + 1} came as {tuple(value.shape)} instead of {tuple(own.shape)}."
@@ -276,8 +276,8 @@ class TileBlender:
         return weight.reshape(*weight.shape, *(1,) * (-self._dim - 2))
 
     def result(self) -> Tensor:
-        """The sum, float32. Raises ValueError while tiles are missing, unless there is a base."""
+        """The mean, float32. Raises ValueError while tiles are missing, unless there is a base."""
         if self._missing and self._base is None:
             missing = ", ".join(str(index + 1) for index in sorted(self._missing)[:8])
             raise ValueError(f"{len(self._missing)} tiles are missing: {missing}.")
-        return self._sum
+        return self._mean

@@ -1,4 +1,4 @@
-"""The picture under the tiles: cut with sides of 32 px, its mask, and the sum of edited tiles."""
+"""The picture under the tiles: cut with sides of 32 px, its mask, and the blend of edited tiles."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Blend:
     """The picture, into which edited tiles are blended, one at a time, and where it was edited.
 
     What a tile changes is added by its weight: a tile that is never added leaves the original, bit
-    for bit. It is TileBlender's sum, but the last tiles may stick out of the picture.
+    for bit. As TileBlender over a base, but the last tiles may stick out of the picture.
     """
 
     def __init__(self, canvas: Canvas, tiles: Tiles, mask: Region | None) -> None:
