@@ -79,10 +79,14 @@ def sees_the_batch(options: dict[str, Any]) -> bool:
 
 
 def wants_whole_queries(options: dict[str, Any]) -> bool:
-    """Whether attention is another node's: what does with slices says so by `sliceable = True`.
+    """Whether attention is another node's that does not say what it does with slices."""
+    override = options.get("optimized_attention_override")
+    return override is not None and not sliceable(override)
+
+
+def sliceable(override: Callable[..., Any]) -> bool:
+    """Whether an override of attention takes queries in slices: it says `sliceable = True`.
 
     ComfyUI's own choice of a kernel, which has a `container_function`, does.
     """
-    override = options.get("optimized_attention_override")
-    sliceable = getattr(override, "sliceable", False) or hasattr(override, "container_function")
-    return override is not None and not sliceable
+    return bool(getattr(override, "sliceable", False)) or hasattr(override, "container_function")

@@ -22,14 +22,12 @@ from . import foreign, outcome, recovery, reductions, slicing
 from .outcome import Record
 from .place import MEASURED, Place
 from .slicing import Plans
+from .transformer_options import HOLDINGS, ON_SUCCESS
 from .vram_limit import VRAMLimit
 from .workload import memory_of, work_of
 
 log = logging.getLogger("qwen_vram")
 
-# In transformer_options: what patches that record or count commit after a call that succeeded,
-# and what patches hold on the GPU.
-ON_SUCCESS, HOLDINGS = "qwen_vram.on_success", "qwen_vram.holdings"
 TILES = Plan(tiles=2)
 REPEATS = 2  # on a rung to which nothing follows
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.2, 20.0

@@ -20,6 +20,7 @@ from ..core.budget import Plan
 from ..core.tiling import PATCH, Tile, TileBlender, TileGrid, crop
 from . import foreign
 from .slicing import COMPILED, compiled, sliced
+from .transformer_options import with_part
 
 OVERLAP = 16  # latent pixels that neighbouring tiles share at least: 128 px
 WHOLE_PATCHES = "Another node's patch looks at the whole picture ({}): no tiles."
@@ -161,7 +162,7 @@ def _options_of(options: dict[str, Any], part: slice, batch: int) -> dict[str, A
     sides = len(options.get("cond_or_uncond", ())) or 1
     pictures = batch // sides
     side, first = divmod(part.start, pictures)
-    own = dict(options)
+    own = with_part(options, "items", first, part.stop - part.start)
     for name in ("cond_or_uncond", "uuids"):
         if name in options:
             own[name] = options[name][side : side + 1]
@@ -197,12 +198,12 @@ def _tiled(executor: WrapperExecutor, call: Call, grid: TileGrid) -> Tensor:
     """
     blender = TileBlender(grid, call.x.shape, device=call.x.device)
     for index, tile in enumerate(grid.tiles()):
-        predicted = _crop_call(call, tile).run(executor)
+        predicted = _crop_call(call, tile, index).run(executor)
         blender.add(index, predicted)
     return blender.result().to(predicted.dtype)
 
 
-def _crop_call(call: Call, tile: Tile) -> Call:
+def _crop_call(call: Call, tile: Tile, index: int) -> Call:
     """The same call for one tile; text and references are whole in each."""
     sides = call.x.shape[-2:]
 
@@ -216,6 +217,7 @@ def _crop_call(call: Call, tile: Tile) -> Call:
         x=crop(call.x, tile),
         c_concat=own(call.c_concat),
         control=_crop_hints(call.control, tile, *sides),
+        transformer_options=with_part(call.transformer_options, "tile", index),
         extra={name: own(value) for name, value in call.extra.items()},
     )
 

@@ -38,6 +38,7 @@ from .tile_conditions import (
     with_weights,
 )
 from .tile_control import Hints
+from .transformer_options import with_part
 from .vram_limit import LIMIT
 
 LATENT = 8  # pixels of the picture along one latent pixel of Qwen-Image
@@ -160,6 +161,8 @@ class Run:
         times = torch.cat([timestep] * len(tiles))
         own = [side and self._conds(side, tiles, x.shape[0]) for side in conds]
         with self.hints.options(options, self.sides, tiles[0], x.device) as seen:
+            inner = with_part(seen.get("transformer_options", {}), "tiles", *group)
+            seen = {**seen, "transformer_options": inner}
             return executor(model, own, parts, times, seen)
 
     def _conds(self, side: list[Cond], tiles: Sequence[Tile], batch: int) -> list[Cond]:
