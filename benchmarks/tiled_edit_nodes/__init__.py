@@ -34,25 +34,29 @@ def synchronise():
 
 
 class Measure:
-    """Peak of torch's memory above what it holds when sampling begins; seconds of each step."""
+    """Of each step the seconds and what torch holds, and the RAM that is gone, since sampling began.
+
+    Peak: of torch's memory, above what it held when sampling began.
+    """
 
     def __init__(self):
         self.runs = []
 
     def sampling(self, executor, *args, **kwargs):
         """Around one run of a sampler; the models are loaded."""
-        run = {"steps": [], "peak": None}
+        run = {"steps": [], "peak": None, "held": [], "RAM": []}
         self.runs.append(run)
+        self.before, self.ram = 0, psutil.virtual_memory().available
         cuda = torch.cuda.is_available()
         if cuda:
             synchronise()
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            self.before = torch.cuda.memory_allocated()
         try:
             return executor(*args, **kwargs)
         finally:
             if cuda:
-                run["peak"] = torch.cuda.max_memory_allocated() - before
+                run["peak"] = torch.cuda.max_memory_allocated() - self.before
 
     def step(self, executor, *args, **kwargs):
         """Around one evaluation with all its conds."""
@@ -60,7 +64,11 @@ class Measure:
         start = time.perf_counter()
         result = executor(*args, **kwargs)
         synchronise()
-        self.runs[-1]["steps"].append(time.perf_counter() - start)
+        run = self.runs[-1]
+        run["steps"].append(time.perf_counter() - start)
+        if torch.cuda.is_available():
+            run["held"].append(torch.cuda.memory_allocated() - self.before)
+        run["RAM"].append(self.ram - psutil.virtual_memory().available)
         return result
 
 
