@@ -51,7 +51,7 @@ class Measure:
         if cuda:
             synchronise()
             torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
+            run["before"] = self.before = torch.cuda.memory_allocated()
         try:
             return executor(*args, **kwargs)
         finally:
@@ -195,7 +195,10 @@ class BenchReport:
         return True
 
     def run(self, measure, after):
-        """As data of the node."""
+        """As data of the node; with what torch holds now."""
+        if torch.cuda.is_available():
+            for run in measure.runs:
+                run["after"] = torch.cuda.memory_allocated()
         return {"ui": {"bench": measure.runs}}
 
 
