@@ -41,4 +41,3 @@ def pixels_of(tokens: Tensor, height: int, width: int) -> Tensor:
     grid = tokens.reshape(rows, columns)
     wide = grid.repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)
     return wide[:height, :width]
-
