@@ -26,9 +26,7 @@ def expected_bytes(
     raise NotImplementedError
 
 
-def place_for(
-    wanted: str, need: int, device: torch.device, model: ModelPatcher
-) -> tuple[str, str]:
+def place_for(wanted: str, need: int, device: torch.device, model: ModelPatcher) -> tuple[str, str]:
     """("gpu", "ram" or "" where neither has room; a sentence why, or "")."""
     raise NotImplementedError
 
