@@ -156,7 +156,7 @@ def run(server: Server, peak: Peak, before: int, prompt: Graph) -> Row:
         "RAM": [taken for one in found for taken in one["RAM"]],
         "peak": max((one["peak"] or 0 for one in found), default=None),
         "NVML GiB": watch.peaks.get("sampler"),
-        "says": [x for node in result.outputs.values() for x in node.get("qwen_vram", ())],
+        "says": [one["cache"] for one in found],
         "warnings": [x for x in server.log_text()[logged:].splitlines() if "WARN" in x][:5],
     }
 

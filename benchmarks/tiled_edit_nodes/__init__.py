@@ -87,6 +87,8 @@ class BenchMeasure:
         measure, clone = Measure(), model.clone()
         clone.add_wrapper_with_key(TYPES.SAMPLER_SAMPLE, "bench", measure.sampling)
         clone.add_wrapper_with_key(TYPES.PREDICT_NOISE, "bench", measure.step)
+        own = clone.get_wrappers(TYPES.OUTER_SAMPLE, "qwen_vram.reference_cache")
+        measure.cache = own[0].__self__ if own else None
         return (clone, measure)
 
 
@@ -195,7 +197,9 @@ class BenchReport:
         return True
 
     def run(self, measure, after):
-        """As data of the node; with what torch holds now."""
+        """As data of the node; with what torch holds now, and what a reference cache did."""
+        for run in measure.runs:
+            run["cache"] = measure.cache and measure.cache.record.line()
         if torch.cuda.is_available():
             for run in measure.runs:
                 run["after"] = torch.cuda.memory_allocated()
