@@ -24,7 +24,14 @@ from ..core.refresh_policy import AUTO, MODES, Policy
 from . import cache_obstacles, outcome, region_reuse
 from .cache_record import CacheRecord
 from .outcome import CANCELLED, FAILED, Metadata
-from .reference_memory import PLACE_CHOICES, expected_bytes, for_the_load, place_for
+from .reference_memory import (
+    PLACE_CHOICES,
+    activations_of,
+    computed,
+    expected_bytes,
+    for_the_load,
+    place_for,
+)
 from .reference_run import Run
 from .status import shown
 from .transformer_options import HOLDINGS
@@ -110,7 +117,7 @@ class ReferenceCache:
             raise
         finally:
             self._run = before
-            run.release()
+            run.end()
             self._tell(record, run)
 
     def _begin(
@@ -128,7 +135,6 @@ class ReferenceCache:
             wanted = settings.region_margin, settings.region_threshold
             region, why = region_reuse.region_of(denoise_mask, sampler, options, *wanted)
             record.note(why)
-        every = [cond for side in guider.conds.values() for cond in side]
         policy = Policy(
             settings.refresh,
             settings.refresh_every,
@@ -148,6 +154,7 @@ class ReferenceCache:
             settings.store_format,
             settings.causal,
             record,
+            guider,
             region=region,
             off=off,
         )
@@ -175,17 +182,30 @@ class ReferenceCache:
         """PREPARE_SAMPLING: room for the stores is made beside the weights."""
         run = self._run
         if run is not None and not run.off and not run.policy.always_full:
-            need = expected_bytes(model, conds, shape, run.store_format)
-            wanted = self.settings.store_place
-            run.place, why = place_for(wanted, need, model.load_device, model)
-            if not run.place:
-                run.full = why
-                run.record.stand_aside(why)
-            else:
-                run.record.note(why)
-            if run.place == "gpu":
-                shape = for_the_load(model, shape, need)
+            shape = self._make_room(run, model, shape, conds, more.get("model_options") or {})
         return executor(model, shape, conds, *rest, **more)
+
+    def _make_room(
+        self,
+        run: Run,
+        model: ModelPatcher,
+        shape: Sequence[float],
+        conds: Conds,
+        options: dict[str, Any],
+    ) -> Sequence[float]:
+        """Decide where the stores go; returns the shape of the noise to plan the load with."""
+        own = computed(conds, run.guider, options)
+        outside = run.region.count if run.region is not None else 0
+        need = expected_bytes(model, own, shape, run.store_format, outside, run.shared)
+        activations = activations_of(model, shape, own)
+        device, wanted = model.load_device, self.settings.store_place
+        run.place, why = place_for(wanted, need, device, model, activations)
+        if not run.place:
+            run.full = why
+            run.record.stand_aside(why)
+            return shape
+        run.record.note(why)
+        return for_the_load(model, shape, need, run.place)
 
     def _forward(
         self,

@@ -43,6 +43,7 @@ class Run:
     store_format: str
     causal: bool
     record: CacheRecord
+    guider: Any = None
     place: str = "gpu"
     region: Region | None = None  # for what lies outside the sampler's mask
     off: str = ""  # why nothing is reused in this run
@@ -54,8 +55,19 @@ class Run:
         return self.slots.bytes_held().get("gpu", 0)
 
     def release(self) -> None:
-        """Give back what no forward pass uses at the moment."""
+        """Give back what no forward pass uses at the moment. What lies in RAM stays."""
+        if self.bytes_held():
+            self.slots.clear()
+
+    def end(self) -> None:
+        """Leave nothing."""
         self.slots.clear()
+        self.guider = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether all conditions have one slot: causal references depend on themselves alone."""
+        return self.causal and self.region is None
 
     # ------------------------------------------------------------------------ one forward pass
     def forward(
@@ -180,7 +192,7 @@ class Run:
         """
         x, _, context, mask, references, condition = arguments
         content = [references, condition, method, x.dtype]
-        if self.causal and self.region is None:
+        if self.shared:
             return Key(x.device, part_of(options), (), (x.shape[0],)), content
         uuids = tuple(options.get("uuids", ()))
         return Key(x.device, part_of(options), uuids, tuple(x.shape)), [*content, context, mask]
