@@ -63,6 +63,8 @@ def sample(patcher: Any, mask: Tensor | None, **more: Any) -> Tensor:
     given |= more
     latent = random(given["batch"], 16, 1, *SIDES, seed=11)
     own = {"reference_latents": given["references"]} if given["references"] else {}
+    if method := given.get("method"):
+        own["reference_latents_method"] = method
     return comfy.sample.sample(
         patcher,
         random(*latent.shape),
@@ -148,3 +150,49 @@ def test_the_inside_sees_what_the_outside_was(cache, model, references, batch) -
     assert (found - full).abs().max() > 1e-2  # or the test would show nothing
     outside = mask.expand_as(found) == 0
     assert torch.equal(found[outside], full[outside])
+
+
+# ------------------------------------------------------------------------------ when it is reused
+def patched(cache: ModuleType, model: Any, **more: Any) -> tuple[Any, Any]:
+    """A clone with the cache, and the cache."""
+    made = cache.ReferenceCache(settings(cache, **more))
+    return made.patch(model), made
+
+
+@pytest.mark.parametrize(
+    ("changed", "same_as"),
+    [
+        ({"region_threshold": 0.0}, {"region": False}),
+        ({"region_margin": 4096}, {"region": False}),
+        ({"refresh_every": 1}, None),
+        ({"drift_threshold": 0.0}, None),
+    ],
+)
+def test_without_effect_it_changes_no_bit(cache, model, changed, same_as) -> None:
+    """None: stock."""
+    mask = mask_of(*INSIDE)
+    other = model if same_as is None else cache.patch(model, settings(cache, **same_as))
+    found = sample(cache.patch(model, settings(cache, **changed)), mask)
+    assert torch.equal(found, sample(other, mask))
+
+
+@pytest.mark.parametrize(
+    "box",
+    [(slice(0, 6), slice(None)), (slice(-6, None), slice(None)), (slice(None), slice(-5, None))],
+    ids=["top", "bottom", "right"],
+)
+@pytest.mark.parametrize("references", [REFERENCES, []], ids=["references", "text alone"])
+def test_whichever_edge_the_mask_lies_at(cache, model, references, box) -> None:
+    mask, given = mask_of(*box), {"references": references, "cfg": 1.0}
+    found = sample(cache.patch(model, settings(cache)), mask, **given)
+    expected = sample(by_hand(model, mask, margin=2), mask, **given)
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["index", "index_timestep_zero", "offset", "negative_index"])
+def test_whatever_the_reference_method(cache, model, method) -> None:
+    """With timestep zero the model tells references by how many tokens the picture has."""
+    mask = mask_of(*INSIDE)
+    found = sample(cache.patch(model, settings(cache)), mask, cfg=1.0, method=method)
+    expected = sample(by_hand(model, mask, margin=2), mask, cfg=1.0, method=method)
+    assert torch.allclose(found, expected, atol=1e-4)
