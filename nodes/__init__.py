@@ -14,6 +14,7 @@ from . import (
     prefill,
     provider,
     queue_time,
+    reference_cache,
     report,
     routes,
     sampler,
@@ -34,6 +35,7 @@ NODES += vae.NODES
 NODES += tiled_diffusion.NODES
 NODES += tiled_edit.NODES
 NODES += tiling.NODES
+NODES += reference_cache.NODES
 
 
 async def start() -> None:
