@@ -4,6 +4,7 @@ import asyncio
 
 from . import (
     allocator,
+    attention,
     boundary,
     clear,
     conditioning,
@@ -34,6 +35,7 @@ NODES += vae.NODES
 NODES += tiled_diffusion.NODES
 NODES += tiled_edit.NODES
 NODES += tiling.NODES
+NODES += attention.NODES
 
 
 async def start() -> None:
