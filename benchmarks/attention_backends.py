@@ -68,21 +68,30 @@ def milliseconds(call: Callable[[], Tensor]) -> float:
 
 
 def tried(backend: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Row:
-    """One backend on one input: error, time, memory; or what it raised."""
+    """One backend on one input: the self-test's verdict, error, time, memory; or why not."""
+    from pack.core.attention import HIDDEN_KEYS, NO_MASK, mask_aware
+    from pack.nodes.attention_health import Situation, verdict
+
+    kind = NO_MASK if mask is None else HIDDEN_KEYS
+    found = verdict(backend, Situation(q.device, q.dtype, WIDTH, kind))
+    row: Row = {"healthy": found.healthy, "reason": found.reason}
+    if missing := backend.probe(q.device):
+        return row | {"failed": missing}
+    attend = mask_aware(backend.attend, backend.takes_masks)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     try:
         with torch.inference_mode():
-            result = backend.attend(q, k, v, mask, WIDTH**-0.5)
+            result = attend(q, k, v, mask, WIDTH**-0.5)
             peak = torch.cuda.max_memory_allocated() - before
             wanted = exact(q, k, v, mask)
             gap = (result[:, :JUDGED_HEADS].float() - wanted).norm() / wanted.norm()
             del result, wanted
-            time = milliseconds(lambda: backend.attend(q, k, v, mask, WIDTH**-0.5))
+            time = milliseconds(lambda: attend(q, k, v, mask, WIDTH**-0.5))
     except Exception as error:  # a backend may raise anything: that is a result
         torch.cuda.empty_cache()
-        return {"failed": f"{type(error).__name__}: {str(error).strip()[:200]}"}
-    return {"error": gap.item(), "ms": round(time, 3), "peak": peak}
+        return row | {"failed": f"{type(error).__name__}: {str(error).strip()[:200]}"}
+    return row | {"error": gap.item(), "ms": round(time, 3), "peak": peak}
 
 
 def loaded_backends() -> dict[str, Any]:
@@ -130,7 +139,8 @@ def shown(row: Row | None) -> str:
     """One cell."""
     if row is None:
         return "too slow"
-    return row.get("failed", "")[:60] or f"{row['ms']:.2f} ({row['error']:.1e})"
+    failed = "" if row["healthy"] else f" self-test: {row['reason'][:60]}"
+    return row.get("failed", "")[:80] or f"{row['ms']:.2f} ({row['error']:.1e}){failed}"
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import asyncio
 
 from . import (
     allocator,
+    attention,
     boundary,
     clear,
     conditioning,
@@ -36,6 +37,7 @@ NODES += tiled_diffusion.NODES
 NODES += tiled_edit.NODES
 NODES += tiling.NODES
 NODES += reference_cache.NODES
+NODES += attention.NODES
 
 
 async def start() -> None:

@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 LAYERS, HEADS, WIDTH = 8, 24, 128  # of the transformer, at its full width: 2.7 GB
-SIDE, STEPS = 768, 4
+SIDE, STEPS, MANY = 768, 4, 400
 TOKENS = (SIDE // 16) ** 2  # of one reference of the picture's size
 SMALL = 32 * 2**20  # bytes: what two runs may differ in that has nothing to do with the store
 VRAM = {"dynamic": (), "not dynamic": ("--disable-dynamic-vram",)}
@@ -56,8 +56,8 @@ def running(request: pytest.FixtureRequest, comfyui: Path, base: Path) -> Iterat
         yield server
 
 
-def sampling(number: int, references: int = 1, **cache: Any) -> Graph:
-    """Four steps with references of the picture's size, as stock or with the cache."""
+def sampling(number: int, references: int = 1, steps: int = STEPS, **cache: Any) -> Graph:
+    """A few steps with references of the picture's size, as stock or with the cache."""
     texts = {"width": 3584, "references": " ".join([f"{SIDE}x{SIDE}"] * references)}
     graph = {
         "unet": node(
@@ -81,7 +81,7 @@ def sampling(number: int, references: int = 1, **cache: Any) -> Graph:
     graph["sampler"] = node(
         "KSampler",
         **{"model": ["measure", 0], "positive": ["text", 0], "negative": ["other", 0]},
-        **{"latent_image": ["latent", 0], "seed": 7, "steps": STEPS, "cfg": 2.0, "denoise": 1.0},
+        **{"latent_image": ["latent", 0], "seed": 7, "steps": steps, "cfg": 2.0, "denoise": 1.0},
         **{"sampler_name": "euler", "scheduler": "simple"},
     )
     graph["report"] = node("BenchReport", measure=["measure", 1], after=["sampler", 0])
@@ -142,10 +142,10 @@ def test_what_is_held_is_what_was_calculated(running: Server, format: str) -> No
 def test_memory_comes_back_after_a_run_and_an_interrupt(running: Server) -> None:
     before = measured(running.submit(sampling(30)))["after"]
     assert abs(measured(running.submit(sampling(31, store_place="gpu")))["after"] - before) < SMALL
-    ended = running.submit(sampling(32, store_place="gpu"), Interrupt(running))
+    ended = running.submit(sampling(32, steps=MANY, store_place="gpu"), Interrupt(running))
     assert ended.status == "interrupted", ended
     assert abs(measured(running.submit(sampling(33)))["before"] - before) < SMALL
-    ended = running.submit(sampling(34, store_place="ram"), Interrupt(running))
+    ended = running.submit(sampling(34, steps=MANY, store_place="ram"), Interrupt(running))
     assert ended.status == "interrupted", ended
     assert abs(measured(running.submit(sampling(35)))["after"] - before) < SMALL
 
@@ -158,5 +158,5 @@ class Interrupt:
 
     def __call__(self, event: str, data: dict[str, Any]) -> None:
         """At each event of the prompt."""
-        if event == "progress" and data.get("value") == 2:
+        if event == "progress" and data.get("value") == 3:
             self.server.post_json("/interrupt", {})
