@@ -1,6 +1,6 @@
-"""Edits with the references' keys and values kept, against stock: seconds per step, memory, cards.
+"""Edits with the references' keys and values kept, against stock: seconds, memory, cards.
 
-Usage: COMFYUI_PATH=... python -m benchmarks.reference_cache BASE OUT.jsonl [GROUP ...] [--seconds S]
+Usage: COMFYUI_PATH=... python -m benchmarks.reference_cache BASE OUT.jsonl [GROUP ...]
        python -m benchmarks.reference_cache BASE OUT.jsonl --table
 BASE/models holds the official files or those of full_size_checkpoints. Groups: "1024" and "2048"
 (pixels of the picture's side; CFG 4 and 1; 1, 2, 3 references of 1 MP; stock, and the cache in the

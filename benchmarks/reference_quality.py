@@ -1,6 +1,6 @@
-"""How close edits with kept references come to the full computation: PSNR over refresh intervals.
+"""How close edits with kept references come to the full computation, over refresh intervals.
 
-Usage: COMFYUI_PATH=... python -m benchmarks.reference_quality OUT.jsonl [--edits N] [--plot OUT.png]
+Usage: COMFYUI_PATH=... python -m benchmarks.reference_quality OUT.jsonl [--plot OUT.png]
        python -m benchmarks.reference_quality OUT.jsonl --table [--plot OUT.png]
 
 On the CPU, in ComfyUI itself: the embedded model, which is trained for edits with one reference,

@@ -34,7 +34,7 @@ def synchronise():
 
 
 class Measure:
-    """Of each step the seconds and what torch holds, and the RAM that is gone, since sampling began.
+    """Of each step the seconds, what torch holds and the RAM that is gone since sampling began.
 
     Peak: of torch's memory, above what it held when sampling began.
     """
