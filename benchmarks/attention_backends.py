@@ -45,11 +45,9 @@ def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """In float32, of the first heads."""
-    own = [x[:, :JUDGED_HEADS].float() for x in (q, k, v)]
-    bias = None
-    if mask is not None:
-        bias = mask[:, None].float().expand(1, JUDGED_HEADS, q.shape[2], k.shape[2])
-    return scaled_dot_product_attention(*own, attn_mask=bias)
+    shown = slice(None) if mask is None else mask[0, 0] == 0
+    own = [x[:, :JUDGED_HEADS].float() for x in (q, k[:, :, shown], v[:, :, shown])]
+    return scaled_dot_product_attention(*own)
 
 
 def milliseconds(call: Callable[[], Tensor]) -> float:
@@ -104,23 +102,22 @@ def loaded_backends() -> dict[str, Any]:
     return dict(BACKENDS)
 
 
-def measure(out: Path, lengths: list[int]) -> list[Row]:
+def measure(options: argparse.Namespace) -> None:
     """A row for each backend, length and mask."""
-    rows: list[Row] = []
-    slow: dict[tuple[str, bool], float] = {}
-    for tokens in lengths:
-        q, k, v, mask = inputs(tokens)
-        for name, backend in loaded_backends().items():
-            for masked in (False, True):
-                if slow.get((name, masked), 0.0) * 16 > MOST_SECONDS * 1000:
+    for name, backend in loaded_backends().items():
+        if options.only and name not in options.only or name in options.without:
+            continue
+        slow = dict.fromkeys((False, True), 0.0)
+        for tokens in options.tokens:
+            q, k, v, mask = inputs(tokens)
+            for masked, before in slow.items():
+                if before * 16 > MOST_SECONDS * 1000:
                     continue
                 row = {"backend": name, "tokens": tokens, "masked": masked}
                 row |= tried(backend, q, k, v, mask if masked else None)
-                slow[name, masked] = row.get("ms", 0.0)
-                rows.append(row)
-                with out.open("a") as file:
+                slow[masked] = row.get("ms", 0.0)
+                with options.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-    return rows
 
 
 def table(rows: list[Row]) -> str:
@@ -148,8 +145,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, nargs="*", default=list(TOKENS))
+    parser.add_argument("--only", nargs="*", default=[], help="names of backends")
+    parser.add_argument("--without", nargs="*", default=[], help="names of backends")
+    parser.add_argument("--table", action="store_true", help="of what there is")
     options = parser.parse_args()
-    print(table(measure(options.out, options.tokens)))
+    if not options.table:
+        measure(options)
+    print(table([json.loads(line) for line in options.out.read_text().splitlines()]))
 
 
 if __name__ == "__main__":

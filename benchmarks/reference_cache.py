@@ -4,7 +4,7 @@ Usage: COMFYUI_PATH=... python -m benchmarks.reference_cache BASE OUT.jsonl [GRO
        python -m benchmarks.reference_cache BASE OUT.jsonl --table
 BASE/models holds the official files or those of full_size_checkpoints. Groups: "1024" and "2048"
 (pixels of the picture's side; CFG 4 and 1; 1, 2, 3 references of 1 MP; stock, and the cache in the
-model's dtype and in int8), "formats" (the other formats, and pinned RAM), "runs" (40 steps whole),
+model's dtype and in int8), "formats" (those and the other formats and places), "runs" (40 steps whole),
 "cards" (of 24, 12 and 8 GB: another process holds the rest), "legacy" (12 GB without dynamic
 VRAM). A cell of the cache refreshes at steps 1 and 4 and reuses at 2, 3 and 5. Each cell adds a
 line to OUT.jsonl; cells that are there already are not run again. --seconds: begin nothing new
@@ -71,8 +71,8 @@ def groups() -> dict[str, list[Cell]]:
         cells = [Cell(str(side), side, n, cfg) for cfg in (4.0, 1.0) for n in (1, 3, 2)]
         made[str(side)] = [c for cell in cells for c in sides_of(cell, *GPU_STORES)]
     shapes = [(1024, 1), (1024, 3), (2048, 3)]
-    formats = [Cell("formats", side, n, way=CACHE) for side, n in shapes]
-    made["formats"] = [replace(c, format=f, place=p) for c in formats for f, p in OTHER_STORES]
+    formats = [Cell("formats", side, n) for side, n in shapes]
+    made["formats"] = [c for cell in formats for c in sides_of(cell, *GPU_STORES, *OTHER_STORES)]
     runs = [Cell("runs", 1024, n, refresh=0, steps=WHOLE_RUN) for n in (1, 3)]
     made["runs"] = [c for cell in runs for c in sides_of(cell, ("int8", "auto"))]
     cards = [Cell("cards", *s, card=card) for card in ("24 GB", "12 GB", "8 GB") for s in shapes]
@@ -240,9 +240,8 @@ def table(rows: list[Row]) -> str:
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
-    """What a cell of the cache and stock's have in common; the formats' stock is the sides'."""
-    group = str(row["side"]) if row["group"] == "formats" else row["group"]
-    return (group, *(row[n] for n in ("card", "side", "cfg", "references", "flags")))
+    """What a cell of the cache and stock's have in common."""
+    return tuple(row[n] for n in ("group", "card", "side", "cfg", "references", "flags"))
 
 
 def compared(row: Row, stock: Row) -> list[str]:
