@@ -62,7 +62,7 @@ class Attention:
         if wanted not in (AUTO, AUTO_QUANTISED, *BACKENDS):
             raise ValueError(NO_SUCH.format(wanted))
         self.wanted, self.node_id = wanted, node_id
-        self.metadata = metadata or Metadata(None)
+        self.metadata = metadata
         self.record = Run(wanted)  # of the last run
         self._run: Run | None = None
 
@@ -139,7 +139,8 @@ class Attention:
             run.note(COMPILED)
         try:
             output = executor(*arguments, **more)
-            run.note(self.metadata.write(self.node_id, run.facts()))
+            if self.metadata is not None:
+                run.note(self.metadata.write(self.node_id, run.facts()))
             return output
         finally:
             self._run = before
