@@ -4,11 +4,11 @@ Usage: COMFYUI_PATH=... python -m benchmarks.reference_cache BASE OUT.jsonl [GRO
        python -m benchmarks.reference_cache BASE OUT.jsonl --table
 BASE/models holds the official files or those of full_size_checkpoints. Groups: "1024" and "2048"
 (pixels of the picture's side; CFG 4 and 1; 1, 2, 3 references of 1 MP; stock, and the cache in the
-model's dtype and in int8), "formats" (those and the other formats and places), "runs" (40 steps whole),
-"cards" (of 24, 12 and 8 GB: another process holds the rest), "legacy" (12 GB without dynamic
-VRAM). A cell of the cache refreshes at steps 1 and 4 and reuses at 2, 3 and 5. Each cell adds a
-line to OUT.jsonl; cells that are there already are not run again. --seconds: begin nothing new
-after that. --tiny: a rehearsal on the CPU.
+model's dtype and in int8), "formats" (those and the other formats and places), "runs" (40 steps
+whole, as the node comes), "cards" (of 24, 12 and 8 GB: another process holds the rest), "legacy"
+(12 GB without dynamic VRAM). A cell of the cache computes in full at steps 1 and 4, and reuses at
+2, 3 and 5. Each cell adds a line to OUT.jsonl; cells that are there already are not run again.
+--seconds: begin nothing new after that. --tiny: a rehearsal on the CPU.
 """
 
 from __future__ import annotations
