@@ -34,18 +34,18 @@ Row = dict[str, Any]
 
 
 def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys, values (1, heads, tokens, width) and a mask (1, 1, tokens) that is added."""
+    """Queries, keys, values (1, heads, tokens, width) and an added mask (1, 1, 1, tokens)."""
     draw = torch.Generator("cuda").manual_seed(tokens)
     shape = (1, HEADS, tokens, WIDTH)
     made = [torch.randn(shape, generator=draw, device="cuda").bfloat16() for _ in range(3)]
-    mask = torch.zeros(1, 1, tokens, device="cuda", dtype=torch.bfloat16)
+    mask = torch.zeros(1, 1, 1, tokens, device="cuda", dtype=torch.bfloat16)
     mask[..., : tokens // 8] = torch.finfo(torch.bfloat16).min
     return (*made, mask)
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """In float32, of the first heads."""
-    shown = slice(None) if mask is None else mask[0, 0] == 0
+    shown = slice(None) if mask is None else mask[0, 0, 0] == 0
     own = [x[:, :JUDGED_HEADS].float() for x in (q, k[:, :, shown], v[:, :, shown])]
     return scaled_dot_product_attention(*own)
 

@@ -38,6 +38,7 @@ MEGAPIXEL = 1024
 TEXT, VISION = 30, 200  # tokens: of an instruction, and of each reference as the encoder sees it
 BLOCKS, HEADS, HEAD_WIDTH = 60, 24, 128
 LEGACY = "--disable-dynamic-vram"
+AS_2511 = "index_timestep_zero"  # how Edit-2511 modulates its references
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Cell:
     steps: int = STEPS
     card: str = "whole"
     flags: str = ""
+    method: str = ""
 
 
 def sides_of(cell: Cell, *stores: tuple[str, str]) -> list[Cell]:
@@ -75,7 +77,9 @@ def groups() -> dict[str, list[Cell]]:
     made["formats"] = [c for cell in formats for c in sides_of(cell, *GPU_STORES, *OTHER_STORES)]
     runs = [Cell("runs", 1024, n, refresh=0, steps=WHOLE_RUN) for n in (1, 3)]
     made["runs"] = [c for cell in runs for c in sides_of(cell, ("int8", "auto"))]
-    cards = [Cell("cards", *s, card=card) for card in ("24 GB", "12 GB", "8 GB") for s in shapes]
+    zero = [replace(c, method=AS_2511) for c in made["runs"]]
+    made["runs"] += [replace(c, steps=STOCK_STEPS) if c.way == STOCK else c for c in zero]
+    cards = [Cell("cards", *s, card=card) for card in ("12 GB", "8 GB", "24 GB") for s in shapes]
     made["cards"] = [c for cell in cards for c in sides_of(cell, ("int8", "auto"))]
     legacy = Cell("legacy", 1024, 1, card="12 GB", flags=LEGACY)
     made["legacy"] = sides_of(legacy, ("int8", "auto"))
@@ -97,6 +101,7 @@ def graph(cell: Cell, number: int, tiny: bool) -> Graph:
     text = {
         "width": 64 if tiny else 3584,
         "references": " ".join([f"{reference}x{reference}"] * cell.references),
+        "method": cell.method,
     }
     tokens = VISION * cell.references + TEXT
     sampler = {
@@ -188,7 +193,7 @@ def smaller(cell: Cell, options: argparse.Namespace) -> Cell:
 
 def cell_of(row: Row) -> Cell:
     """What was measured."""
-    return Cell(**{name: row[name] for name in asdict(groups()["runs"][0])})
+    return Cell(**{name: row[name] for name in asdict(groups()["runs"][0]) if name in row})
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -231,6 +236,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         other = stock.get(key_of(row))
         names = [row[n] for n in ("group", "card", "side", "cfg", "references")]
+        names[0] += " as 2511" if cell_of(row).method else ""
         if row["status"] != "success" or (other and other["status"] != "success"):
             ended = [r["error"][:50] or r["status"] for r in (other, row) if r]
             lines.append(f"| {' | '.join(map(str, [*names, row['way'], *ended]))} |")
@@ -241,7 +247,8 @@ def table(rows: list[Row]) -> str:
 
 def key_of(row: Row) -> tuple[Any, ...]:
     """What a cell of the cache and stock's have in common."""
-    return tuple(row[n] for n in ("group", "card", "side", "cfg", "references", "flags"))
+    names = ("group", "card", "side", "cfg", "references", "flags", "method")
+    return tuple(getattr(cell_of(row), name) for name in names)
 
 
 def compared(row: Row, stock: Row) -> list[str]:
@@ -249,8 +256,8 @@ def compared(row: Row, stock: Row) -> list[str]:
     (was, _), (full, reuse) = full_and_reuse(stock), full_and_reuse(row)
     ratio = was / reuse
     if row["steps"] == WHOLE_RUN:
-        ratio, was = stock["sampler"] / row["sampler"], stock["sampler"]
-        full = reuse = row["sampler"]
+        stock_run = stock["sampler"] if stock["steps"] == WHOLE_RUN else was * WHOLE_RUN
+        ratio, was, full, reuse = stock_run / row["sampler"], stock_run, 0.0, row["sampler"]
     held, ram = max(row["held"], default=0), max(row["RAM"], default=0)
     memory = f"{held / 1e9:.2f} / {ram / 1e9:.2f} / {calculated(row) / 1e9:.2f}"
     peaks = f"{(row['peak'] or 0) / 1e9:.2f}, {row['NVML GiB']} ({stock['NVML GiB']})"

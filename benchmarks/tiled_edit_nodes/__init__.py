@@ -122,17 +122,20 @@ class BenchConditions:
     def INPUT_TYPES(cls):
         """Sizes."""
         sizes = {"tokens": ("INT",), "width": ("INT", {"max": 9999}), "references": ("STRING",)}
-        return {"required": sizes}
+        return {"required": sizes, "optional": {"method": ("STRING", {"default": ""})}}
 
-    def run(self, tokens, width, references):
-        """The same at each call."""
+    def run(self, tokens, width, references, method=""):
+        """The same at each call. `method`: how references are marked and modulated."""
         draw = torch.Generator().manual_seed(REFERENCE_SEED)
         text = torch.randn(1, tokens, width, generator=draw)
         latents = [
             torch.randn(1, 16, 1, *(int(side) // 8 for side in size.split("x")), generator=draw)
             for size in references.split()
         ]
-        return ([[text, {"reference_latents": latents} if latents else {}]],)
+        values = {"reference_latents": latents} if latents else {}
+        if method:
+            values["reference_latents_method"] = method
+        return ([[text, values]],)
 
 
 class BenchPicture:

@@ -61,10 +61,10 @@ def test_healthy_backends_are_right_with_more_keys_than_queries(
 ) -> None:
     arithmetic, found = attention.arithmetic, {}
     q, k, v = random(1500, 2301)  # as a pass that reuses its references; no round numbers
-    mask = torch.zeros(1, 1, k.shape[2], device="cuda", dtype=q.dtype)
+    mask = torch.zeros(1, 1, 1, k.shape[2], device="cuda", dtype=q.dtype)
     mask[..., 700:800] = torch.finfo(q.dtype).min
     where = situation(attention, arithmetic.HIDDEN_KEYS if masked else arithmetic.NO_MASK)
-    bias = mask[:, None].float().expand(1, HEADS, q.shape[2], -1) if masked else None
+    bias = mask.float().expand(1, HEADS, q.shape[2], -1) if masked else None
     wanted = scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=bias)
     for name, backend in attention.backends.BACKENDS.items():
         verdict = attention.health.verdict(backend, where)
