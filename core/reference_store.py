@@ -65,7 +65,8 @@ class KVStore:
         unpin: Unpin | None = None,
     ) -> None:
         if format not in FORMATS or place not in PLACES:
-            raise ValueError(f"A store has a format of {FORMATS} and a place of {PLACES}.")
+            wanted = f"{FORMATS} and a place of {PLACES}, not {format} and {place}"
+            raise ValueError(f"A store has a format of {wanted}.")
         self.format, self.place, self.device = format, place, torch.device(device)
         self._blocks: dict[int, _Block] = {}
         self._away = place == "ram" and self.device.type != "cpu"

@@ -1,4 +1,4 @@
-"""Where the reference cache keeps what it recorded: how much it will be, and where there is room."""
+"""Where the reference cache keeps what it recorded: how much that is, and where there is room."""
 
 from __future__ import annotations
 
