@@ -39,7 +39,7 @@ class Run:
 
     policy: Policy
     sigmas: list[float]  # of the schedule
-    sides: tuple[int, ...]  # of the whole picture's latent
+    shape: tuple[int, ...]  # of the whole picture's latent
     store_format: str
     causal: bool
     record: CacheRecord
@@ -81,7 +81,7 @@ class Run:
         if not arguments[4] and self.region is None:  # this side of CFG has no references
             return executor(*arguments, options, **more)
         x, control = arguments[0], more.get("control")
-        reason = self.off or cache_obstacles.of_pass(executor, x, options, control, self.sides)
+        reason = self.off or cache_obstacles.of_pass(executor, x, options, control, self.shape[-2:])
         if reason:
             self.record.stand_aside(f"{reason}; {NOT_CAUSAL}" if self.causal else reason)
             return executor(*arguments, options, **more)
