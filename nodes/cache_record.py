@@ -25,6 +25,7 @@ class CacheRecord:
     in_full: set[int] = field(default_factory=set)  # steps with a pass that was computed in full
     reused: set[int] = field(default_factory=set)  # steps with a pass that reused something
     bytes_held: dict[str, int] = field(default_factory=dict)  # place -> the most at a time
+    bytes_expected: int = 0  # of all stores, as reckoned before the load
     aside: list[str] = field(default_factory=list)  # why passes reused nothing
     notes: list[str] = field(default_factory=list)
     ended: str = ""  # how, where no picture was made

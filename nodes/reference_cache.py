@@ -34,7 +34,7 @@ from .reference_memory import (
 )
 from .reference_run import Run
 from .status import shown
-from .transformer_options import HOLDINGS
+from .transformer_options import HOLDINGS, PARTS
 
 KEY = "qwen_vram.reference_cache"
 WAITS = "reuses the reference pictures when a sampler runs with it"
@@ -54,7 +54,7 @@ class Settings:
     causal: bool = False
     region: bool = False
     region_margin: int = 64
-    region_threshold: float = 0.05
+    region_threshold: float = 0.08
 
 
 def patch(model: ModelPatcher, settings: Settings) -> ModelPatcher:
@@ -155,6 +155,7 @@ class ReferenceCache:
             settings.causal,
             record,
             guider,
+            pictures=noise.shape[0],
             region=region,
             off=off,
         )
@@ -197,10 +198,13 @@ class ReferenceCache:
         own = computed(conds, run.guider, options)
         activations = activations_of(model, shape, own)
         wanted = self.settings.store_place
+        parts = options.get("transformer_options", {}).get(PARTS, 1)
 
         def place() -> tuple[int, str, str]:
-            outside = run.region.count if run.region is not None else 0
-            need = expected_bytes(model, own, shape, run.store_format, outside, run.shared)
+            outside = run.region.count if run.region is not None and parts == 1 else 0
+            pictures = [run.pictures, *shape[1:]]
+            own_parts = outside, run.shared, parts
+            need = expected_bytes(model, own, pictures, run.store_format, *own_parts)
             return need, *place_for(wanted, need, model.load_device, model, activations)
 
         need, run.place, why = place()
@@ -213,6 +217,7 @@ class ReferenceCache:
             run.record.stand_aside(why)
             return shape
         run.record.note(why)
+        run.record.bytes_expected = need
         return for_the_load(model, shape, need, run.place)
 
     def _forward(
@@ -365,7 +370,7 @@ class ReferenceCacheNode(io.ComfyNode):
             ),
             io.Float.Input(
                 "region_threshold",
-                default=0.05,
+                default=0.08,
                 min=0.0,
                 max=10.0,
                 step=0.01,
