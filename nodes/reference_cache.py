@@ -150,7 +150,7 @@ class ReferenceCache:
         run = Run(
             policy,
             sigmas.tolist(),
-            tuple(noise.shape[-2:]),
+            tuple(noise.shape),
             settings.store_format,
             settings.causal,
             record,
@@ -164,7 +164,7 @@ class ReferenceCache:
 
     def _tell(self, record: CacheRecord, run: Run) -> None:
         """On the node, and in the metadata of the pictures."""
-        for note in run.region.notes if run.region is not None else ():
+        for note in run.region.told(record.steps) if run.region is not None else ():
             record.note(note)
         if not record.ended:
             record.note(self.metadata.write(self.node_id, record.facts()))
@@ -195,11 +195,19 @@ class ReferenceCache:
     ) -> Sequence[float]:
         """Decide where the stores go; returns the shape of the noise to plan the load with."""
         own = computed(conds, run.guider, options)
-        outside = run.region.count if run.region is not None else 0
-        need = expected_bytes(model, own, shape, run.store_format, outside, run.shared)
         activations = activations_of(model, shape, own)
-        device, wanted = model.load_device, self.settings.store_place
-        run.place, why = place_for(wanted, need, device, model, activations)
+        wanted = self.settings.store_place
+
+        def place() -> tuple[int, str, str]:
+            outside = run.region.count if run.region is not None else 0
+            need = expected_bytes(model, own, shape, run.store_format, outside, run.shared)
+            return need, *place_for(wanted, need, model.load_device, model, activations)
+
+        need, run.place, why = place()
+        if not run.place and run.region is not None:
+            run.record.note(region_reuse.NO_ROOM.format(why))
+            run.region = None
+            need, run.place, why = place()
         if not run.place:
             run.full = why
             run.record.stand_aside(why)

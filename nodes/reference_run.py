@@ -39,7 +39,7 @@ class Run:
 
     policy: Policy
     sigmas: list[float]  # of the schedule
-    sides: tuple[int, ...]  # of the whole picture's latent
+    shape: tuple[int, ...]  # of the whole picture's latent
     store_format: str
     causal: bool
     record: CacheRecord
@@ -81,7 +81,7 @@ class Run:
         if not arguments[4] and self.region is None:  # this side of CFG has no references
             return executor(*arguments, options, **more)
         x, control = arguments[0], more.get("control")
-        reason = self.off or cache_obstacles.of_pass(executor, x, options, control, self.sides)
+        reason = self.off or cache_obstacles.of_pass(executor, x, options, control, self.shape[-2:])
         if reason:
             self.record.stand_aside(f"{reason}; {NOT_CAUSAL}" if self.causal else reason)
             return executor(*arguments, options, **more)
@@ -130,7 +130,7 @@ class Run:
         if slot.dirty:
             slot.forget()
         step = self._step(options)
-        groups = self._plan(slot, self.policy.decide(step, slot.recorded_at, constant))
+        groups = self._plan(slot, step, self.policy.decide(step, slot.recorded_at, constant))
         slot.dirty = True
         output = token_reuse.forward(executor, arguments, options, groups, more, self.causal)
         counts = {group.blocks for group in groups}
@@ -143,17 +143,17 @@ class Run:
         _on_success(options, self._commit(slot, groups, step))
         return output
 
-    def _plan(self, slot: Slot, decision: Pass) -> list[Group]:
+    def _plan(self, slot: Slot, step: int, decision: Pass) -> list[Group]:
         """What becomes of a slot's groups in the next pass."""
-        full, groups = decision is Pass.FULL, []
+        groups: list[Group] = []
         if (references := slot.references) is not None:
-            references.reuse = references.known and not full
+            references.reuse = references.known and decision is not Pass.FULL
             probed = decision is Pass.PROBE and references.reuse
             references.threshold = self.policy.threshold if probed else None
             groups.append(references)
         if slot.outside is not None:
             alone = not groups or groups[0].reuse
-            groups.append(slot.outside.plan(full, alone))
+            groups.append(slot.outside.plan(self.policy, step, alone))
         return groups
 
     def _commit(self, slot: Slot, groups: Sequence[Group], step: int) -> Callable[[], None]:
@@ -206,7 +206,7 @@ class Run:
         tokens = self.region.outside(x) if self.region is not None else None
         if tokens is not None:
             store = new_store(self.store_format, self.place, x.device)
-            slot.outside = Outside(tokens, store, self.region.threshold)
+            slot.outside = Outside(tokens, store, self.region)
         return slot
 
     def _step(self, options: Options) -> int:

@@ -14,6 +14,7 @@ from comfy.samplers import KSAMPLER
 from torch import Tensor
 
 from ..core.reference_store import KVStore
+from ..core.refresh_policy import Pass, Policy
 from ..core.region import PATCH, active_tokens
 from .token_reuse import Group
 
@@ -33,7 +34,9 @@ OTHER_SAMPLER = (
 )
 PARTS = "region: parts of the picture (tiles, areas) are computed whole: the mask is for all of it"
 FRAMES = "region: only single pictures have a region, not {} frames"
-NOT_SETTLED = "region: never settled below region_threshold ({:g})"
+NOT_SETTLED = "region: the outside never settled below {:g}"
+NO_ROOM = "region: everything is computed, since there is {}"
+LEFT_OUT = "outside the mask: {} of {} tokens left out in {} of {} steps"
 
 
 class Region:
@@ -49,16 +52,19 @@ class Region:
         sides = tuple(mask.shape[-2:])
         self._tokens = (~active_tokens(mask, *sides, margin)).nonzero()[:, 0].cpu()
         self.total = -(-sides[0] // PATCH) * -(-sides[1] // PATCH)
-        self.count = len(self._tokens)
+        self.count = len(self._tokens)  # tokens to leave out
+        self._seen = False  # whether a pass had an outside
+        self.reused: set[int] = set()  # steps in which they were
         if self.count == 0:
             self.notes[ALL_INSIDE] = None
         elif self.count == self.total:
             self.notes[ALL_OUTSIDE] = None
+            self.count = 0
 
     def outside(self, x: Tensor) -> Tensor | None:
         """The places of what lies outside among the tokens of `x`, (batch, channels, frames,
         height, width); None where nothing or everything does, or `x` is not the whole picture."""
-        if not 0 < self.count < self.total:
+        if not self.count:
             return None
         if x.shape[-2:] != self.mask.shape[-2:]:
             self.notes[PARTS] = None
@@ -66,7 +72,17 @@ class Region:
         if x.ndim == 5 and x.shape[2] > 1:
             self.notes[FRAMES.format(x.shape[2])] = None
             return None
+        self._seen = True
         return self._tokens
+
+    def told(self, steps: int) -> list[str]:
+        """For the node, after a run of so many steps."""
+        notes = list(self.notes)
+        if self.reused:
+            notes.append(LEFT_OUT.format(self.count, self.total, len(self.reused), steps))
+        elif self._seen:
+            notes.append(NOT_SETTLED.format(self.threshold))
+        return notes
 
 
 def region_of(
@@ -93,38 +109,39 @@ def region_of(
 class Outside:
     """What one slot keeps of the tokens outside: their group, and how fast they still change.
 
-    `tokens`: from `Region.outside`. Passes are numbered by `step`.
+    `tokens`: from `Region.outside`.
     """
 
-    def __init__(self, tokens: Tensor, store: KVStore, threshold: float) -> None:
-        self.group = Group(NAME, tokens, store, reuse=False)
-        self.threshold = threshold
+    def __init__(self, tokens: Tensor, store: KVStore, region: Region) -> None:
+        self.group = Group(NAME, tokens, store)
+        self.region = region
         self.change: float | None = None  # of keys and values per step, when last measured
-        self.reused = 0  # steps
-        self._recorded: int | None = None  # step
+        self._recorded: int | None = None  # the last step that computed them
 
     @property
     def settled(self) -> bool:
         """Whether the last measurement was below the threshold. NaN never is."""
-        return self.change is not None and self.change < self.threshold
+        return self.change is not None and self.change < self.region.threshold
 
-    def plan(self, full: bool, alone: bool) -> Group:
-        """The group for the next pass. `full`: the policy wants a step in full. `alone`: no
-        reference picture is computed in this pass, which the model could not tell apart."""
-        self.group.reuse = not full and alone and self.group.known and self.settled
-        return self.group
+    def plan(self, policy: Policy, step: int, alone: bool) -> Group:
+        """The group for the next pass. `alone`: no reference picture is computed in it, which the
+        model could not tell apart any more."""
+        group, decision = self.group, policy.decide(step, self._recorded)
+        reuse = decision is not Pass.FULL and alone and self.settled
+        group.reuse = reuse and group.known
+        group.threshold = policy.threshold if decision is Pass.PROBE and group.reuse else None
+        return group
 
     def commit(self, step: int) -> None:
         """That pass has succeeded."""
         group = self.group
         if group.reuse:
-            self.reused += 1
+            self.region.reused.add(step)
             return
         if self._recorded is not None and step > self._recorded and group.drift is not None:
             self.change = float(group.drift) / (step - self._recorded)
-        self._recorded, group.known = step, True
+        self._recorded = step
 
     def forget(self) -> None:
-        """Of a store that was released, or a pass that failed halfway."""
-        self.change, self._recorded = None, None
-        self.group.known, self.group.last = False, None
+        """What the store holds is of no use any more."""
+        self._recorded, self.change = None, None

@@ -196,10 +196,9 @@ class _Pass:
         """Behind the last block: every token of the picture in its place again."""
         image = out["img"]
         inside = [group for group in self.groups if _first(group) < self.picture]
-        if isinstance(self.kept, Tensor):
-            own = self.kept[self.kept < self.picture]
+        if any(group.reuse for group in inside):
             whole = image.new_zeros(image.shape[0], self.picture, image.shape[2])
-            whole[:, own] = image[:, : len(own)]
+            whole[:, self.kept] = image
             for group in inside:
                 if group.last is not None:
                     whole[:, group.tokens] = group.last
