@@ -10,7 +10,7 @@ from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor
 
 from ..core.refresh_policy import Pass, Policy, step_of
-from . import cache_obstacles, token_reuse
+from . import cache_obstacles, foreign, token_reuse
 from .cache_record import CacheRecord
 from .reference_memory import new_store
 from .reference_slots import Key, Slot, Slots
@@ -38,12 +38,12 @@ class Run:
     """
 
     policy: Policy
-    sigmas: list[float]  # of the schedule
     shape: tuple[int, ...]  # of the whole picture's latent
     store_format: str
     causal: bool
     record: CacheRecord
     guider: Any = None
+    pictures: int = 1  # in the batch
     place: str = "gpu"
     region: Region | None = None  # for what lies outside the sampler's mask
     off: str = ""  # why nothing is reused in this run
@@ -81,7 +81,9 @@ class Run:
         if not arguments[4] and self.region is None:  # this side of CFG has no references
             return executor(*arguments, options, **more)
         x, control = arguments[0], more.get("control")
-        reason = self.off or cache_obstacles.of_pass(executor, x, options, control, self.shape[-2:])
+        reason = self.off or cache_obstacles.of_pass(
+            executor, x, options, control, self.shape[-2:], self._function()
+        )
         if reason:
             self.record.stand_aside(f"{reason}; {NOT_CAUSAL}" if self.causal else reason)
             return executor(*arguments, options, **more)
@@ -131,7 +133,8 @@ class Run:
             slot.forget()
         step = self._step(options)
         groups = self._plan(slot, step, self.policy.decide(step, slot.recorded_at, constant))
-        slot.dirty = True
+        # A pass that only reuses writes nothing: one that fails is repeated with the same.
+        slot.dirty = any(not group.reuse or group.threshold is not None for group in groups)
         output = token_reuse.forward(executor, arguments, options, groups, more, self.causal)
         counts = {group.blocks for group in groups}
         if counts == {0}:  # EasyCache skipped the model
@@ -209,9 +212,13 @@ class Run:
             slot.outside = Outside(tokens, store, self.region)
         return slot
 
+    def _function(self) -> bool:
+        """Whether another node's function calls the model."""
+        return foreign.FUNCTION in getattr(self.guider, "model_options", {})
+
     def _step(self, options: Options) -> int:
         """Of the schedule."""
-        return step_of(float(options["sigmas"].max()), self.sigmas)
+        return step_of(float(options["sigmas"].max()), self.policy.sigmas)
 
 
 def _on_success(options: Options, act: Callable[[], None]) -> None:
