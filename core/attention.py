@@ -86,6 +86,7 @@ def mask_aware(attend: Attend, takes_masks: bool) -> Attend:
     def attended(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
     ) -> Tensor:
+        """See above."""
         visible = None if mask is None else visible_keys(mask)
         if visible is not None:
             return attend_to(attend, query, key, value, visible, scale)
