@@ -41,7 +41,7 @@ from pack.tests.host import Host  # noqa: E402
 
 METHODS = {"2509": "index", "2511": "index_timestep_zero"}
 INTERVALS, STEPS = (1, 2, 5, 10, 20), (8, 20, 40)
-ONLY_FIRST = 1000
+ONLY_FIRST, AUTO = 1000, 0
 MODELS = {
     "embedded": (embedded.TRANSFORMER, embedded.TEXT_ENCODER, embedded.VAE),
     "random": (graphs.UNET, graphs.CLIP, graphs.VAE),
@@ -52,7 +52,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting of the cache. `interval`: steps from one full step to the next."""
+    """One setting of the cache. `interval`: steps between full ones; AUTO: the node's choice."""
 
     model: str
     method: str
@@ -69,7 +69,7 @@ def cells() -> Iterator[Cell]:
             for references in (1, 2):
                 for steps in STEPS:
                     shorter = [i for i in INTERVALS if i < steps]
-                    for interval in (*shorter, ONLY_FIRST):
+                    for interval in (*shorter, ONLY_FIRST, AUTO):
                         for kind in FORMATS:
                             yield Cell(model, method, references, steps, kind, interval)
 
@@ -114,7 +114,8 @@ def edit_graph(cell: Cell, number: int, instruction: str, *, cached: bool) -> di
 def settings(cell: Cell) -> dict[str, Any]:
     """The inputs of our node."""
     return {
-        **{"model": ["shift", 0], "refresh": "every n steps", "refresh_every": cell.interval},
+        **{"model": ["shift", 0], "refresh": "every n steps" if cell.interval else "auto"},
+        **{"refresh_every": cell.interval or 10},
         **{"drift_threshold": 0.1, "full_last_steps": 0, "causal": False, "region": False},
         **{"store_format": cell.format, "store_place": "auto"},
         **{"region_margin": 64, "region_threshold": 0.05},
@@ -178,6 +179,8 @@ def cell_of(row: Row) -> Cell:
 
 def name_of(interval: int) -> str:
     """For the head of a column."""
+    if interval == AUTO:
+        return "auto"
     return "first step only" if interval == ONLY_FIRST else f"every {interval}"
 
 
@@ -191,7 +194,7 @@ def shown(values: list[float] | None) -> str:
 def table(rows: list[Row]) -> str:
     """Markdown: a line for each model, method, number of references, of steps, and format."""
     found = {cell_of(row): row["psnr"] for row in rows}
-    columns = (*INTERVALS, ONLY_FIRST)
+    columns = (*INTERVALS, ONLY_FIRST, AUTO)
     head = ("model", "modulated as", "references", "steps", "format", *map(name_of, columns))
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for first in (c for c in cells() if c.interval == 1):
@@ -245,7 +248,7 @@ def _panel(
     """Curves of one modulation and number of steps. `place`: of its corner, in pixels."""
     left, top = place
     bottom, wide = top + PANEL_HEIGHT - 40, PANEL_WIDTH - LEFT - 30
-    columns = [i for i in (*INTERVALS, ONLY_FIRST) if i > 1 and (i < cell.steps or i == ONLY_FIRST)]
+    columns = [i for i in (*INTERVALS, ONLY_FIRST) if 1 < i < cell.steps or i == ONLY_FIRST]
     draw.text((left, top - 18), f"as {cell.method}, {cell.steps} steps", fill="black")
     for level in range(int(LOWEST), int(HIGHEST) + 1, 10):
         y = bottom - (level - LOWEST) / (HIGHEST - LOWEST) * (bottom - top)
