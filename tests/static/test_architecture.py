@@ -133,4 +133,5 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMMergeTiles",
         "QwenVRAMTiledEdit",
         "QwenVRAMTiledDiffusion",
+        "QwenVRAMReferenceCache",
     }
