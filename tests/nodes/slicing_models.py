@@ -80,6 +80,7 @@ def sample(
     sides: tuple[int, int] = SIDES,
     batch: int = 1,
     steps: int = 2,
+    sampler_name: str = "euler",
 ) -> Tensor:
     """The host's sampler with CFG; by default both sides of it have one shape, and are batched."""
     import comfy.sample
@@ -90,7 +91,7 @@ def sample(
         random(*latent.shape),
         steps,
         2.5,
-        "euler",
+        sampler_name,
         "simple",
         positive or conditioning(),
         negative or conditioning(seed=8),
