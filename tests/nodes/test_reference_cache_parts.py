@@ -238,19 +238,50 @@ def test_a_pass_that_failed_leaves_nothing_half_recorded(host, cache, model, at:
     assert [ref for ref in faults.tensors if ref() is not None] == []
 
 
-def test_what_failed_is_recorded_in_the_plan_that_succeeded(host, cache, model) -> None:
-    """The whole batch fails in its second step, and goes on picture by picture: new parts, which
-    begin in full, and nothing of the whole is left."""
+class NotTogether(Faults):
+    """From the second step on there is memory for one picture in a pass only."""
+
+    def __init__(self) -> None:
+        super().__init__(range(1000))
+        self.blocks = 0
+
+    def hook(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """As a forward hook of a block."""
+        self.blocks += 1
+        if self.blocks > blocks(1) and kwargs["hidden_states"].shape[0] > 1:
+            self.call()
+
+
+def test_what_failed_is_recorded_anew_in_the_plan_that_succeeds(host, cache, model) -> None:
+    """The batch goes on picture by picture: new parts, each in full at first, of which the stores
+    take the place of the whole's."""
     own = cache.ReferenceCache(settings(cache))
     patched, fitting = within(host, own.patch(model))
-    fitting.policy = "allow approximations"
-    first, layers = blocks(1), blocks(1, 1)
-    with blocks_fail(model.model.diffusion_model, Faults(range(first, first + 6 * layers, 1))):
+    with blocks_fail(model.model.diffusion_model, NotTogether()) as faults:
         found = edit(patched, batch=2, steps=4)
-    assert fitting.record.repeated >= 3 and found.isfinite().all()
-    assert own.record.steps_full >= 2
-    whole = edit(cache.patch(model, settings(cache)), batch=2, steps=4)
-    assert not torch.equal(found, whole)
+    assert faults.raised == fitting.record.repeated and found.isfinite().all()
+    assert "one at a time" in fitting.record.line()
+    assert own.record.in_full == {0, 1} and own.record.reused == {2, 3}
+    assert own.record.bytes_held["ram"] == own.record.bytes_expected
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [
+        ((), (("tiles", 3),), True),
+        ((("tiles", 1, 2),), (("tiles", 2, 3),), True),
+        ((("tiles", 1, 2),), (("tiles", 3, 4),), False),
+        ((("items", 0, 2),), (("items", 1, 1),), True),
+        ((("items", 0, 1),), (("items", 1, 1),), False),
+        ((("tiles", 1), ("items", 0, 1)), (("tiles", 1),), True),
+        ((("tiles", 1), ("items", 0, 1)), (("tiles", 1), ("items", 1, 1)), False),
+        ((("items", 0, 1), ("tile", 0)), (("items", 0, 1), ("tile", 1)), False),
+        ((("items", 0, 1),), (("tile", 1),), True),
+    ],
+)
+def test_parts_that_share_something_supersede_each_other(host, one, other, shared) -> None:
+    overlap = part(host, "reference_slots").overlap
+    assert overlap(one, other) == overlap(other, one) == shared
 
 
 # ------------------------------------------------------------------------------ ComfyUI's caches
