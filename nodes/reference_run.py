@@ -38,7 +38,6 @@ class Run:
     """
 
     policy: Policy
-    sigmas: list[float]  # of the schedule
     shape: tuple[int, ...]  # of the whole picture's latent
     store_format: str
     causal: bool
@@ -219,7 +218,7 @@ class Run:
 
     def _step(self, options: Options) -> int:
         """Of the schedule."""
-        return step_of(float(options["sigmas"].max()), self.sigmas)
+        return step_of(float(options["sigmas"].max()), self.policy.sigmas)
 
 
 def _on_success(options: Options, act: Callable[[], None]) -> None:
