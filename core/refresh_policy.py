@@ -19,6 +19,7 @@ AUTO, FIRST, EVERY, DRIFTED = "auto", "first step", "every n steps", "when drift
 MODES = (AUTO, FIRST, EVERY, DRIFTED)
 SAME = 1e-5  # of a sigma: what float32 may make of it
 AUTO_SIGMA = 1 / 3  # timestep zero: how far sigma moves from one full step to the next
+FEW_STEPS, FEW_SIGMA = 8, 0.55  # with a Lightning LoRA, where each full step costs more
 AUTO_FULL = 4  # otherwise: full steps in a run, evenly spaced
 
 
@@ -81,7 +82,7 @@ class Policy:
             return False
         if self.zero:
             moved = abs(self.sigmas[step] - self.sigmas[recorded_at])
-            return moved >= AUTO_SIGMA * (1 - SAME)
+            return moved >= (FEW_SIGMA if self.steps <= FEW_STEPS else AUTO_SIGMA) * (1 - SAME)
         return age >= max(2, math.ceil(self.steps / AUTO_FULL))
 
 

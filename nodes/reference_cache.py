@@ -142,7 +142,7 @@ class ReferenceCache:
     def _policy(self, guider: Any, sigmas: Tensor) -> Policy:
         """By the settings, and by how this run's references are modulated."""
         settings = self.settings
-        inner = guider.model_patcher.model.diffusion_model
+        inner = getattr(guider.model_patcher.model, "diffusion_model", None)
         default = getattr(inner, "default_ref_method", "")
         methods = {
             cond.get("reference_latents_method", default)

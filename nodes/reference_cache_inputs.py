@@ -17,7 +17,7 @@ class Settings:
 
     refresh: str = AUTO
     refresh_every: int = 10
-    drift_threshold: float = 0.1
+    drift_threshold: float = 0.2
     full_last_steps: int = 0
     store_format: str = "int8"
     store_place: str = "auto"
@@ -52,7 +52,7 @@ def when_to_refresh() -> list[io.Input]:
         ),
         io.Float.Input(
             "drift_threshold",
-            default=0.1,
+            default=0.2,
             min=0.0,
             max=10.0,
             step=0.01,

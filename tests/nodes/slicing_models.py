@@ -81,6 +81,7 @@ def sample(
     batch: int = 1,
     steps: int = 2,
     sampler_name: str = "euler",
+    seed: int = 1,
 ) -> Tensor:
     """The host's sampler with CFG; by default both sides of it have one shape, and are batched."""
     import comfy.sample
@@ -88,7 +89,7 @@ def sample(
     latent = torch.zeros(batch, 16, 1, *sides)
     return comfy.sample.sample(
         patcher,
-        random(*latent.shape),
+        random(*latent.shape, seed=5 + seed),
         steps,
         2.5,
         sampler_name,
@@ -97,5 +98,5 @@ def sample(
         negative or conditioning(seed=8),
         latent,
         disable_pbar=True,
-        seed=1,
+        seed=seed,
     )

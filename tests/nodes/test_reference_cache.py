@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from pack.tests.graphs import UNET
+from pack.tests.graphs import UNET, node, text_to_image
 from pack.tests.host import Host
 from pack.tests.nodes import plain_transformer as plain
 from pack.tests.nodes.slicing_models import conditioning, random, sample
@@ -329,3 +331,195 @@ def test_another_model_is_left_alone(cache: ModuleType, model: Any) -> None:
     )
     other = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1)))
     assert obstacles.of_run(other, {}, {}, False) == "the model is no Qwen-Image (Linear)"
+
+
+# ------------------------------------------------------------------------------ causal
+def test_causal_references_are_recorded_once_for_both_sides(cache: ModuleType, model: Any) -> None:
+    once = cache.ReferenceCache(settings(cache, causal=True))
+    every = cache.ReferenceCache(settings(cache, causal=True, refresh_every=1))
+    found, expected = edit(once.patch(model)), edit(every.patch(model))
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.01)
+    assert once.record.in_full == {0} and every.record.in_full == {0, 1, 2, 3}
+    assert not torch.equal(expected, edit(model))
+    one, two = (cache.ReferenceCache(settings(cache, causal=causal)) for causal in (True, False))
+    edit(one.patch(model))
+    edit(two.patch(model))
+    assert 2 * one.record.bytes_held["ram"] == two.record.bytes_held["ram"] > 0
+
+
+# ------------------------------------------------------------------------------ the end of runs
+class Stop(Exception):
+    """In the middle of a run."""
+
+
+def stopping(patcher: Any, at: int, error: BaseException) -> Any:
+    """A clone whose forward pass number `at` fails behind its second block."""
+    clone, calls = patcher.clone(), []
+
+    def wrapper(executor: Any, *args: Any, **more: Any) -> Tensor:
+        calls.append(args)
+        output = executor(*args, **more)
+        if len(calls) == at:
+            raise error
+        return output
+
+    clone.add_wrapper_with_key("apply_model", "qwen_vram.test", wrapper)
+    return clone
+
+
+@pytest.mark.parametrize("kind", ["error", "interrupt"])
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_after_a_failure_nothing_is_left(cache: ModuleType, model: Any, kind: str, at: int) -> None:
+    import comfy.model_management
+
+    interrupt = comfy.model_management.InterruptProcessingException
+    error = Stop() if kind == "error" else interrupt()
+    own = cache.ReferenceCache(settings(cache))
+    patcher = own.patch(model)
+    runs = kept_runs(own)
+    with pytest.raises(type(error)):
+        edit(stopping(patcher, at, error))
+    assert own._run is None and runs[-1].slots.bytes_held() == {}
+    assert own.record.ended == ("failed" if kind == "error" else "cancelled")
+    assert own.record.line().startswith(own.record.ended)
+    again = cache.ReferenceCache(settings(cache))
+    assert torch.equal(edit(patcher), edit(again.patch(model)))
+
+
+def kept_runs(own: Any) -> list[Any]:
+    """The runs that it begins from now on."""
+    runs, begin = [], own._begin
+    own._begin = lambda *args: runs.append(begin(*args)) or runs[-1]
+    return runs
+
+
+def test_two_samplers_share_a_model_and_nothing_else(cache: ModuleType, model: Any) -> None:
+    own = cache.ReferenceCache(settings(cache))
+    patcher, runs = own.patch(model), kept_runs(own)
+    first, second = edit(patcher), edit(patcher, seed=2)
+    for seed, found in ((1, first), (2, second)):
+        fresh = cache.ReferenceCache(settings(cache)).patch(model)
+        assert torch.equal(edit(fresh, seed=seed), found)
+    assert len(runs) == 2 and all(run.slots.bytes_held() == {} for run in runs)
+
+
+def test_a_run_within_a_run_has_its_own(cache: ModuleType, model: Any) -> None:
+    own = cache.ReferenceCache(settings(cache))
+    patcher, inner = own.patch(model), []
+    outer = patcher.clone()
+
+    def nested(executor: Any, *args: Any, **more: Any) -> Any:
+        if not inner:
+            inner.append(edit(patcher, seed=5))
+        return executor(*args, **more)
+
+    outer.add_wrapper_with_key("outer_sample", "qwen_vram.test", nested)
+    found = edit(outer)
+    assert torch.equal(inner[0], edit(cache.ReferenceCache(settings(cache)).patch(model), seed=5))
+    assert torch.equal(found, edit(cache.ReferenceCache(settings(cache)).patch(model)))
+    assert own.record.steps_reused == 3
+
+
+def test_it_keeps_no_model_alive(cache: ModuleType, model: Any) -> None:
+    clone = cache.ReferenceCache(settings(cache)).patch(model)
+    edit(clone)
+    gone = weakref.ref(clone)
+    del clone
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_second_one_replaces_the_first(cache: ModuleType, model: Any) -> None:
+    first, second = (cache.ReferenceCache(settings(cache)) for _ in range(2))
+    edit(second.patch(first.patch(model)))
+    assert (first.record.steps, second.record.steps_reused) == (0, 3)
+
+
+# ------------------------------------------------------------------------------ together with
+@pytest.mark.parametrize("outside", [True, False])
+def test_with_easycache(cache: ModuleType, model: Any, outside: bool) -> None:
+    """Steps that it skips are neither recorded nor reused."""
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    def skipping(patcher: Any) -> Any:
+        return EasyCacheNode.execute(patcher, 5.0, 0.15, 0.95, False)[0]
+
+    own = cache.ReferenceCache(settings(cache))
+    found = edit(own.patch(skipping(model)) if outside else skipping(own.patch(model)), 8)
+    computed = own.record.in_full | own.record.reused
+    assert own.record.in_full == {0} and 0 < len(computed) < 8
+    assert found.isfinite().all() and own.record.aside == []
+
+
+def test_what_is_released_is_recorded_again(cache: ModuleType, model: Any) -> None:
+    """As the sampler's ladder does when memory is short."""
+    own = cache.ReferenceCache(settings(cache))
+    clone, calls = own.patch(model), []
+
+    def wrapper(executor: Any, *args: Any, **more: Any) -> Tensor:
+        calls.append(args)
+        if len(calls) == 5:  # the third step
+            held = [part for part in args[5]["qwen_vram.holdings"]]
+            assert [type(part).__name__ for part in held] == ["Run"]
+            held[0].slots.clear()
+        return executor(*args, **more)
+
+    clone.add_wrapper_with_key("apply_model", "qwen_vram.test", wrapper)
+    edit(clone)
+    assert own.record.in_full == {0, 2} and own.record.reused == {1, 3}
+
+
+# ------------------------------------------------------------------------------ the node
+def graph_of(**inputs: Any) -> dict[str, Any]:
+    """An edit with the node, on a tiny model."""
+    graph = text_to_image(size=64)
+    asked = {**asdict_of(), **inputs}
+    graph["reference"] = node("EmptySD3LatentImage", width=64, height=96, batch_size=1)
+    for side in ("positive", "negative"):
+        before = graph["sampler"]["inputs"][side]
+        graph[f"{side}_edit"] = node(
+            "ReferenceLatent", conditioning=before, latent=["reference", 0]
+        )
+        graph["sampler"]["inputs"][side] = [f"{side}_edit", 0]
+    graph["cache"] = node(
+        "QwenVRAMReferenceCache", model=graph["sampler"]["inputs"]["model"], **asked
+    )
+    graph["sampler"]["inputs"]["model"] = ["cache", 0]
+    return graph
+
+
+def asdict_of() -> dict[str, Any]:
+    """The node's defaults."""
+    from pack.core.refresh_policy import MODES
+
+    own = {"refresh": MODES[0], "refresh_every": 10, "drift_threshold": 0.2, "full_last_steps": 0}
+    own |= {"store_format": "int8", "store_place": "auto", "causal": False, "region": False}
+    return own | {"region_margin": 64, "region_threshold": 0.08}
+
+
+def test_the_node_tells_on_itself_and_in_the_picture(
+    host: Host, cache: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    monkeypatch.setattr(cache.outcome, "tell", lambda text, *nodes: told.append((text, nodes)))
+    info = {"workflow": {"nodes": []}}
+    monkeypatch.setattr(cache.outcome._Info, "info", info)
+    run = host.run(graph_of())
+    assert run.status("cache")["text"] == cache.WAITS
+    ((line, nodes),) = told
+    assert nodes == ("cache",)
+    assert line.startswith("reused in ") and "in RAM (int8)" in line
+
+
+def test_the_defaults_are_those_of_the_schema(cache: ModuleType) -> None:
+    inputs = {i.id: i.default for i in cache.ReferenceCacheNode.GET_SCHEMA().inputs[1:]}
+    assert inputs == cache.asdict(cache.Settings()) == asdict_of()
+
+
+def test_facts_for_the_metadata(cache: ModuleType, model: Any) -> None:
+    own = cache.ReferenceCache(settings(cache, refresh="every n steps", refresh_every=2))
+    edit(own.patch(model))
+    facts = own.record.facts()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["steps_full"] == [1, 3] and facts["steps_reused"] == 2
+    assert facts["bytes"]["ram"] > 0 and facts["settings"]["refresh"] == "every n steps"

@@ -200,7 +200,7 @@ def test_the_memory_manager_unloads_the_model_midway(
 
 
 def test_comfyui_clears_everything_between_two_runs(going_on, watch, expected) -> None:
-    """As our node for that does, and the button in ComfyUI's menu."""
+    """As the button in its menu does: the stores have died with their runs, and nothing is left."""
     import comfy.model_management
 
     run(going_on, watch, "a batch")

@@ -134,4 +134,5 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMTiledEdit",
         "QwenVRAMTiledDiffusion",
         "QwenVRAMAttention",
+        "QwenVRAMReferenceCache",
     }
