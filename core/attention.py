@@ -179,10 +179,12 @@ def _cases(dtype: torch.dtype, width: int, kind: str) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(20)
 
     def normal(tokens: int, size: float = 1.0, mean: float = 0.0) -> Tensor:
+        """Normally distributed."""
         x = torch.randn(BATCH, HEADS, tokens, width, generator=generator)
         return (x * size + mean).to(dtype).float()
 
     def mask() -> Tensor | None:
+        """Another one each time."""
         return _mask(kind, dtype, generator)
 
     yield Case("normal values", normal(QUERIES), normal(KEYS), normal(KEYS), mask(), None)
