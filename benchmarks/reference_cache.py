@@ -79,7 +79,7 @@ def groups() -> dict[str, list[Cell]]:
     made["runs"] = [c for cell in runs for c in sides_of(cell, ("int8", "auto"))]
     zero = [replace(c, method=AS_2511) for c in made["runs"]]
     made["runs"] += [replace(c, steps=STOCK_STEPS) if c.way == STOCK else c for c in zero]
-    cards = [Cell("cards", *s, card=card) for card in ("12 GB", "8 GB", "24 GB") for s in shapes]
+    cards = [Cell("cards", *s, card=card) for card in ("8 GB", "12 GB", "24 GB") for s in shapes]
     made["cards"] = [c for cell in cards for c in sides_of(cell, ("int8", "auto"))]
     legacy = Cell("legacy", 1024, 1, card="12 GB", flags=LEGACY)
     made["legacy"] = sides_of(legacy, ("int8", "auto"))
