@@ -7,6 +7,7 @@ from . import (
     boundary,
     clear,
     conditioning,
+    early_exit,
     environment,
     image_edit,
     loaders,
@@ -34,6 +35,7 @@ NODES += vae.NODES
 NODES += tiled_diffusion.NODES
 NODES += tiled_edit.NODES
 NODES += tiling.NODES
+NODES += early_exit.NODES
 
 
 async def start() -> None:
