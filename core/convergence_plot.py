@@ -134,7 +134,7 @@ def _row(saving: Saving) -> tuple[str, str, str]:
     unknown = "not known"
     steps = unknown if saving.steps is None else f"step {saving.steps}"
     saved = unknown if saving.saved is None else str(saving.saved)
-    return f"{saving.threshold:.0e}", steps, saved
+    return f"{saving.threshold:g}", steps, saved
 
 
 _fonts: dict[int, Any] = {}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TABLE = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # thresholds that the user is told of
+TABLE = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)  # thresholds that the user is told of
 
 
 class Criterion(NamedTuple):

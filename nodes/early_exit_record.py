@@ -19,7 +19,7 @@ NO_LAST_STEP = "no last step: this sampler or model does not add noise as others
 NO_STEPS = "change not measurable: it takes two steps"
 OWN_STEPS = "steps saved not measurable: the sampler chooses its own steps"
 TOO_LATE = "small enough only when no step was left to save"
-NEAR = 0.5  # of the way to the next sigma of the schedule: further off, a step is the sampler's own
+NEAR = 0.02  # of the way to the next sigma: what is further off is no step of the schedule
 
 
 @dataclass
