@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.early_exit import Criterion, Curve, stops_at
 from . import outcome
-from .early_exit_record import LEFTOVER, NO_LAST_STEP, NOT_SEEN, Record
+from .early_exit_record import NO_LAST_STEP, NOT_SEEN, Record
 from .outcome import Metadata
 from .status import shown
 
@@ -71,8 +71,6 @@ class _Run:
         self.mask = mask
         self.curve = Curve(mask)
         self.record = Record(settings.criterion, settings.keep_last_step, self.sigmas.tolist())
-        if self.sigmas[-1] > 0:
-            self.record.note(LEFTOVER.format(float(self.sigmas[-1])))
         self.active = True
         self.left: _Left | None = None
         self._calls: deque[_Call] = deque(maxlen=CALLS)
@@ -103,9 +101,8 @@ class _Run:
         self.curve.add(float(call.sigma), x0)
         self.record.points = self.curve.points
         steps = len(self.curve.points)
-        if stops_at(self.curve.points, self.settings.criterion) is None:
-            return
-        if self.sigmas[-1] == 0 and self.record.stop(steps):
+        met = stops_at(self.curve.points, self.settings.criterion) is not None
+        if met and self.record.stop(steps):
             self.active = False
             self.left = _Left(call.sigma, call.x, x0, x, total)
             raise _Stop(self)
