@@ -253,45 +253,52 @@ class EarlyExitNode(io.ComfyNode):
             search_aliases=["early stopping", "convergence", "fewer steps", "speed", "skip steps"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to patch. It is not changed itself."),
-                io.Float.Input(
-                    "threshold",
-                    default=1e-4,
-                    min=0.0,
-                    max=100.0,
-                    step=1e-5,
-                    round=False,
-                    tooltip=(
-                        "Stop when the predicted picture changes by less than this, relative to "
-                        "itself and per unit of sigma. 0: never stop, only show the curve. The "
-                        "node shows what other thresholds would have saved."
-                    ),
-                ),
-                io.Int.Input(
-                    "patience",
-                    default=3,
-                    min=1,
-                    max=100,
-                    tooltip="For how many steps in a row the change has to be that small.",
-                ),
-                io.Int.Input(
-                    "min_steps",
-                    default=4,
-                    min=1,
-                    max=10000,
-                    tooltip="Never stop before so many steps are done.",
-                ),
-                io.Boolean.Input(
-                    "keep_last_step",
-                    default=True,
-                    tooltip=(
-                        "Run the last step of the schedule all the same. It adds fine texture, "
-                        "and takes the time of one step."
-                    ),
-                ),
+                *cls.inputs_of_the_criterion(),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.extra_pnginfo],
         )
+
+    @classmethod
+    def inputs_of_the_criterion(cls) -> list[io.Input]:
+        """When it stops, and how."""
+        return [
+            io.Float.Input(
+                "threshold",
+                default=1e-4,
+                min=0.0,
+                max=100.0,
+                step=1e-5,
+                round=False,
+                tooltip=(
+                    "Stop when the predicted picture changes by less than this, relative to "
+                    "itself and per unit of sigma. 0: never stop, only show the curve. The "
+                    "node shows what other thresholds would have saved."
+                ),
+            ),
+            io.Int.Input(
+                "patience",
+                default=3,
+                min=1,
+                max=100,
+                tooltip="For how many steps in a row the change has to be that small.",
+            ),
+            io.Int.Input(
+                "min_steps",
+                default=4,
+                min=1,
+                max=10000,
+                tooltip="Never stop before so many steps are done.",
+            ),
+            io.Boolean.Input(
+                "keep_last_step",
+                default=True,
+                tooltip=(
+                    "Run the last step of the schedule all the same. It adds fine texture, "
+                    "and takes the time of one step."
+                ),
+            ),
+        ]
 
     @classmethod
     def execute(
