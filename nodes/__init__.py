@@ -8,6 +8,7 @@ from . import (
     boundary,
     clear,
     conditioning,
+    early_exit,
     environment,
     image_edit,
     loaders,
@@ -38,6 +39,7 @@ NODES += tiled_edit.NODES
 NODES += tiling.NODES
 NODES += reference_cache.NODES
 NODES += attention.NODES
+NODES += early_exit.NODES
 
 
 async def start() -> None:
