@@ -523,3 +523,35 @@ def test_facts_for_the_metadata(cache: ModuleType, model: Any) -> None:
     assert json.loads(json.dumps(facts)) == facts
     assert facts["steps_full"] == [1, 3] and facts["steps_reused"] == 2
     assert facts["bytes"]["ram"] > 0 and facts["settings"]["refresh"] == "every n steps"
+
+
+# ------------------------------------------------------------------------------ slots
+def test_a_slot_gives_way_to_what_takes_its_place(cache: ModuleType) -> None:
+    """ComfyUI calls both sides together or apart, as the free memory is: never kept twice."""
+    slots = importlib.import_module(cache.__name__.replace("reference_cache", "reference_slots"))
+    cpu, content = torch.device("cpu"), [random(2, 3)]
+    both, one, other, tile = (
+        slots.Key(cpu, part, conditions, (1,))
+        for part, conditions in (
+            ((), ("a", "b")),
+            ((), ("a",)),
+            ((), ("c",)),
+            ((("tile", 1),), ("c",)),
+        )
+    )
+    kept, released = slots.Slots(), []
+
+    class Slot(slots.Slot):
+        def release(self) -> None:
+            released.append(self)
+
+    first = kept.find(both, content, lambda: Slot([]))
+    assert kept.find(both, [content[0].clone()], lambda: Slot([])) is first
+    second = kept.find(one, content, lambda: Slot([]))
+    third = kept.find(other, content, lambda: Slot([]))
+    assert released == [first]
+    content[0][0, 0] += 1  # written over in place: what was recorded with it is stale
+    assert kept.find(one, content, lambda: Slot([])) is not second
+    assert released == [first, second]
+    assert kept.find(tile, content, lambda: Slot([])) is not third
+    assert released == [first, second, third]  # the whole contains its tiles
