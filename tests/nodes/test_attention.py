@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 HIDDEN = torch.tensor([[1] * 9 + [0] * 4])  # of the encoder: four tokens of padding
 ON_A_CPU = ("ComfyUI's own", "PyTorch SDPA", "SDPA flash", "sub-quadratic", "split")
 CUDA = torch.device("cuda")
+CASES = 5  # of a self-test
 CALLS = 2 * 2  # of attention in a run: two steps, two blocks, both sides of CFG together
 Attend = Callable[..., Tensor]
 
@@ -265,7 +266,7 @@ def deaf(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | No
 @pytest.mark.parametrize(
     ("attend", "why"),
     [
-        (broken_nan, "gives NaN (normal values)"),
+        (broken_nan, "gives NaN (one key in the last block)"),
         (broken_scale, "wrong numbers: error"),
         (broken_layout, "wrong numbers: error"),
         (raises, "RuntimeError: no kernel image is available"),
@@ -302,9 +303,9 @@ def test_the_self_test_runs_once_per_situation(attention, model, backend) -> Non
     sample(clone)
     tests = counted.tests
     sample(clone, batch=2)
-    assert counted.tests == tests == 4  # cases
+    assert counted.tests == tests == CASES
     sample(clone, masked())
-    assert counted.tests == tests + 2 * 4  # hidden keys, others for each of the two items
+    assert counted.tests == tests + 2 * CASES  # hidden keys, others for each of the two items
 
 
 def test_a_backend_that_raises_at_work_is_replaced_call_by_call(attention, model, backend) -> None:
@@ -348,7 +349,8 @@ def test_nan_at_work_is_computed_again_and_not_trusted_again(attention, model, b
 
 
 def test_nan_of_the_model_itself_is_no_fault_of_the_backend(attention, model, backend) -> None:
-    clone, made = patched(attention, model, backend(Counted()))
+    counted = Counted()
+    clone, made = patched(attention, model, backend(counted))
     clone.add_wrapper_with_key(
         "diffusion_model", "nan", lambda run, *a, **k: run(*a, **k) * float("nan")
     )
@@ -356,7 +358,7 @@ def test_nan_of_the_model_itself_is_no_fault_of_the_backend(attention, model, ba
     (note,) = made.record.notes
     assert note.endswith("with PyTorch SDPA neither: not because of made up")
     assert list(made.record.used) == ["made up", "PyTorch SDPA"]
-    assert made.record.calls == CALLS + 2  # one pass twice
+    assert counted.calls == CALLS and made.record.calls == CALLS + 2  # one pass twice
 
 
 def test_what_records_during_a_pass_commits_the_repeated_one(
