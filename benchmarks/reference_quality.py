@@ -216,7 +216,7 @@ def worst_loss(rows: list[Row], kind: str) -> tuple[float, Cell] | None:
     return max(pairs, key=lambda pair: pair[0]) if pairs else None
 
 
-COLOURS = {"model": "#1f77b4", "int8": "#d62728", "int4": "#2ca02c"}
+COLOURS = {"model": "#a6cee3", "int8": "#d62728", "int4": "#2ca02c"}
 PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP = 330, 230, 46, 40
 LOWEST, HIGHEST = 10.0, 60.0  # dB
 
@@ -234,7 +234,9 @@ def plot(rows: list[Row], out: Path, model: str = "embedded") -> None:
     for number, (kind, colour) in enumerate(COLOURS.items()):
         text = f"{kind}: filled, one reference; hollow, two"
         draw.text((LEFT + 300 * number, size[1] - 50), text, fill=colour)
-    note = f"PSNR (dB) of the picture against the full computation, {model} model; over the refresh"
+    note = (
+        f"PSNR (dB) against the full computation, {model} model, over the steps between full ones"
+    )
     draw.text((LEFT, size[1] - 30), note, fill="black")
     picture.save(out, optimize=True)
 
@@ -249,6 +251,7 @@ def _panel(
     left, top = place
     bottom, wide = top + PANEL_HEIGHT - 40, PANEL_WIDTH - LEFT - 30
     columns = [i for i in (*INTERVALS, ONLY_FIRST) if 1 < i < cell.steps or i == ONLY_FIRST]
+    columns.append(AUTO)
     draw.text((left, top - 18), f"as {cell.method}, {cell.steps} steps", fill="black")
     for level in range(int(LOWEST), int(HIGHEST) + 1, 10):
         y = bottom - (level - LOWEST) / (HIGHEST - LOWEST) * (bottom - top)
@@ -256,9 +259,9 @@ def _panel(
         draw.text((left - 18, y - 6), str(level), fill="black")
     places = [left + wide * n / (len(columns) - 1) for n in range(len(columns))]
     for x, interval in zip(places, columns, strict=True):
-        label = "first" if interval == ONLY_FIRST else str(interval)
+        label = {ONLY_FIRST: "first", AUTO: "auto"}.get(interval, str(interval))
         draw.text((x - 6, bottom + 6), label, fill="black")
-    for kind, colour in COLOURS.items():
+    for kind in COLOURS:
         for references in (1, 2):
             points = []
             for x, interval in zip(places, columns, strict=True):
@@ -266,11 +269,20 @@ def _panel(
                 if own in found:
                     value = min(max(statistics.mean(found[own]), LOWEST), HIGHEST)
                     points.append((x, bottom - (value - LOWEST) / 50 * (bottom - top)))
-            if len(points) > 1:
-                draw.line(points, fill=colour, width=2 if references == 1 else 1)
-            for x, y in points:
-                fill = colour if references == 1 else "white"
-                draw.ellipse([x - 3, y - 3, x + 3, y + 3], outline=colour, fill=fill)
+            _curve(draw, points, kind, references)
+
+
+def _curve(
+    draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], kind: str, references: int
+) -> None:
+    """Of one format; the last point, of the node's own choice, stands by itself."""
+    colour, wide = COLOURS[kind], kind == "model"  # so that it is seen under the others
+    if len(points) > 2:
+        draw.line(points[:-1], fill=colour, width=6 if wide else 2)
+    for x, y in points:
+        size = 6 if wide else 3
+        fill = colour if references == 1 else "white"
+        draw.ellipse([x - size, y - size, x + size, y + size], outline=colour, fill=fill)
 
 
 def main() -> None:
