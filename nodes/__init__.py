@@ -16,6 +16,7 @@ from . import (
     prefill,
     provider,
     queue_time,
+    reference_cache,
     report,
     routes,
     sampler,
@@ -37,6 +38,7 @@ NODES += tiled_diffusion.NODES
 NODES += tiled_edit.NODES
 NODES += tiling.NODES
 NODES += attention.NODES
+NODES += reference_cache.NODES
 NODES += early_exit.NODES
 
 

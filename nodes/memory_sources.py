@@ -19,7 +19,7 @@ from ..core import memory_report, memory_text
 from ..core.fragments import Fragments, fragments
 from ..core.memory_findings import Finding, Ram, findings
 from ..core.memory_report import Allocator, Device, Holding, Probe
-from . import allocator
+from . import allocator, reference_memory
 from .devices import device_memory, devices, short
 from .memory_models import models
 from .store import STORE
@@ -173,7 +173,7 @@ def _fragments(device: torch.device, heap: Heap) -> Fragments | None:
 
 # ---------------------------------------------------------------------------------- named holders
 def _holdings(device: torch.device) -> Iterator[Holding]:
-    """What is neither model nor allocator: streaming buffers, kept results, the prompt cache."""
+    """What is neither model nor allocator: streaming buffers, kept results, the pack's caches."""
     label = "Buffers that stream weights"
     own = sum(
         buffer.size()
@@ -184,6 +184,8 @@ def _holdings(device: torch.device) -> Iterator[Holding]:
     cast = [b.nbytes for b in list(mm.STREAM_CAST_BUFFERS.values()) if b.device == device]
     yield Holding("cast_buffers", label, sum(cast))
     yield Holding("outputs", "Results that nodes keep", _kept_results(device))
+    kept = reference_memory.held_on(device)  # while a sampler runs
+    yield Holding("reference_cache", "Reference cache of Qwen VRAM", kept)
     if device.type == "cpu":
         yield Holding("pack", "Prompt cache of Qwen VRAM", STORE.memory_usage().bytes)
 

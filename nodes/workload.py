@@ -44,17 +44,17 @@ def work_of(
     size = comfy.model_management.dtype_size(model.get_dtype_inference())
     if not sliced:
         estimate = round(_host_estimate(model, x, more))
-        numbers = (x.shape[0], _tokens(x), 0, 0, 0, 1, 0, size, fixed, estimate)
+        numbers = (x.shape[0], tokens_of(x), 0, 0, 0, 1, 0, size, fixed, estimate)
         return Work(*numbers, together=together)
     inner = model.diffusion_model
-    references = sum(_tokens(latent) for latent in more.get("ref_latents") or ())
+    references = sum(tokens_of(latent) for latent in more.get("ref_latents") or ())
     words = text.shape[1] if text is not None else 0
     heads = inner.transformer_blocks[0].attn.heads
     blocks = len(inner.transformer_blocks)
     method = more.get("ref_latents_method", inner.default_ref_method)
     return Work(
         batch=x.shape[0],
-        tokens=_tokens(x),
+        tokens=tokens_of(x),
         reference_tokens=references,
         text_tokens=words,
         width=inner.inner_dim,
@@ -68,7 +68,7 @@ def work_of(
     )
 
 
-def _tokens(latent: torch.Tensor) -> int:
+def tokens_of(latent: torch.Tensor) -> int:
     """Tokens of one item of a latent (B, C, ..., h, w): patches of 2 x 2. Sound, meshes and latents
     packed into one, (B, C, n), have as many as numbers in a channel."""
     if latent.ndim < 4:

@@ -135,5 +135,6 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMTiledEdit",
         "QwenVRAMTiledDiffusion",
         "QwenVRAMAttention",
+        "QwenVRAMReferenceCache",
         "QwenVRAMEarlyExit",
     }

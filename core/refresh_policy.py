@@ -1,0 +1,100 @@
+"""When the keys and values of reference pictures are computed again: in full, or reused.
+
+The defaults of *auto* come from measurements on the embedded model, as PSNR of the picture against
+every step in full (benchmarks/RESULTS.md). References that are modulated by timestep zero (2511)
+change as the picture beside them does, and that follows sigma, of which most schedules spend few
+steps on the lower half: at the same cost, full steps at every third of sigma beat evenly spaced
+ones by 5 dB and more. References that are modulated by the step's own time (2509) drift from each
+step to the next: there evenly spaced steps are best.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+AUTO, FIRST, EVERY, DRIFTED = "auto", "first step", "every n steps", "when drifted"
+MODES = (AUTO, FIRST, EVERY, DRIFTED)
+SAME = 1e-5  # of a sigma: what float32 may make of it
+AUTO_SIGMA = 1 / 3  # timestep zero: how far sigma moves from one full step to the next
+FEW_STEPS, FEW_SIGMA = 8, 0.55  # with a Lightning LoRA, where each full step costs more
+AUTO_FULL = 4  # otherwise: full steps in a run, evenly spaced
+
+
+class Pass(Enum):
+    """How a forward pass treats what was recorded."""
+
+    FULL = "full"
+    REUSE = "reuse"
+    PROBE = "probe"  # reuse, unless the first blocks show too much drift
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A rule for one run of a sampler.
+
+    `every`: 1 makes every step a full one in any mode, and so does a `threshold` of 0. `sigmas`:
+    the schedule, one more than there are steps. `zero`: references are modulated by timestep zero.
+    """
+
+    mode: str
+    every: int
+    threshold: float
+    full_last: int
+    sigmas: tuple[float, ...]
+    zero: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Of the run."""
+        return len(self.sigmas) - 1
+
+    @property
+    def always_full(self) -> bool:
+        """Whether nothing is ever reused."""
+        return self.every == 1 or self.threshold == 0
+
+    def decide(self, step: int, recorded_at: int | None, constant: bool = False) -> Pass:
+        """For a pass in this step, counted from 0; `recorded_at`: the last full step's, if any.
+
+        `constant`: what is recorded depends on nothing that changes in a run.
+        """
+        if recorded_at is None or self.always_full:
+            return Pass.FULL
+        if constant:
+            return Pass.REUSE
+        if step >= self.steps - self.full_last:
+            return Pass.FULL
+        if step == recorded_at:
+            return Pass.REUSE
+        if self.mode == DRIFTED:
+            return Pass.PROBE
+        return Pass.FULL if self._is_old(step, recorded_at) else Pass.REUSE
+
+    def _is_old(self, step: int, recorded_at: int) -> bool:
+        """Whether what was recorded in an earlier step has done its time."""
+        age = abs(step - recorded_at)
+        if self.mode == EVERY:
+            return age >= self.every
+        if self.mode == FIRST:
+            return False
+        if self.zero:
+            moved = abs(self.sigmas[step] - self.sigmas[recorded_at])
+            return moved >= (FEW_SIGMA if self.steps <= FEW_STEPS else AUTO_SIGMA) * (1 - SAME)
+        return age >= max(2, math.ceil(self.steps / AUTO_FULL))
+
+
+def step_of(sigma: float, sigmas: Sequence[float]) -> int:
+    """Which step of a schedule a call of the model belongs to, from 0.
+
+    Samplers call the model between two sigmas, several times at one, or not at all where another
+    patch skips it: only the schedule itself tells the steps. `sigmas` falls, or rises where a
+    picture is turned into noise.
+    """
+    if len(sigmas) < 2:
+        return 0
+    sign = 1 if sigmas[0] >= sigmas[-1] else -1
+    slack = SAME * abs(sigma)
+    return sum(sign * each >= sign * sigma - slack for each in sigmas[1:-1])

@@ -1,0 +1,229 @@
+"""The forward passes of one run of a sampler under a reference cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from comfy.patcher_extension import WrapperExecutor
+from torch import Tensor
+
+from ..core.refresh_policy import Pass, Policy, step_of
+from . import cache_obstacles, foreign, token_reuse
+from .cache_record import CacheRecord
+from .reference_memory import new_store
+from .reference_slots import Key, Slot, Slots
+from .region_reuse import Outside, Region
+from .token_reuse import Group, references_of
+from .transformer_options import ON_SUCCESS, Options, part_of
+
+METHOD, ZERO = "ref_latents_method", "index_timestep_zero"  # the host's words
+BY_INDEX = ("index", ZERO)
+REFERENCES = "references"
+NOT_CAUSAL = "there, causal is off, too"
+NO_ATTENTION = "another node's attention passes ComfyUI's by, so that nothing can be recorded"
+BROKEN = (
+    "Reference Cache: another node took the reference cache's attention away in the middle of a "
+    "run. Take that node out, or the reference cache."
+)
+
+
+@dataclass
+class Run:
+    """From the loading of the model to the last step. Several GPUs' threads may call `forward`.
+
+    It is a holding (transformer_options.HOLDINGS): what it keeps on the GPU can be released
+    between two forward passes, and is recorded again in the next one.
+    """
+
+    policy: Policy
+    shape: tuple[int, ...]  # of the whole picture's latent
+    store_format: str
+    causal: bool
+    record: CacheRecord
+    guider: Any = None
+    pictures: int = 1  # in the batch
+    place: str = "gpu"
+    region: Region | None = None  # for what lies outside the sampler's mask
+    off: str = ""  # why nothing is reused in this run
+    full: str = ""  # why nothing is kept in this run; causal attention stays
+    slots: Slots = field(default_factory=Slots)
+
+    def bytes_held(self) -> int:
+        """On the GPU."""
+        return self.slots.bytes_held().get("gpu", 0)
+
+    def release(self) -> None:
+        """Give back what no forward pass uses at the moment. What lies in RAM stays."""
+        if self.bytes_held():
+            self.slots.clear()
+
+    def end(self) -> None:
+        """Leave nothing."""
+        self.slots.clear()
+        self.guider = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether all conditions have one slot: causal references depend on themselves alone."""
+        return self.causal and self.region is None
+
+    # ------------------------------------------------------------------------ one forward pass
+    def forward(
+        self,
+        executor: WrapperExecutor,
+        arguments: Sequence[Any],
+        options: Options,
+        more: dict[str, Any],
+    ) -> Tensor:
+        """See token_reuse.forward."""
+        if not arguments[4] and self.region is None:  # this side of CFG has no references
+            return executor(*arguments, options, **more)
+        x, control = arguments[0], more.get("control")
+        reason = self.off or cache_obstacles.of_pass(
+            executor, x, options, control, self.shape[-2:], self._function()
+        )
+        if reason:
+            self.record.stand_aside(f"{reason}; {NOT_CAUSAL}" if self.causal else reason)
+            return executor(*arguments, options, **more)
+        method = more.get(METHOD, executor.class_obj.default_ref_method)
+        if self.causal and arguments[4] and method in BY_INDEX:
+            more = {**more, METHOD: (method := ZERO)}  # as such models are trained
+        if self.full or self.policy.always_full:
+            return self._in_full(executor, arguments, options, more)
+        key, content = self._identity(arguments, options, more, method)
+        slot = self.slots.find(key, content, lambda: self._slot(arguments))
+        if slot.references is None and slot.outside is None:
+            return executor(*arguments, options, **more)
+        slot.busy = True
+        try:
+            constant = self.causal and method == ZERO
+            return self._pass(executor, arguments, options, more, slot, constant)
+        finally:
+            slot.busy = False
+
+    def _in_full(
+        self,
+        executor: WrapperExecutor,
+        arguments: Sequence[Any],
+        options: Options,
+        more: dict[str, Any],
+    ) -> Tensor:
+        """Nothing is kept: ComfyUI's own pass, but for causal attention."""
+        if self.causal:
+            output = token_reuse.forward(executor, arguments, options, (), more, causal=True)
+        else:
+            output = executor(*arguments, options, **more)
+        step = self._step(options)
+        _on_success(options, lambda: self.record.passed(step, full=True))
+        return output
+
+    def _pass(
+        self,
+        executor: WrapperExecutor,
+        arguments: Sequence[Any],
+        options: Options,
+        more: dict[str, Any],
+        slot: Slot,
+        constant: bool,
+    ) -> Tensor:
+        """Record, or reuse what was recorded."""
+        if slot.dirty:
+            slot.forget()
+        step = self._step(options)
+        groups = self._plan(slot, step, self.policy.decide(step, slot.recorded_at, constant))
+        # A pass that only reuses writes nothing: one that fails is repeated with the same.
+        slot.dirty = any(not group.reuse or group.threshold is not None for group in groups)
+        output = token_reuse.forward(executor, arguments, options, groups, more, self.causal)
+        counts = {group.blocks for group in groups}
+        if counts == {0}:  # EasyCache skipped the model
+            slot.dirty = False
+            return output
+        if counts != {len(executor.class_obj.transformer_blocks)}:
+            self._give_up(groups)
+            return output
+        _on_success(options, self._commit(slot, groups, step))
+        return output
+
+    def _plan(self, slot: Slot, step: int, decision: Pass) -> list[Group]:
+        """What becomes of a slot's groups in the next pass."""
+        groups: list[Group] = []
+        if (references := slot.references) is not None:
+            references.reuse = references.known and decision is not Pass.FULL
+            probed = decision is Pass.PROBE and references.reuse
+            references.threshold = self.policy.threshold if probed else None
+            groups.append(references)
+        if slot.outside is not None:
+            alone = not groups or groups[0].reuse
+            groups.append(slot.outside.plan(self.policy, step, alone))
+        return groups
+
+    def _commit(self, slot: Slot, groups: Sequence[Group], step: int) -> Callable[[], None]:
+        """What is done once the pass, and whatever is repeated with it, has succeeded."""
+        done = [(group, group.reuse, group.drift) for group in groups]
+
+        def commit() -> None:
+            slot.dirty = False
+            for group, reuse, drift in done:
+                group.known = True
+                self.record.drifted(group.name, drift)
+                if not reuse and group is groups[0]:
+                    slot.recorded_at = step
+            if slot.outside is not None:
+                slot.outside.commit(step)
+            self.record.passed(step, full=not any(reuse for _, reuse, _ in done))
+            self.record.holds(self.slots.bytes_held())
+
+        return commit
+
+    def _give_up(self, groups: Sequence[Group]) -> None:
+        """Some blocks did not come by. Raises RuntimeError where the picture has suffered."""
+        if any(group.reuse for group in groups):
+            raise RuntimeError(BROKEN)
+        self.off = NO_ATTENTION
+        self.record.stand_aside(NO_ATTENTION)
+        self.slots.clear()
+
+    # ------------------------------------------------------------------------------ identity
+    def _identity(
+        self, arguments: Sequence[Any], options: Options, more: dict[str, Any], method: str
+    ) -> tuple[Key, list[Any]]:
+        """Which slot a call has, and what its keys and values depend on besides the step.
+
+        Causal references depend on nothing but themselves: both sides of CFG share them.
+        """
+        x, _, context, mask, references, condition = arguments
+        content = [references, condition, method, x.dtype]
+        if self.shared:
+            return Key(x.device, part_of(options), (), (x.shape[0],)), content
+        uuids = tuple(options.get("uuids", ()))
+        return Key(x.device, part_of(options), uuids, tuple(x.shape)), [*content, context, mask]
+
+    def _slot(self, arguments: Sequence[Any]) -> Slot:
+        """An empty one for such a call."""
+        x, slot = arguments[0], Slot([])
+        if arguments[4]:
+            store = new_store(self.store_format, self.place, x.device)
+            slot.references = Group(REFERENCES, references_of(arguments), store)
+        tokens = self.region.outside(x) if self.region is not None else None
+        if tokens is not None:
+            store = new_store(self.store_format, self.place, x.device)
+            slot.outside = Outside(tokens, store, self.region)
+        return slot
+
+    def _function(self) -> bool:
+        """Whether another node's function calls the model."""
+        return foreign.FUNCTION in getattr(self.guider, "model_options", {})
+
+    def _step(self, options: Options) -> int:
+        """Of the schedule."""
+        return step_of(float(options["sigmas"].max()), self.policy.sigmas)
+
+
+def _on_success(options: Options, act: Callable[[], None]) -> None:
+    """Now, or when what repeats failed passes (passes.py) knows that this one counts."""
+    if ON_SUCCESS in options:
+        options[ON_SUCCESS].append(act)
+    else:
+        act()
