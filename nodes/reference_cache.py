@@ -192,7 +192,7 @@ class ReferenceCache:
     ) -> Sequence[float]:
         """Decide where the stores go; returns the shape of the noise to plan the load with."""
         own = computed(conds, run.guider, options)
-        activations = activations_of(model, shape, own)
+        activations = activations_of(model, shape, own, run.pictures)
         wanted = self.settings.store_place
         parts = options.get("transformer_options", {}).get(PARTS, 1)
 

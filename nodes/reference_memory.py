@@ -21,24 +21,27 @@ from .workload import tokens_of
 
 PLACE_CHOICES = ("auto", *PLACES)
 COMFORTABLE = 1.25  # times the store: what has to be spare on the GPU
-SHARE_OF_RAM = 3  # pinned RAM is dear: no more than a third of what is free
+SHARE = 3  # pinned RAM is dear, and so is the room of weights: no more than a third of either
 STAGED_BLOCKS = 2  # on the GPU, where the rest is in RAM
 Conds = dict[str, list[dict[str, Any]]]
 
 NO_ROOM = (
-    "no room for the reference cache, which takes {need}: {gpu} to spare on the GPU, and {ram} of "
-    "RAM free, of which it takes a third at most. A smaller store_format, or fewer or smaller "
-    "references, take less."
+    "no room for the reference cache, which takes {need}: {gpu} to spare on the GPU, {room} with "
+    "all weights in RAM, and {ram} of RAM free, and it takes a third of either at most. A smaller "
+    "store_format, or fewer or smaller references, take less."
 )
 NO_GPU = (
-    "no room for the reference cache on the GPU: it takes {need}, and there are {gpu} even with "
+    "no room for the reference cache on the GPU: it takes {need}, and there are {room} even with "
     "all weights in RAM. Set store_place to ram or auto, or store_format to a smaller one."
 )
 NO_RAM = (
     "no room for the reference cache in RAM: it takes {need}, and {ram} are free. Set store_place "
     "to gpu or auto, or store_format to a smaller one."
 )
-TIGHT = "the reference cache takes {need} of the GPU, where {gpu} are to spare beside the weights"
+TIGHT = (
+    "the reference cache takes {need} of the GPU, where {gpu} are to spare beside the weights: "
+    "some of these are streamed from RAM"
+)
 ONE_MEMORY = "the model runs in RAM, and so the reference cache is there"
 
 _stores: weakref.WeakSet[KVStore] = weakref.WeakSet()
@@ -111,9 +114,18 @@ def computed(conds: Conds, guider: Any, model_options: dict[str, Any]) -> Conds:
     return {name: side for name, side in conds.items() if name != "negative"}
 
 
-def activations_of(model: ModelPatcher, noise_shape: Sequence[int], conds: Conds) -> int:
-    """Bytes that ComfyUI keeps free for forward passes, with all it reserves."""
-    estimate = comfy.sampler_helpers.estimate_memory(model, list(noise_shape), conds)[0]
+def activations_of(
+    model: ModelPatcher, noise_shape: Sequence[float], conds: Conds, pictures: int | None = None
+) -> int:
+    """Bytes that ComfyUI keeps free for forward passes, with all it reserves.
+
+    `noise_shape`: PREPARE_SAMPLING's. Within a limit of ours its batch is not that of a pass: that
+    is `pictures` (vram_limit.VRAMLimit.load_shape).
+    """
+    batch, *rest = noise_shape
+    limited = model.model_options.get("transformer_options", {}).get(LIMIT, 0) > 0
+    shape = [pictures if limited and pictures else batch, *rest]
+    estimate = comfy.sampler_helpers.estimate_memory(model, shape, conds)[0]
     return round(max(mm.minimum_inference_memory(), estimate + mm.extra_reserved_memory()))
 
 
@@ -127,16 +139,18 @@ def place_for(
     """Where a store of `need` bytes goes, and a sentence where there is something to say.
 
     "gpu", "ram", or "" where it has no room. Ask before the model is loaded; `activations` as
-    `activations_of` gives them, without: the least that ComfyUI reserves. *auto*: on the GPU what
-    fits beside the whole model; in RAM what leaves two thirds of it; otherwise nowhere, since a
-    store that drives out weights, or makes the system swap, can cost more than it saves.
+    `activations_of` gives them, without: the least that ComfyUI reserves.
+
+    *auto*: on the GPU what fits beside the whole model; in RAM what leaves two thirds of it, since
+    weights that had to leave are streamed in every pass, and a store once a step; on the GPU in
+    the place of weights what leaves them two thirds; otherwise nowhere.
     """
     if wanted not in PLACE_CHOICES:
         raise ValueError(f"store_place is one of {', '.join(PLACE_CHOICES)}, not {wanted}.")
     activations = round(mm.minimum_inference_memory()) if activations is None else activations
     ram = mm.get_free_memory(torch.device("cpu"))
     if device.type == "cpu":
-        if need * (SHARE_OF_RAM if wanted == "auto" else 1) > ram:
+        if need * (SHARE if wanted == "auto" else 1) > ram:
             return "", NO_RAM.format(need=size_text(need), ram=size_text(ram))
         return "ram", ONE_MEMORY if wanted == "gpu" else ""
     room = _room(model, device) - activations
@@ -147,19 +161,19 @@ def _choose(
     wanted: str, need: int, room: int, spare: int, ram: int, one_memory: bool
 ) -> tuple[str, str]:
     """`room`: bytes of the GPU without weights, `spare`: with all of them there."""
-    texts = {"need": size_text(need), "ram": size_text(ram)}
-    texts["gpu"] = size_text(max(0, room if wanted == "gpu" else spare))
+    sizes = {"need": need, "gpu": spare, "room": room, "ram": ram}
+    texts = {name: size_text(max(0, size)) for name, size in sizes.items()}
+    tight = TIGHT.format(**texts) if need > spare else ""
     if wanted == "gpu":
-        if need * COMFORTABLE > room:
-            return "", NO_GPU.format(**texts)
-        beside = texts | {"gpu": size_text(max(0, spare))}
-        return "gpu", TIGHT.format(**beside) if need > spare else ""
+        return ("gpu", tight) if need * COMFORTABLE <= room else ("", NO_GPU.format(**texts))
     if wanted == "ram":
         return ("ram", "") if need <= ram else ("", NO_RAM.format(**texts))
     if need * COMFORTABLE <= spare:
         return "gpu", ""
-    if need * SHARE_OF_RAM <= ram and not one_memory:
+    if need * SHARE <= ram and not one_memory:
         return "ram", ""
+    if need * SHARE <= room:
+        return "gpu", tight
     return "", NO_ROOM.format(**texts)
 
 
