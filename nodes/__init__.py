@@ -4,9 +4,11 @@ import asyncio
 
 from . import (
     allocator,
+    attention,
     boundary,
     clear,
     conditioning,
+    early_exit,
     environment,
     image_edit,
     loaders,
@@ -36,6 +38,8 @@ NODES += tiled_diffusion.NODES
 NODES += tiled_edit.NODES
 NODES += tiling.NODES
 NODES += reference_cache.NODES
+NODES += attention.NODES
+NODES += early_exit.NODES
 
 
 async def start() -> None:
