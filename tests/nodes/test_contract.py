@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 
-@pytest.fixture(params=range(22))
+@pytest.fixture(params=range(23))
 def node(host, request):
     """Every node class of the loaded pack."""
     classes = host.part("nodes").NODES
