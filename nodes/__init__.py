@@ -7,6 +7,7 @@ from . import (
     boundary,
     clear,
     conditioning,
+    early_exit,
     environment,
     image_edit,
     loaders,
@@ -36,6 +37,7 @@ NODES += tiled_diffusion.NODES
 NODES += tiled_edit.NODES
 NODES += tiling.NODES
 NODES += reference_cache.NODES
+NODES += early_exit.NODES
 
 
 async def start() -> None:

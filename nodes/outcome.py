@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import re
 import threading
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import comfyui_version
+import folder_paths
 import torch
 from comfy_execution.utils import get_executing_context
+from PIL import Image
 from server import PromptServer
 
 from ..core.budget import (
@@ -250,6 +253,24 @@ def tell(text: str, *node_ids: str | None) -> None:
     if server.client_id is not None:
         for node_id in dict.fromkeys(filter(None, node_ids)):
             server.send_progress_text(text, node_id, server.client_id)
+
+
+def tell_picture(picture: Image.Image, text: str, node_id: str | None) -> None:
+    """Show a picture and a text on a node that has run long before, until it runs again.
+
+    ComfyUI's own message for what a node has to show; the frontend keeps it with the workflow.
+    """
+    server, context = PromptServer.instance, get_executing_context()
+    if server.client_id is None or context is None or node_id is None:
+        return
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"qwen_vram_{uuid.uuid4().hex}.png"
+    picture.save(folder / name)
+    image = {"filename": name, "subfolder": "", "type": "temp"}
+    output = {"images": [image], METADATA: [{"text": text}]}
+    message = {"node": node_id, "display_node": node_id, "output": output}
+    server.send_sync("executed", {**message, "prompt_id": context.prompt_id}, server.client_id)
 
 
 def running_node() -> str | None:

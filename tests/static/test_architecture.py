@@ -17,6 +17,7 @@ OPTIONAL = {
     "redis_tier.py": "redis",
     "memory_map.py": "PIL",
     "tile_plan.py": "PIL",
+    "convergence_plot.py": "PIL",
 }  # PIL: ComfyUI itself needs it
 SHIPPED = [p for room in ("core", "nodes") for p in sorted((ROOT / room).rglob("*.py"))]
 SHIPPED += [ROOT / "__init__.py", ROOT / "prestartup_script.py"]
@@ -133,4 +134,5 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMMergeTiles",
         "QwenVRAMTiledEdit",
         "QwenVRAMTiledDiffusion",
+        "QwenVRAMEarlyExit",
     }

@@ -1,0 +1,133 @@
+"""What early exit did in one run: for the node, its picture and the metadata."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from ..core.convergence_plot import Plot, draw
+from ..core.early_exit import Criterion, Point, Saving, saved_by, savings, stops_at
+from . import outcome
+
+LEFTOVER = "nothing stops early: the schedule ends at sigma {:.3g}, the latent goes on with noise"
+NOT_SEEN = "change not measurable: the sampler calls the model past ComfyUI's wrappers"
+NO_LAST_STEP = "no last step: this sampler or model does not add noise as others do"
+NO_STEPS = "change not measurable: it takes two steps"
+OWN_STEPS = "steps saved not measurable: the sampler chooses its own steps"
+TOO_LATE = "small enough only when no step was left to save"
+NEAR = 0.02  # of the way to the next sigma: what is further off is no step of the schedule
+
+
+@dataclass
+class Record:
+    """Of a run with this schedule; `points` as the steps come."""
+
+    criterion: Criterion
+    keep_last_step: bool
+    sigmas: Sequence[float]
+    points: Sequence[Point] = ()
+    stopped: int | None = None  # after so many steps
+    last_step: bool = False  # whether the last one was run after that
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, sentence: str) -> None:
+        """Say something once."""
+        if sentence and sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def stop(self, steps: int) -> bool:
+        """Whether it may stop after so many, which it then does: it has to save something."""
+        if self.own_steps:
+            worth = self.points[-1].sigma > self._last_sigma
+        else:
+            worth = saved_by(steps, len(self.sigmas) - 1, self.keep_last_step) > 0
+        if worth:
+            self.stopped = steps
+        return worth
+
+    @property
+    def own_steps(self) -> bool:
+        """Whether the sampler does not take the steps of the schedule, as dpm_fast."""
+        pairs = zip(self.points, self.sigmas, self.sigmas[1:], strict=False)
+        off = any(abs(p.sigma - s) > NEAR * abs(s - after) for p, s, after in pairs)
+        return off or len(self.points) > len(self.sigmas) - 1
+
+    @property
+    def total(self) -> int | None:
+        """Steps of the whole run; None where only the sampler knew."""
+        if not self.own_steps:
+            return len(self.sigmas) - 1
+        return None if self.stopped else len(self.points)
+
+    @property
+    def _last_sigma(self) -> float:
+        return [sigma for sigma in self.sigmas if sigma > 0][-1]
+
+    @property
+    def saved(self) -> int | None:
+        """Steps that were not computed; None: not measurable."""
+        if self.stopped is None:
+            return 0
+        if self.total is None:
+            return None
+        return saved_by(self.stopped, self.total, self.last_step)
+
+    def savings(self) -> list[Saving]:
+        """What other thresholds would have saved."""
+        return savings(self.points, self.criterion, self.total, self.keep_last_step)
+
+    def changes(self) -> list[float]:
+        """Those that could be measured."""
+        return [point.change for point in self.points if math.isfinite(point.change)]
+
+    def line(self) -> str:
+        """For the node."""
+        total, threshold = self.total, f"{self.criterion.threshold:.2g}"
+        if self.stopped is not None:
+            of = "" if total is None else f" of {total}"
+            last = " and the last one" if self.last_step else ""
+            parts = [f"stopped after step {self.stopped}{of}{last}"]
+            parts.append(OWN_STEPS if self.saved is None else f"steps saved: {self.saved}")
+            parts.append(f"change {self.points[-1].change:.2g}, threshold {threshold}")
+        else:
+            parts = [f"all {total} steps", *self._why()]
+        return " · ".join([*parts, *self.notes])
+
+    def _why(self) -> list[str]:
+        """It did not stop."""
+        found = self.changes()
+        if not found:
+            return [] if NOT_SEEN in self.notes else [NO_STEPS]
+        lowest = f"lowest change {min(found):.2g}, threshold {self.criterion.threshold:.2g}"
+        met = stops_at(self.points, self.criterion) is not None
+        return [lowest, TOO_LATE] if met and LEFTOVER[:20] not in "".join(self.notes) else [lowest]
+
+    def facts(self) -> dict[str, Any]:
+        """The same as data. A change that is not measurable is null, as that of the first step."""
+        return {
+            "steps_of_the_schedule": len(self.sigmas) - 1,
+            "stopped_after_step": self.stopped,
+            "last_step_run": self.last_step,
+            "steps_saved": OWN_STEPS if self.saved is None else self.saved,
+            **self.criterion._asdict(),
+            "keep_last_step": self.keep_last_step,
+            "curve": [
+                {"sigma": p.sigma, "change": p.change if math.isfinite(p.change) else None}
+                for p in self.points
+            ],
+            "would_have_saved": [saving._asdict() for saving in self.savings()],
+            "notes": self.notes,
+            "versions": outcome.versions(),
+        }
+
+    @property
+    def picture(self) -> Image.Image:
+        """The curve and the table of thresholds."""
+        changes = [point.change for point in self.points]
+        total = self.total or len(self.points)
+        table = self.savings()
+        return draw(Plot(changes, self.criterion.threshold, total, self.stopped, table))
