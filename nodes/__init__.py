@@ -4,6 +4,7 @@ import asyncio
 
 from . import (
     allocator,
+    attention,
     boundary,
     clear,
     conditioning,
@@ -38,6 +39,7 @@ NODES += tiled_edit.NODES
 NODES += tiling.NODES
 NODES += reference_cache.NODES
 NODES += early_exit.NODES
+NODES += attention.NODES
 
 
 async def start() -> None:

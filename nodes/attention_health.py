@@ -1,0 +1,213 @@
+"""Which attention backends work on which device, and how fast: tried once per process.
+
+Nothing of it is kept on disk: a self-test takes milliseconds and times of an attention call a
+second at most, while drivers, packages and what else uses the card change between two processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import itemgetter
+
+import comfy.model_management
+import torch
+from comfy.model_management import InterruptProcessingException
+from torch import Tensor
+
+from ..core.attention import BIAS, Verdict, examine, mask_aware, median_seconds, tolerance
+from .attention_backends import BACKENDS, OWN, Backend
+
+log = logging.getLogger("qwen_vram")
+
+BEFORE_OWN = 0.95  # what auto takes needs at most this part of the time of ComfyUI's own
+NO_DTYPE = "it does not work with {}"
+NO_BIAS = "it takes no mask that adds to the scores"
+LOW_PRECISION = "the model asks for full precision here"
+RAISED = "{}: {}"
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a kernel is chosen for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    width: int  # of a head
+    mask: str  # NO_MASK, HIDDEN_KEYS or BIAS
+
+
+@dataclass(frozen=True)
+class Length:
+    """What its time depends on besides; tokens rounded up to a power of two."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+
+
+Times = dict[str, float]  # name of a backend -> seconds of one call
+
+_lock = threading.RLock()
+_verdicts: dict[tuple[str, Situation], Verdict] = {}
+_times: dict[tuple[Situation, Length], Times] = {}
+
+
+def passes(error: BaseException) -> bool:
+    """Whether an error is not the backend's: out of memory, or the user stops the run."""
+    return isinstance(error, InterruptProcessingException) or comfy.model_management.is_oom(error)
+
+
+def sentence(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return RAISED.format(type(error).__name__, lines[0][:200] if lines else "no message")
+
+
+def verdict(backend: Backend, situation: Situation) -> Verdict:
+    """Of the self-test on this device, which runs once. Out of memory and interrupts are raised,
+    and the test then runs again the next time."""
+    key = backend.name, situation
+    with _lock:
+        if key not in _verdicts:
+            _verdicts[key] = _examine(backend, situation)
+        return _verdicts[key]
+
+
+def _examine(backend: Backend, situation: Situation) -> Verdict:
+    if missing := backend.probe(situation.device):
+        return Verdict(False, missing)
+    if unable := cannot(backend, situation):
+        return Verdict(False, unable)
+    try:
+        found = examine(
+            mask_aware(backend.attend, backend.takes_masks),
+            situation.device,
+            situation.dtype,
+            situation.width,
+            situation.mask,
+            backend.quantised,
+        )
+    except Exception as error:
+        if passes(error):
+            raise
+        found = Verdict(False, sentence(error))
+    if not found.healthy:
+        log.info("Attention: %s failed its self-test: %s", backend.name, found.reason)
+    return found
+
+
+def cannot(backend: Backend, situation: Situation) -> str:
+    """Why a backend is not made for this, or ""."""
+    if situation.dtype not in backend.dtypes:
+        return NO_DTYPE.format(str(situation.dtype).removeprefix("torch."))
+    return NO_BIAS if situation.mask == BIAS and not backend.takes_masks else ""
+
+
+def distrust(name: str, situation: Situation, reason: str) -> None:
+    """A backend failed at work although its self-test did not show it: not again here."""
+    with _lock:
+        _verdicts[name, situation] = Verdict(False, reason)
+
+
+def known(name: str, situation: Situation) -> Verdict | None:
+    """What was found so far."""
+    with _lock:
+        return _verdicts.get((name, situation))
+
+
+def forget() -> None:
+    """As in a new process."""
+    with _lock:
+        _verdicts.clear()
+        _times.clear()
+
+
+# ------------------------------------------------------------------------------ time
+def length_of(query: Tensor, key: Tensor) -> Length:
+    """Of (batch, heads, tokens, width) both."""
+    rounded = [1 << (tokens - 1).bit_length() for tokens in (query.shape[2], key.shape[2])]
+    return Length(query.shape[0], query.shape[1], *rounded)
+
+
+def measure(
+    situation: Situation, length: Length, calls: dict[str, Callable[[], Tensor]]
+) -> Times | None:
+    """Times of backends by name, at the length at hand; None where memory is too short to try.
+
+    `calls`: one attention call each, on the model's own tensors, so that nothing but the outputs
+    takes memory. A backend that runs out of memory, or fails, takes for ever.
+    """
+    with _lock:
+        found = _times.setdefault((situation, length), {})
+        if new := {name: call for name, call in calls.items() if name not in found}:
+            if not _has_room(situation, length):
+                return None
+            found |= _measure(new)
+            log.info("Attention at %d keys: %s", length.keys, text_of(found))
+        return {name: found[name] for name in calls}
+
+
+def _has_room(situation: Situation, length: Length) -> bool:
+    """For an output and what kernels put aside: copies of query, key and value."""
+    tokens = 2 * length.queries + 2 * length.keys
+    need = length.batch * length.heads * tokens * situation.width * situation.dtype.itemsize
+    return comfy.model_management.get_free_memory(situation.device) > need
+
+
+def _measure(calls: dict[str, Callable[[], Tensor]]) -> Times:
+    found: Times = {}
+    for name, call in calls.items():
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        try:
+            found[name] = median_seconds(call)
+        except Exception as error:
+            if isinstance(error, InterruptProcessingException):
+                raise
+            comfy.model_management.is_oom(error)  # takes a pending CUDA error away
+            found[name] = math.inf
+            log.info("Attention: %s has no time: %s", name, sentence(error))
+    return found
+
+
+def fastest(times: Times) -> str:
+    """ComfyUI's own, unless another is clearly faster: measured times vary, and so would pictures
+    between two processes."""
+    best = min(times, key=times.__getitem__)
+    return OWN if times[best] > BEFORE_OWN * times[OWN] else best
+
+
+def text_of(times: Times) -> str:
+    """In milliseconds, fastest first."""
+    ordered = sorted((item for item in times.items() if math.isfinite(item[1])), key=itemgetter(1))
+    return ", ".join(f"{name} {seconds * 1000:.3g} ms" for name, seconds in ordered)
+
+
+# ------------------------------------------------------------------------------ the table
+def table(situation: Situation, chosen: str = "") -> str:
+    """All backends in a situation: tries those that are installed. One line each."""
+    lines = []
+    for backend in BACKENDS.values():
+        missing = backend.probe(situation.device)
+        found = Verdict(False, "") if missing else verdict(backend, situation)
+        state = "healthy" if found.healthy else "missing" if missing else "failed"
+        parts = [f"{backend.name}: {state}"]
+        parts += [missing or found.reason] if not found.healthy else []
+        if found.error is not None:
+            allowed = tolerance(situation.dtype, situation.device, backend.quantised)
+            parts.append(f"error {found.error:.2g} (allowed {allowed:.2g})")
+        parts += [f"{1000 * t:.3g} ms at {n} keys" for n, t in _times_by_keys(backend, situation)]
+        parts += ["chosen"] if backend.name == chosen else []
+        lines.append(", ".join(parts))
+    return "\n".join(lines)
+
+
+def _times_by_keys(backend: Backend, situation: Situation) -> list[tuple[int, float]]:
+    """(keys, seconds) of a backend as far as measured."""
+    with _lock:
+        found = [(k[1].keys, t.get(backend.name)) for k, t in _times.items() if k[0] == situation]
+    return [(keys, seconds) for keys, seconds in found if seconds and math.isfinite(seconds)]
