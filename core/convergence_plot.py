@@ -89,7 +89,7 @@ class _Axes:
         if plot.threshold > 0:
             y = self.y(plot.threshold)
             self.pen.line((LEFT, y, right, y), LIMIT, 2)
-            self._text((right, y - 3), f"threshold {plot.threshold:.2g}", "rd", LIMIT)
+            self._text((right, y - 3), f"threshold {plot.threshold:g}", "rd", LIMIT)
         for piece in _pieces(plot.changes):
             points = [(self.x(step), self.y(change)) for step, change in piece]
             if len(points) > 1:
@@ -119,7 +119,7 @@ def _pieces(changes: Sequence[float]) -> list[list[tuple[int, float]]]:
 
 def _draw_table(pen: ImageDraw.ImageDraw, table: Sequence[Saving]) -> None:
     """Thresholds, and what a run with each would have saved."""
-    columns, y = (LEFT + 60, LEFT + 250, WIDTH - RIGHT), PLOT_HEIGHT + ROW // 2
+    columns, y = (LEFT + 60, LEFT + 260, LEFT + 460), PLOT_HEIGHT + ROW // 2
     heads = ("threshold", "stops after", "steps saved")
     rows = [(heads, FAINT), *((_row(saving), INK) for saving in table)]
     for cells, fill in rows:
@@ -131,10 +131,12 @@ def _draw_table(pen: ImageDraw.ImageDraw, table: Sequence[Saving]) -> None:
 
 def _row(saving: Saving) -> tuple[str, str, str]:
     """Where the run had stopped before, nobody knows."""
-    unknown = "not known"
-    steps = unknown if saving.steps is None else f"step {saving.steps}"
-    saved = unknown if saving.saved is None else str(saving.saved)
-    return f"{saving.threshold:g}", steps, saved
+    if saving.steps is None:
+        return f"{saving.threshold:g}", "not known", "not known"
+    if saving.saved == 0:
+        return f"{saving.threshold:g}", "no stop", "0"
+    saved = "not known" if saving.saved is None else str(saving.saved)
+    return f"{saving.threshold:g}", f"step {saving.steps}", saved
 
 
 _fonts: dict[int, Any] = {}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.early_exit import Criterion, Curve, stops_at
 from . import outcome
-from .early_exit_record import LEFTOVER, NO_LAST_STEP, NOT_SEEN, Record
+from .early_exit_record import NO_LAST_STEP, NOT_SEEN, Record
 from .outcome import Metadata
 from .status import shown
 
@@ -71,8 +71,6 @@ class _Run:
         self.mask = mask
         self.curve = Curve(mask)
         self.record = Record(settings.criterion, settings.keep_last_step, self.sigmas.tolist())
-        if self.sigmas[-1] > 0:
-            self.record.note(LEFTOVER.format(float(self.sigmas[-1])))
         self.active = True
         self.left: _Left | None = None
         self._calls: deque[_Call] = deque(maxlen=CALLS)
@@ -103,9 +101,8 @@ class _Run:
         self.curve.add(float(call.sigma), x0)
         self.record.points = self.curve.points
         steps = len(self.curve.points)
-        if stops_at(self.curve.points, self.settings.criterion) is None:
-            return
-        if self.sigmas[-1] == 0 and self.record.stop(steps):
+        met = stops_at(self.curve.points, self.settings.criterion) is not None
+        if met and self.record.stop(steps):
             self.active = False
             self.left = _Left(call.sigma, call.x, x0, x, total)
             raise _Stop(self)
@@ -256,45 +253,52 @@ class EarlyExitNode(io.ComfyNode):
             search_aliases=["early stopping", "convergence", "fewer steps", "speed", "skip steps"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to patch. It is not changed itself."),
-                io.Float.Input(
-                    "threshold",
-                    default=1e-4,
-                    min=0.0,
-                    max=100.0,
-                    step=1e-5,
-                    round=False,
-                    tooltip=(
-                        "Stop when the predicted picture changes by less than this, relative to "
-                        "itself and per unit of sigma. 0: never stop, only show the curve. The "
-                        "node shows what other thresholds would have saved."
-                    ),
-                ),
-                io.Int.Input(
-                    "patience",
-                    default=3,
-                    min=1,
-                    max=100,
-                    tooltip="For how many steps in a row the change has to be that small.",
-                ),
-                io.Int.Input(
-                    "min_steps",
-                    default=4,
-                    min=1,
-                    max=10000,
-                    tooltip="Never stop before so many steps are done.",
-                ),
-                io.Boolean.Input(
-                    "keep_last_step",
-                    default=True,
-                    tooltip=(
-                        "Run the last step of the schedule all the same. It adds fine texture, "
-                        "and takes the time of one step."
-                    ),
-                ),
+                *cls.inputs_of_the_criterion(),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.extra_pnginfo],
         )
+
+    @classmethod
+    def inputs_of_the_criterion(cls) -> list[io.Input]:
+        """When it stops, and how."""
+        return [
+            io.Float.Input(
+                "threshold",
+                default=1e-4,
+                min=0.0,
+                max=100.0,
+                step=1e-5,
+                round=False,
+                tooltip=(
+                    "Stop when the predicted picture changes by less than this, relative to "
+                    "itself and per unit of sigma. 0: never stop, only show the curve. The "
+                    "node shows what other thresholds would have saved."
+                ),
+            ),
+            io.Int.Input(
+                "patience",
+                default=3,
+                min=1,
+                max=100,
+                tooltip="For how many steps in a row the change has to be that small.",
+            ),
+            io.Int.Input(
+                "min_steps",
+                default=4,
+                min=1,
+                max=10000,
+                tooltip="Never stop before so many steps are done.",
+            ),
+            io.Boolean.Input(
+                "keep_last_step",
+                default=True,
+                tooltip=(
+                    "Run the last step of the schedule all the same. It adds fine texture, "
+                    "and takes the time of one step."
+                ),
+            ),
+        ]
 
     @classmethod
     def execute(

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from ..core.convergence_plot import Plot, draw
-from ..core.early_exit import Criterion, Point, Saving, saved_by, savings, stops_at
+from ..core.early_exit import TABLE, Criterion, Point, Saving, saved_by, savings, stops_at
 from . import outcome
 
 LEFTOVER = "nothing stops early: the schedule ends at sigma {:.3g}, the latent goes on with noise"
@@ -41,6 +41,8 @@ class Record:
 
     def stop(self, steps: int) -> bool:
         """Whether it may stop after so many, which it then does: it has to save something."""
+        if self.goes_on:
+            return False
         if self.own_steps:
             worth = self.points[-1].sigma > self._last_sigma
         else:
@@ -52,7 +54,8 @@ class Record:
     @property
     def own_steps(self) -> bool:
         """Whether the sampler does not take the steps of the schedule, as dpm_fast."""
-        pairs = zip(self.points, self.sigmas, self.sigmas[1:], strict=False)
+        # All begin with the first one, some a little below: there the signal would be 0.
+        pairs = zip(self.points[1:], self.sigmas[1:], self.sigmas[2:], strict=False)
         off = any(abs(p.sigma - s) > NEAR * abs(s - after) for p, s, after in pairs)
         return off or len(self.points) > len(self.sigmas) - 1
 
@@ -62,6 +65,11 @@ class Record:
         if not self.own_steps:
             return len(self.sigmas) - 1
         return None if self.stopped else len(self.points)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the schedule ends with noise, for another sampler: x0 would be no result."""
+        return self.sigmas[-1] > 0
 
     @property
     def _last_sigma(self) -> float:
@@ -77,8 +85,10 @@ class Record:
         return saved_by(self.stopped, self.total, self.last_step)
 
     def savings(self) -> list[Saving]:
-        """What other thresholds would have saved."""
-        return savings(self.points, self.criterion, self.total, self.keep_last_step)
+        """What its threshold and others would have saved."""
+        thresholds = sorted({*TABLE, self.criterion.threshold} - {0.0})
+        last = self.keep_last_step if self.stopped is None else self.last_step
+        return savings(self.points, self.criterion, self.total, last, thresholds)
 
     def changes(self) -> list[float]:
         """Those that could be measured."""
@@ -86,7 +96,7 @@ class Record:
 
     def line(self) -> str:
         """For the node."""
-        total, threshold = self.total, f"{self.criterion.threshold:.2g}"
+        total, threshold = self.total, f"{self.criterion.threshold:g}"
         if self.stopped is not None:
             of = "" if total is None else f" of {total}"
             last = " and the last one" if self.last_step else ""
@@ -100,11 +110,13 @@ class Record:
     def _why(self) -> list[str]:
         """It did not stop."""
         found = self.changes()
+        if self.goes_on:
+            return [LEFTOVER.format(self.sigmas[-1])]
         if not found:
             return [] if NOT_SEEN in self.notes else [NO_STEPS]
-        lowest = f"lowest change {min(found):.2g}, threshold {self.criterion.threshold:.2g}"
+        lowest = f"lowest change {min(found):.2g}, threshold {self.criterion.threshold:g}"
         met = stops_at(self.points, self.criterion) is not None
-        return [lowest, TOO_LATE] if met and LEFTOVER[:20] not in "".join(self.notes) else [lowest]
+        return [lowest, TOO_LATE] if met else [lowest]
 
     def facts(self) -> dict[str, Any]:
         """The same as data. A change that is not measurable is null, as that of the first step."""
@@ -112,6 +124,7 @@ class Record:
             "steps_of_the_schedule": len(self.sigmas) - 1,
             "stopped_after_step": self.stopped,
             "last_step_run": self.last_step,
+            "schedule_ends_with_noise": self.goes_on,
             "steps_saved": OWN_STEPS if self.saved is None else self.saved,
             **self.criterion._asdict(),
             "keep_last_step": self.keep_last_step,

@@ -45,7 +45,7 @@ def test_the_curve_is_on_the_node_after_each_run_and_after_a_look_at_another_wor
     page.evaluate(SIZE, own)
     ran = editor.run()
     assert ran.status == "execution_success" and own in ran.executed, ran.detail
-    assert editor.picture(own) == [640, 660]
+    assert editor.picture(own) == [640, 690]
     line = "stopped after step 4 of 9 and the last one · steps saved: 4 · change "
     assert editor.widgets(own)[STATUS].startswith(line)
 
@@ -58,5 +58,5 @@ def test_the_curve_is_on_the_node_after_each_run_and_after_a_look_at_another_wor
 
     page.evaluate(AWAY)
     assert page.evaluate(BACK) == len(prompt)
-    assert editor.picture(own) == [640, 660]
+    assert editor.picture(own) == [640, 690]
     assert editor.problems == []
