@@ -58,9 +58,15 @@ def of_run(model: ModelPatcher, options: dict[str, Any], conds: Conds, region: b
 
 
 def of_pass(
-    executor: WrapperExecutor, x: Tensor, options: Options, control: Any, sides: tuple[int, ...]
+    executor: WrapperExecutor,
+    x: Tensor,
+    options: Options,
+    control: Any,
+    sides: tuple[int, ...],
+    replaced: bool,
 ) -> str:
-    """Why nothing is reused in one forward pass, or "". `sides`: the whole picture's."""
+    """Why nothing is reused in one forward pass, or "". `sides`: the whole picture's; `replaced`:
+    whether another node's function calls the model."""
     if not is_stock(executor):
         return REPLACED
     if comfy.model_management.in_training:
@@ -76,6 +82,7 @@ def of_pass(
     if part_of(options) or tuple(x.shape[-2:]) == tuple(sides):
         return ""
     names = foreign.strangers(options, foreign.AROUND_A_CALCULATION)
+    names += [foreign.FUNCTION] if replaced else []
     return PIECE.format(", ".join(names)) if names else ""
 
 

@@ -150,7 +150,7 @@ class ReferenceCache:
         run = Run(
             policy,
             sigmas.tolist(),
-            tuple(noise.shape[-2:]),
+            tuple(noise.shape),
             settings.store_format,
             settings.causal,
             record,

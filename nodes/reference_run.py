@@ -10,7 +10,7 @@ from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor
 
 from ..core.refresh_policy import Pass, Policy, step_of
-from . import cache_obstacles, token_reuse
+from . import cache_obstacles, foreign, token_reuse
 from .cache_record import CacheRecord
 from .reference_memory import new_store
 from .reference_slots import Key, Slot, Slots
@@ -39,7 +39,7 @@ class Run:
 
     policy: Policy
     sigmas: list[float]  # of the schedule
-    sides: tuple[int, ...]  # of the whole picture's latent
+    shape: tuple[int, ...]  # of the whole picture's latent
     store_format: str
     causal: bool
     record: CacheRecord
@@ -81,7 +81,9 @@ class Run:
         if not arguments[4] and self.region is None:  # this side of CFG has no references
             return executor(*arguments, options, **more)
         x, control = arguments[0], more.get("control")
-        reason = self.off or cache_obstacles.of_pass(executor, x, options, control, self.sides)
+        reason = self.off or cache_obstacles.of_pass(
+            executor, x, options, control, self.shape[-2:], self._function()
+        )
         if reason:
             self.record.stand_aside(f"{reason}; {NOT_CAUSAL}" if self.causal else reason)
             return executor(*arguments, options, **more)
@@ -208,6 +210,10 @@ class Run:
             store = new_store(self.store_format, self.place, x.device)
             slot.outside = Outside(tokens, store, self.region)
         return slot
+
+    def _function(self) -> bool:
+        """Whether another node's function calls the model."""
+        return foreign.FUNCTION in getattr(self.guider, "model_options", {})
 
     def _step(self, options: Options) -> int:
         """Of the schedule."""

@@ -11,13 +11,19 @@ from torch import Tensor
 SIDES = (40, 36)  # latent pixels: 360 tokens, up to 5 slices
 
 
-def transformer(dtype: torch.dtype, heads: int = 4, head_dim: int = 32, ref: str = "index") -> Any:
-    """Two blocks with biases and norms that matter; `ref` as the checkpoint would tell."""
+def transformer(
+    dtype: torch.dtype,
+    heads: int = 4,
+    head_dim: int = 32,
+    ref: str = "index",
+    layers: int = LAYERS,
+) -> Any:
+    """Blocks with biases and norms that matter; `ref` as the checkpoint would tell."""
     import comfy.ops
     from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 
     model = QwenImageTransformer2DModel(
-        num_layers=LAYERS,
+        num_layers=layers,
         num_attention_heads=heads,
         attention_head_dim=head_dim,
         joint_attention_dim=TEXT_HIDDEN,
@@ -74,6 +80,7 @@ def sample(
     sides: tuple[int, int] = SIDES,
     batch: int = 1,
     steps: int = 2,
+    sampler_name: str = "euler",
 ) -> Tensor:
     """The host's sampler with CFG; by default both sides of it have one shape, and are batched."""
     import comfy.sample
@@ -84,7 +91,7 @@ def sample(
         random(*latent.shape),
         steps,
         2.5,
-        "euler",
+        sampler_name,
         "simple",
         positive or conditioning(),
         negative or conditioning(seed=8),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import gc
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from pack.tests.graphs import UNET
 from pack.tests.host import Host
+from pack.tests.nodes import plain_transformer as plain
 from pack.tests.nodes.slicing_models import conditioning, random, sample
 from torch import Tensor
 
@@ -70,3 +71,261 @@ def test_references_are_computed_once(cache: ModuleType, model: Any) -> None:
     found, expected = edit(own.patch(model)), edit(model)
     assert (own.record.steps_full, own.record.steps_reused) == (1, 3)
     assert not torch.equal(found, expected)
+
+
+# ------------------------------------------------------------------------- an independent cache
+def oracle(patcher: Any, refresh: Callable[[int], bool]) -> Any:
+    """A clone whose forward passes are written out in plain_transformer.py, with the keys and
+    values of the last step that `refresh` wants, for each condition by itself."""
+    clone, kept, counts = patcher.clone(), {}, {}
+
+    def wrapper(executor: Any, *args: Any, **more: Any) -> Tensor:
+        names = ("x", "timestep", "context", "attention_mask", "ref_latents")
+        call = dict(zip(names, args, strict=False))
+        found = []
+        for item, uuid in enumerate(args[6]["uuids"]):  # each condition apart
+            part = {name: _item(value, item, args[6]) for name, value in call.items()}
+            part.update(more)  # the reference method
+            step = counts.get(uuid, 0)
+            counts[uuid] = step + 1
+            known = None if refresh(step) else kept[uuid]
+            output, pairs = plain.forward(executor.class_obj, part, known)
+            if known is None:
+                kept[uuid] = pairs
+            found.append(output)
+        return torch.cat(found)
+
+    clone.add_wrapper_with_key("diffusion_model", "qwen_vram.oracle", wrapper)
+    return clone
+
+
+def _item(value: Any, item: int, options: dict[str, Any]) -> Any:
+    """The part of a batch that belongs to one condition."""
+    if isinstance(value, list):
+        return [_item(each, item, options) for each in value]
+    return None if value is None else value.chunk(len(options["uuids"]))[item]
+
+
+@pytest.mark.parametrize("batch, together", [(1, False), (1, True), (2, False), (2, True)])
+@pytest.mark.parametrize("method", ["index", "index_timestep_zero"])
+def test_each_condition_has_its_own(
+    cache: ModuleType, model: Any, method: str, batch: int, together: bool
+) -> None:
+    own = cache.ReferenceCache(settings(cache, refresh="every n steps", refresh_every=2))
+    more = {"reference_latents_method": method}
+    positive = conditioning(reference_latents=references(3, 4), **more)
+    # The same shapes go through the model together; other references and texts apart.
+    negative = conditioning(13 if together else 9, seed=8, reference_latents=references(5, 6))
+    negative[0][1].update(more)
+    arguments = (positive, negative, SIDES, batch, 4)
+    found = sample(own.patch(model), *arguments)
+    expected = sample(oracle(model, lambda step: step % 2 == 0), *arguments)
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.01)
+    assert (own.record.steps_full, own.record.steps_reused) == (2, 2)
+    error = (found - expected).norm() / (sample(model, *arguments) - expected).norm()
+    assert error < 0.2
+
+
+# ------------------------------------------------------------------------------ refresh
+def steps_in_full(cache: ModuleType, model: Any, steps: int, **more: Any) -> set[int]:
+    """Which steps were."""
+    own = cache.ReferenceCache(settings(cache, **more))
+    edit(own.patch(model), steps)
+    assert own.record.in_full | own.record.reused == set(range(steps))
+    return own.record.in_full
+
+
+def test_refresh(cache: ModuleType, model: Any) -> None:
+    every = {"refresh": "every n steps", "refresh_every": 3}
+    assert steps_in_full(cache, model, 7, **every) == {0, 3, 6}
+    assert steps_in_full(cache, model, 7, **every, full_last_steps=2) == {0, 3, 5, 6}
+    assert steps_in_full(cache, model, 5, full_last_steps=1) == {0, 4}
+    assert steps_in_full(cache, model, 5, full_last_steps=9) == set(range(5))
+    drifted = {"refresh": "when drifted"}
+    assert steps_in_full(cache, model, 5, **drifted, drift_threshold=1e-6) == set(range(5))
+    assert steps_in_full(cache, model, 5, **drifted, drift_threshold=5.0) == {0}
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_2s_ancestral", "uni_pc", "lcm"])
+def test_steps_are_those_of_the_schedule(cache: ModuleType, model: Any, sampler: str) -> None:
+    own = cache.ReferenceCache(settings(cache, refresh="every n steps", refresh_every=2))
+    edit(own.patch(model), 5, sampler_name=sampler)
+    assert own.record.in_full == {0, 2, 4}
+    # A second call in the step of a refresh, at another sigma, reuses what the first recorded.
+    assert own.record.reused >= {1, 3}
+
+
+def test_drift_is_told(cache: ModuleType, model: Any) -> None:
+    own = cache.ReferenceCache(settings(cache, refresh="every n steps", refresh_every=2))
+    edit(own.patch(model))
+    assert 0 < own.record.drift < 1
+    once = cache.ReferenceCache(settings(cache))
+    edit(once.patch(model))
+    assert once.record.drift is None
+    assert once.record.facts()["drift"].startswith("not measurable")
+
+
+# ------------------------------------------------------------------------------ stepping aside
+def patched(kind: str) -> Callable[[Any], None]:
+    """A patch of another node that does nothing, in this place."""
+    return lambda clone: clone.set_model_patch(lambda *args, **more: args[0] if args else {}, kind)
+
+
+def attention_patch(clone: Any) -> None:
+    """As Flux KV Cache, PAG and others put."""
+    clone.set_model_attn1_patch(lambda q, k, v, **more: {})
+
+
+def block_replaced(clone: Any) -> None:
+    """As Skip Layer Guidance does."""
+    clone.set_model_patch_replace(
+        lambda args, extra: extra["original_block"](args), "dit", "double_block", 1
+    )
+
+
+def flux_cache(clone: Any) -> None:
+    """ComfyUI's own."""
+    from comfy_extras.nodes_flux import KV_Attn_Input
+
+    clone.set_model_attn1_patch(
+        type(
+            "KV_Attn_Input",
+            (KV_Attn_Input,),
+            {"__call__": lambda self, q, k, v, extra_options, **more: {}},
+        )()
+    )
+
+
+def stranger(clone: Any) -> None:
+    """A wrapper around the model of which nobody knows what it does."""
+    clone.add_wrapper_with_key(
+        "diffusion_model", "another.pack", lambda executor, *args, **more: executor(*args, **more)
+    )
+
+
+def compiled(clone: Any) -> None:
+    """By ComfyUI's key for it."""
+    clone.add_wrapper_with_key(
+        "apply_model", "torch.compile", lambda executor, *args, **more: executor(*args, **more)
+    )
+
+
+def windows(clone: Any) -> None:
+    """Context windows, of which none applies here."""
+    clone.model_options["context_handler"] = SimpleNamespace(should_use_context=lambda *args: False)
+
+
+ASIDE = {
+    "attn1_patch": (attention_patch, "patch looks at the tokens (attention_patch.<locals>"),
+    "double_block": (patched("double_block"), "patch looks at the tokens"),
+    "post_input": (patched("post_input"), "patch looks at the tokens"),
+    "a block": (block_replaced, "another node replaced blocks of the model"),
+    "Flux KV Cache": (flux_cache, "ComfyUI's Flux KV Cache is on the model"),
+    "a stranger": (stranger, "another node wraps the model (another.pack)"),
+    "torch.compile": (compiled, "the model runs under torch.compile"),
+    "context windows": (windows, "context windows cut the picture's frames"),
+}
+
+
+@pytest.mark.parametrize("name", ASIDE)
+def test_it_steps_aside_for(cache: ModuleType, model: Any, name: str) -> None:
+    act, reason = ASIDE[name]
+    other = model.clone()
+    act(other)
+    own = cache.ReferenceCache(settings(cache))
+    assert torch.equal(edit(own.patch(other)), edit(other))
+    assert len(own.record.aside) == 1 and reason in own.record.aside[0]
+    assert own.record.steps_reused == 0 and reason in own.record.line()
+    assert own.record.bytes_held == {}
+
+
+class Control:
+    """Makes a ControlNet of ComfyUI's kind that adds to the tokens of the picture."""
+
+    def __new__(cls) -> Any:
+        import comfy.controlnet
+
+        class Fake(comfy.controlnet.ControlBase):
+            def get_control(self, x: Tensor, *_: Any) -> dict[str, Any]:
+                return {"input": [torch.full((len(x), 30, 128), 0.1)]}
+
+        return Fake()
+
+
+def test_it_steps_aside_for_a_controlnet(cache: ModuleType, model: Any) -> None:
+    both = {"reference_latents": references(3), "control": Control()}
+    arguments = (conditioning(**both), conditioning(9, seed=8, **both), SIDES)
+    own = cache.ReferenceCache(settings(cache))
+    assert torch.equal(sample(own.patch(model), *arguments), sample(model, *arguments))
+    assert own.record.aside == ["a ControlNet adds to the tokens"]
+
+
+def test_it_steps_aside_for_keyframes_and_not_for_hooks(cache: ModuleType, model: Any) -> None:
+    import comfy.hooks
+
+    hook = comfy.hooks.WeightHook()
+    group, frames = comfy.hooks.HookGroup(), comfy.hooks.HookKeyframeGroup()
+    group.add(hook)
+    obstacles = importlib.import_module(
+        cache.__name__.replace("reference_cache", "cache_obstacles")
+    )
+    conds = {"positive": [{"hooks": group, "reference_latents": references(3)}]}
+    assert obstacles.of_run(model, {}, conds, False) == ""
+    frames.add(comfy.hooks.HookKeyframe(1.0))
+    group.set_keyframes_on_hooks(frames)
+    assert obstacles.of_run(model, {}, conds, False) == ""
+    frames.add(comfy.hooks.HookKeyframe(0.5, start_percent=0.5))
+    group.set_keyframes_on_hooks(frames)
+    assert obstacles.of_run(model, {}, conds, False) == obstacles.KEYFRAMES
+
+
+def test_it_steps_aside_in_training(
+    cache: ModuleType, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management
+
+    own = cache.ReferenceCache(settings(cache))
+    expected = edit(model)
+    monkeypatch.setattr(comfy.model_management, "in_training", True)
+    assert torch.equal(edit(own.patch(model)), expected)
+    assert own.record.aside == ["the model is being trained"]
+
+
+def test_without_references_it_is_stock(cache: ModuleType, model: Any) -> None:
+    own = cache.ReferenceCache(settings(cache))
+    assert torch.equal(sample(own.patch(model), sides=SIDES), sample(model, sides=SIDES))
+    assert own.record.line().startswith("computed in full: there are no reference pictures")
+
+
+def test_one_side_without_references_is_computed_as_ever(cache: ModuleType, model: Any) -> None:
+    own = cache.ReferenceCache(settings(cache))
+    positive = conditioning(reference_latents=references(3))
+    sample(own.patch(model), positive, None, SIDES, steps=4)
+    assert (own.record.steps_reused, own.record.aside) == (3, [])
+
+
+def test_another_pack_s_parts_of_the_picture_are_computed_in_full(
+    cache: ModuleType, model: Any
+) -> None:
+    """Two halves of one shape, of which nobody says which is which."""
+    other = model.clone()
+
+    def halves(apply: Any, given: dict[str, Any]) -> Tensor:
+        parts = given["input"].chunk(2, -1)
+        return torch.cat([apply(part, given["timestep"], **given["c"]) for part in parts], -1)
+
+    other.set_model_unet_function_wrapper(halves)
+    own = cache.ReferenceCache(settings(cache))
+    assert torch.equal(edit(own.patch(other)), edit(other))
+    assert own.record.aside == [
+        "another node (model_function_wrapper) shows the model a part of the picture and does not "
+        "say which"
+    ]
+
+
+def test_another_model_is_left_alone(cache: ModuleType, model: Any) -> None:
+    obstacles = importlib.import_module(
+        cache.__name__.replace("reference_cache", "cache_obstacles")
+    )
+    other = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1)))
+    assert obstacles.of_run(other, {}, {}, False) == "the model is no Qwen-Image (Linear)"

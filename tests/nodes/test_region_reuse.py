@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import gc
 import importlib
-import math
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from pack.demo.animals import Scene, draw
-from pack.demo.edit_graph import edit_graph
-from pack.tests.graphs import UNET, node
+from pack.tests.graphs import UNET
 from pack.tests.host import Host
 from pack.tests.nodes.slicing_models import SIDES, conditioning, random
 from torch import Tensor
