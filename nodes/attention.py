@@ -62,7 +62,7 @@ class Attention:
         if wanted not in (AUTO, AUTO_QUANTISED, *BACKENDS):
             raise ValueError(NO_SUCH.format(wanted))
         self.wanted, self.node_id = wanted, node_id
-        self.metadata = metadata or Metadata(None)
+        self.metadata = metadata
         self.record = Run(wanted)  # of the last run
         self._run: Run | None = None
 
@@ -135,13 +135,12 @@ class Attention:
         options = executor.class_obj.model_options["transformer_options"]
         before = self._run
         run = self._run = self.record = Run(self.wanted, self.node_id)
-        if not attention_override.has(options, BACKEND):
-            run.note(REPLACED)
-        elif slicing.compiled(options):
+        if slicing.compiled(options):
             run.note(COMPILED)
         try:
             output = executor(*arguments, **more)
-            run.note(self.metadata.write(self.node_id, run.facts()))
+            if self.metadata is not None:
+                run.note(self.metadata.write(self.node_id, run.facts()))
             return output
         finally:
             self._run = before
@@ -157,8 +156,8 @@ class Attention:
             output = executor(x, *arguments, **more)
         else:
             output = self._watched(run, executor, options, x, *arguments, **more)
-        if not run.calls and attention_override.has(options, BACKEND) and COMPILED not in run.notes:
-            run.note(IGNORED if attention_override.foreign_in(options) else NOT_ASKED)
+        if not run.calls and COMPILED not in run.notes:
+            run.note(_why_not(options))
         return output
 
     def _watched(
@@ -212,6 +211,14 @@ class Attention:
             run.stopped = run.watched = False
             run.note(NOT_ITS_FAULT.format(names))
         return output
+
+
+def _why_not(options: Options) -> str:
+    """Why no attention of a pass came here. Seen by what happens: an override of another node may
+    call the function that it is given, or not, as it likes."""
+    if not attention_override.has(options, BACKEND):
+        return REPLACED
+    return IGNORED if attention_override.foreign_in(options) else NOT_ASKED
 
 
 # ---------------------------------------------------------------------------------- the node
