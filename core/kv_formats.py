@@ -82,11 +82,9 @@ def _parts8(shape: Sequence[int], dtype: torch.dtype) -> list[Part]:
 
 def _pack8(tensor: Tensor, parts: Sequence[Tensor]) -> None:
     """Symmetric, one scale for each token and head."""
-    numbers = tensor.to(torch.float32, copy=True)
-    largest = torch.linalg.vector_norm(numbers, math.inf, dim=-1, keepdim=True)
-    scale = largest.div_(127).clamp_min_(TINY)
-    parts[0].copy_(numbers.div_(scale).round_())
-    parts[1].copy_(scale)
+    norm = torch.linalg.vector_norm(tensor, math.inf, -1, keepdim=True, dtype=torch.float32)
+    scale = torch.clamp_min(norm.div_(127), TINY, out=parts[1])
+    parts[0].copy_((tensor / scale).round_())
 
 
 def _unpack8(parts: Sequence[Tensor], out: Tensor) -> None:

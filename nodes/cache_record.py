@@ -21,10 +21,11 @@ class CacheRecord:
     """Several GPUs' threads add to it under a lock."""
 
     steps: int = 0  # of the sampler
-    store_format: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)  # as asked
     in_full: set[int] = field(default_factory=set)  # steps with a pass that was computed in full
     reused: set[int] = field(default_factory=set)  # steps with a pass that reused something
     bytes_held: dict[str, int] = field(default_factory=dict)  # place -> the most at a time
+    bytes_expected: int = 0  # of all stores, as reckoned before the load
     aside: list[str] = field(default_factory=list)  # why passes reused nothing
     notes: list[str] = field(default_factory=list)
     ended: str = ""  # how, where no picture was made
@@ -92,7 +93,7 @@ class CacheRecord:
             parts.append(f"drift up to {drift:.3f}")
         for place, words in PLACES.items():
             if count := self.bytes_held.get(place):
-                parts.append(f"{size_text(count)} {words} ({self.store_format})")
+                parts.append(f"{size_text(count)} {words} ({self.settings.get('store_format')})")
         return " · ".join([*parts, *self.notes])
 
     def facts(self) -> dict[str, Any]:
@@ -100,11 +101,11 @@ class CacheRecord:
         drift = self.drift
         return {
             "steps": self.steps,
-            "steps_full": self.steps_full,
+            "steps_full": sorted(step + 1 for step in self.in_full),
             "steps_reused": self.steps_reused,
             "drift": NO_DRIFT if drift is None else round(drift, 6),
             "bytes": dict(self.bytes_held),
-            "store_format": self.store_format,
+            "settings": self.settings,
             "computed_in_full_because": self.aside,
             "notes": self.notes,
             "versions": versions(),

@@ -9,7 +9,7 @@ is replaced: token_reuse.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 import comfy.model_management
@@ -19,42 +19,26 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..core.reference_store import FORMATS
-from ..core.refresh_policy import AUTO, MODES, Policy
+from ..core.refresh_policy import Policy
 from . import cache_obstacles, outcome, region_reuse
+from . import reference_cache_inputs as inputs
 from .cache_record import CacheRecord
 from .outcome import CANCELLED, FAILED, Metadata
+from .reference_cache_inputs import Settings as Settings
 from .reference_memory import (
-    PLACE_CHOICES,
     activations_of,
     computed,
     expected_bytes,
     for_the_load,
     place_for,
 )
-from .reference_run import Run
+from .reference_run import ZERO, Run
 from .status import shown
-from .transformer_options import HOLDINGS
+from .transformer_options import HOLDINGS, PARTS
 
 KEY = "qwen_vram.reference_cache"
 WAITS = "reuses the reference pictures when a sampler runs with it"
 Conds = dict[str, list[dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The node's inputs; see js/docs/QwenVRAMReferenceCache.md."""
-
-    refresh: str = AUTO
-    refresh_every: int = 10
-    drift_threshold: float = 0.1
-    full_last_steps: int = 0
-    store_format: str = "int8"
-    store_place: str = "auto"
-    causal: bool = False
-    region: bool = False
-    region_margin: int = 64
-    region_threshold: float = 0.05
 
 
 def patch(model: ModelPatcher, settings: Settings) -> ModelPatcher:
@@ -104,7 +88,7 @@ class ReferenceCache:
     ) -> Tensor:
         """OUTER_SAMPLE: one run of a sampler. What it keeps goes with it."""
         guider, before = executor.class_obj, self._run
-        record = CacheRecord(len(sigmas) - 1, self.settings.store_format)
+        record = CacheRecord(len(sigmas) - 1, asdict(self.settings))
         self._run = run = self._begin(guider, record, noise, sampler, sigmas, denoise_mask)
         self.record = record
         try:
@@ -135,32 +119,45 @@ class ReferenceCache:
             wanted = settings.region_margin, settings.region_threshold
             region, why = region_reuse.region_of(denoise_mask, sampler, options, *wanted)
             record.note(why)
-        policy = Policy(
-            settings.refresh,
-            settings.refresh_every,
-            settings.drift_threshold,
-            settings.full_last_steps,
-            len(sigmas) - 1,
-        )
         off = cache_obstacles.of_run(
             guider.model_patcher, options, guider.conds, region is not None
         )
         if off:
             record.stand_aside(off)
         run = Run(
-            policy,
-            sigmas.tolist(),
+            self._policy(guider, sigmas),
             tuple(noise.shape),
             settings.store_format,
             settings.causal,
             record,
             guider,
+            pictures=noise.shape[0],
             region=region,
             off=off,
         )
         inner = options["transformer_options"]
         inner[HOLDINGS] = [*inner.get(HOLDINGS, ()), run]
         return run
+
+    def _policy(self, guider: Any, sigmas: Tensor) -> Policy:
+        """By the settings, and by how this run's references are modulated."""
+        settings = self.settings
+        inner = guider.model_patcher.model.diffusion_model
+        default = getattr(inner, "default_ref_method", "")
+        methods = {
+            cond.get("reference_latents_method", default)
+            for side in guider.conds.values()
+            for cond in side
+            if cond.get("reference_latents")
+        }
+        return Policy(
+            settings.refresh,
+            settings.refresh_every,
+            settings.drift_threshold,
+            settings.full_last_steps,
+            tuple(sigmas.tolist()),
+            zero=methods == {ZERO},
+        )
 
     def _tell(self, record: CacheRecord, run: Run) -> None:
         """On the node, and in the metadata of the pictures."""
@@ -197,10 +194,13 @@ class ReferenceCache:
         own = computed(conds, run.guider, options)
         activations = activations_of(model, shape, own)
         wanted = self.settings.store_place
+        parts = options.get("transformer_options", {}).get(PARTS, 1)
 
         def place() -> tuple[int, str, str]:
-            outside = run.region.count if run.region is not None else 0
-            need = expected_bytes(model, own, shape, run.store_format, outside, run.shared)
+            outside = run.region.count if run.region is not None and parts == 1 else 0
+            pictures = [run.pictures, *shape[1:]]
+            own_parts = outside, run.shared, parts
+            need = expected_bytes(model, own, pictures, run.store_format, *own_parts)
             return need, *place_for(wanted, need, model.load_device, model, activations)
 
         need, run.place, why = place()
@@ -213,6 +213,7 @@ class ReferenceCache:
             run.record.stand_aside(why)
             return shape
         run.record.note(why)
+        run.record.bytes_expected = need
         return for_the_load(model, shape, need, run.place)
 
     def _forward(
@@ -253,130 +254,13 @@ class ReferenceCacheNode(io.ComfyNode):
             search_aliases=["kv cache", "faster edit", "qwen image edit", "speed", "region"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to patch. It is not changed itself."),
-                *cls.inputs_of_the_refresh(),
-                *cls.inputs_of_the_store(),
-                *cls.inputs_for_experts(),
+                *inputs.when_to_refresh(),
+                *inputs.how_and_where_to_keep(),
+                *inputs.for_masks_and_causal_models(),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.extra_pnginfo],
         )
-
-    @classmethod
-    def inputs_of_the_refresh(cls) -> list[io.Input]:
-        """When references are computed again."""
-        return [
-            io.Combo.Input(
-                "refresh",
-                options=list(MODES),
-                default=AUTO,
-                tooltip=(
-                    "When the reference pictures are computed again. auto: as suits the model and "
-                    "the number of steps. first step: once. every n steps: see refresh_every. when "
-                    "drifted: see drift_threshold."
-                ),
-            ),
-            io.Int.Input(
-                "refresh_every",
-                default=10,
-                min=1,
-                max=1000,
-                tooltip=(
-                    "For every n steps: how many. 1, with any refresh: every step in full, the "
-                    "same picture as without this node."
-                ),
-            ),
-            io.Float.Input(
-                "drift_threshold",
-                default=0.1,
-                min=0.0,
-                max=10.0,
-                step=0.01,
-                round=0.001,
-                tooltip=(
-                    "For when drifted: by how much the keys and values of the references may "
-                    "differ in the first blocks, as a share of themselves. 0, with any refresh: "
-                    "every step in full, the same picture as without this node."
-                ),
-            ),
-            io.Int.Input(
-                "full_last_steps",
-                default=0,
-                min=0,
-                max=1000,
-                tooltip="So many steps at the end are computed in full.",
-            ),
-        ]
-
-    @classmethod
-    def inputs_of_the_store(cls) -> list[io.Input]:
-        """What is kept where."""
-        return [
-            io.Combo.Input(
-                "store_format",
-                options=list(FORMATS),
-                default="int8",
-                tooltip=(
-                    "How exactly keys and values are kept. model: as the model computes them. "
-                    "int8: half the memory. int4: a quarter, and it can be seen."
-                ),
-            ),
-            io.Combo.Input(
-                "store_place",
-                options=list(PLACE_CHOICES),
-                default="auto",
-                tooltip=(
-                    "Where they are kept. gpu: in VRAM. ram: in the computer's memory, and "
-                    "fetched block by block. auto: in VRAM where enough is free."
-                ),
-            ),
-        ]
-
-    @classmethod
-    def inputs_for_experts(cls) -> list[io.Input]:
-        """What most users never need."""
-        return [
-            io.Boolean.Input(
-                "causal",
-                default=False,
-                tooltip=(
-                    "Only for checkpoints that were trained so, as Qwen-Image-Edit-Causal: the "
-                    "references see only each other, and are computed once without any loss. "
-                    "Other checkpoints make worse pictures with it."
-                ),
-                advanced=True,
-            ),
-            io.Boolean.Input(
-                "region",
-                default=False,
-                tooltip=(
-                    "With a mask on the latent: what lies outside of it is no longer computed "
-                    "once it has settled."
-                ),
-                advanced=True,
-            ),
-            io.Int.Input(
-                "region_margin",
-                default=64,
-                min=0,
-                max=4096,
-                step=8,
-                tooltip="So many pixels around the mask are always computed.",
-                advanced=True,
-            ),
-            io.Float.Input(
-                "region_threshold",
-                default=0.05,
-                min=0.0,
-                max=10.0,
-                step=0.01,
-                round=0.001,
-                tooltip=(
-                    "The outside has settled when its keys and values change by less than this "
-                    "share of themselves from one step to the next."
-                ),
-                advanced=True,
-            ),
-        ]
 
     @classmethod
     def execute(

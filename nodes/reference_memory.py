@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management as mm
@@ -76,30 +76,6 @@ def held_on(device: torch.device) -> int:
     return total
 
 
-class Holding:
-    """For transformer_options[HOLDINGS]: what the stores of a run hold on the GPU.
-
-    `stores` tells those that there are; `forget`, called before they are emptied, that nothing of
-    them counts as recorded any more.
-    """
-
-    def __init__(self, stores: Callable[[], Iterable[KVStore]], forget: Callable[[], None]) -> None:
-        self._stores, self._forget = stores, forget
-
-    def bytes_held(self) -> int:
-        """On the GPU, which `release` gives back."""
-        return sum(store.bytes_held["gpu"] for store in list(self._stores()))
-
-    def release(self) -> None:
-        """Give it back; what was recorded is recorded again. What lies in RAM stays."""
-        if not self.bytes_held():
-            return
-        stores = list(self._stores())
-        self._forget()
-        for store in stores:
-            store.release()
-
-
 # ------------------------------------------------------------------------------------- the figures
 def expected_bytes(
     model: ModelPatcher,
@@ -113,15 +89,16 @@ def expected_bytes(
     """Bytes of all stores of one run, before it starts.
 
     `conds`: as PREPARE_SAMPLING has them, of the sides of CFG that are computed. `noise_shape`: of
-    the noise itself. `more_tokens`: of the picture, that are kept beside those of the references.
-    `shared`: all conditions share one store. `parts`: of the picture, that have their own.
+    OUTER_SAMPLE's noise, since other wrappers enlarge that of PREPARE_SAMPLING. `more_tokens`: of
+    the picture, that are kept beside those of the references. `shared`: all conditions share one
+    store. `parts`: of the picture, that have their own.
     """
     every = [cond for side in conds.values() for cond in side]
     counts = [sum(map(tokens_of, cond.get("reference_latents") or ())) for cond in every]
     counts = [count + more_tokens for count in counts if count or more_tokens]
     inner = model.model.diffusion_model
     attention = inner.transformer_blocks[0].attn
-    dtype, batch = model.model.get_dtype_inference(), math.ceil(noise_shape[0])
+    dtype, batch = model.model.get_dtype_inference(), noise_shape[0]
 
     def of(tokens: int) -> int:
         shape = (batch, attention.heads, tokens, attention.dim_head)

@@ -38,12 +38,12 @@ class Run:
     """
 
     policy: Policy
-    sigmas: list[float]  # of the schedule
     shape: tuple[int, ...]  # of the whole picture's latent
     store_format: str
     causal: bool
     record: CacheRecord
     guider: Any = None
+    pictures: int = 1  # in the batch
     place: str = "gpu"
     region: Region | None = None  # for what lies outside the sampler's mask
     off: str = ""  # why nothing is reused in this run
@@ -133,7 +133,8 @@ class Run:
             slot.forget()
         step = self._step(options)
         groups = self._plan(slot, step, self.policy.decide(step, slot.recorded_at, constant))
-        slot.dirty = True
+        # A pass that only reuses writes nothing: one that fails is repeated with the same.
+        slot.dirty = any(not group.reuse or group.threshold is not None for group in groups)
         output = token_reuse.forward(executor, arguments, options, groups, more, self.causal)
         counts = {group.blocks for group in groups}
         if counts == {0}:  # EasyCache skipped the model
@@ -217,7 +218,7 @@ class Run:
 
     def _step(self, options: Options) -> int:
         """Of the schedule."""
-        return step_of(float(options["sigmas"].max()), self.sigmas)
+        return step_of(float(options["sigmas"].max()), self.policy.sigmas)
 
 
 def _on_success(options: Options, act: Callable[[], None]) -> None:

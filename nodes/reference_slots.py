@@ -14,12 +14,14 @@ from ..core.reference_store import KVStore
 from .region_reuse import Outside
 from .token_reuse import Group
 
+Parts = tuple[tuple[str | int, ...], ...]
+
 
 class Key(NamedTuple):
     """Which slot a call has."""
 
     device: torch.device
-    part: tuple[Any, ...]  # of the picture: a tile, an item of the batch
+    part: Parts  # of the picture: a tile, an item of the batch
     conditions: tuple[Hashable, ...]  # ComfyUI's ids of them; () where they share a slot
     shape: tuple[int, ...]  # of what the model sees of the picture
 
@@ -100,11 +102,27 @@ class Slots:
 
 def _supersedes(new: Key, old: Key) -> bool:
     """Whether a call takes the place of another: the same one with other content, or the same
-    condition together with others, or of another size."""
-    if (new.device, new.part) != (old.device, old.part):
+    condition together with others, or of another size, or cut otherwise."""
+    if new.device != old.device or not overlap(new.part, old.part):
         return False
     shared = set(new.conditions) & set(old.conditions)
     return new.conditions == old.conditions or bool(shared)
+
+
+def overlap(one: Parts, other: Parts) -> bool:
+    """Whether two parts (transformer_options.part_of) share anything of the picture or the batch.
+
+    Tiles and items by their numbers; the whole contains its parts, and what is cut in different
+    ways is not told apart.
+    """
+    for (kind, *first), (other_kind, *second) in zip(one, other, strict=False):
+        if kind != other_kind:
+            return True
+        if kind == "items":  # the first one, and how many
+            first, second = (range(start, start + count) for start, count in (first, second))
+        if not set(first) & set(second):
+            return False
+    return True
 
 
 def same(one: Any, other: Any) -> bool:

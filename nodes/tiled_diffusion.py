@@ -26,6 +26,7 @@ from .tile_conditions import WHOLE as WHOLE
 from .tile_control import is_diffsynth
 from .tile_passes import Conds, Run, Tiling, ratio_of
 from .tile_passes import grid_of as grid_of
+from .transformer_options import PARTS
 
 log = logging.getLogger("qwen_vram")
 
@@ -113,7 +114,9 @@ class TiledModel:
         try:
             if not run.trivial:
                 self._check(guider.model_options, guider.conds)
-                _put_first(guider.model_options["transformer_options"]["wrappers"])
+                inner = guider.model_options["transformer_options"]
+                inner[PARTS] = len(run.active)
+                _put_first(inner["wrappers"])
             outcome.tell(run.line(guider.conds), self.node_id)
             output = executor(noise, *arguments, **more)
             if run.together > 1:

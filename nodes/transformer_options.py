@@ -10,6 +10,7 @@ Options = dict[str, Any]
 # hold on the GPU.
 ON_SUCCESS, HOLDINGS = "qwen_vram.on_success", "qwen_vram.holdings"
 PART = "qwen_vram.part"  # which part of the picture or the batch a forward pass is about
+PARTS = "qwen_vram.parts"  # into how many parts a run cuts the picture, where it does
 
 
 def with_part(options: Options, kind: str, *which: int) -> Options:

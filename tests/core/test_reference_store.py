@@ -81,7 +81,7 @@ def test_4_bits_are_within_a_step_of_each_group(shape, kind, dtype, seed) -> Non
     groups = rotated.unflatten(-1, (-1, math.gcd(width, 32)))
     step = groups.abs().amax(-1, keepdim=True) / 8
     rounding = width * torch.finfo(dtype).eps * key.double().abs().amax() + 1e-7
-    assert (error.unflatten(-1, groups.shape[3:]).abs() <= 1.02 * step + rounding).all()
+    assert (error.unflatten(-1, groups.shape[3:]).abs() <= 1.04 * step + rounding).all()
 
 
 def hadamard(width: int) -> Tensor:

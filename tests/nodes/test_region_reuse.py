@@ -193,3 +193,122 @@ def test_whatever_the_reference_method(cache, model, method) -> None:
     found = sample(cache.patch(model, settings(cache)), mask, cfg=1.0, method=method)
     expected = sample(by_hand(model, mask, margin=2), mask, cfg=1.0, method=method)
     assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_what_has_not_settled_is_computed_and_full_steps_compute_all(cache, model) -> None:
+    mask = mask_of(*INSIDE)
+    steps = {"steps": 8, "cfg": 1.0}
+    clone, made = patched(cache, model, refresh="every n steps", refresh_every=4)
+    every = sample(clone, mask, **steps)
+    assert "left out in 5 of 8 steps" in made.record.line()  # not 0 and 1, nor 5 = 1 + 4
+    clone, made = patched(cache, model, region_threshold=1e-6)
+    sample(clone, mask, **steps)
+    assert "never settled below 1e-06" in made.record.line()
+    assert "left out" not in made.record.line()
+    clone, made = patched(cache, model, refresh="when drifted", drift_threshold=1e-6)
+    full = sample(clone, mask, **steps)
+    assert torch.equal(full, sample(model, mask, **steps))
+    clone, made = patched(cache, model, full_last_steps=3)
+    sample(clone, mask, **steps)
+    assert "left out in 3 of 8 steps" in made.record.line()
+    assert not torch.equal(full, every)
+
+
+def test_causal_references_stay_while_the_outside_is_refreshed(cache, model) -> None:
+    given = {"causal": True, "refresh": "every n steps", "refresh_every": 3}
+    clone, made = patched(cache, model, **given)
+    found = sample(clone, mask_of(*INSIDE), steps=8)
+    assert "left out in 4 of 8 steps" in made.record.line()  # not 0, 1, 4, 7
+    assert made.record.steps_full == 1
+    again = sample(clone, mask_of(*INSIDE), steps=8)
+    assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "euler_ancestral", "uni_pc", "lcm"])
+def test_other_samplers(cache, model, sampler) -> None:
+    mask = mask_of(*INSIDE)
+    clone, made = patched(cache, model)
+    found = sample(clone, mask, sampler=sampler, cfg=1.0)
+    assert found.isfinite().all() and "left out in" in made.record.line()
+    stock = sample(model, mask, sampler=sampler, cfg=1.0)
+    outside = mask.expand_as(found) == 0
+    assert torch.equal(found[outside], stock[outside])
+
+
+def test_what_is_predicted_outside_is_what_was_predicted_last(cache, model) -> None:
+    """Samplers, and patches that rescale CFG, read it before ComfyUI replaces it."""
+    seen: dict[str, list[Tensor]] = {"cache": [], "stock": []}
+    for name, patcher in {"cache": cache.patch(model, settings(cache)), "stock": model}.items():
+        watched = patcher.clone()
+
+        def keep(args: dict[str, Any], kept: list[Tensor] = seen[name]) -> Tensor:
+            kept.append(args["denoised"].clone())
+            return args["denoised"]
+
+        watched.set_model_sampler_post_cfg_function(keep)
+        sample(watched, mask_of(*INSIDE), cfg=1.0)
+    outside = (slice(None), slice(None), slice(None), slice(22, None))
+    for step in (2, 3):
+        own, stock, blank = seen["cache"][step], seen["stock"][step], seen["stock"][0]
+        assert (own - stock)[outside].norm() < 0.5 * (blank - stock)[outside].norm()
+
+
+# ------------------------------------------------------------------------------ what stays whole
+def test_soft_edges_are_inside(cache, model) -> None:
+    faint = mask_of(*INSIDE)
+    faint[..., 20:30, 8:20] = 1e-6
+    lines = []
+    for mask in (faint, (faint != 0).float(), faint.clamp_min(1e-6)):
+        clone, made = patched(cache, model, region_margin=0)
+        sample(clone, mask, cfg=1.0)
+        lines.append(made.record.line())
+    assert "outside the mask" in lines[0] and lines[0] == lines[1]
+    assert "cover the whole picture" in lines[2]
+
+
+def differential(model: Any) -> Any:
+    """As ComfyUI's node makes it."""
+    from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+
+    return DifferentialDiffusion.execute(model)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "mask", "said"),
+    [
+        (None, None, "the latent has no mask"),
+        (None, mask_of(slice(0, 0), slice(0, 0)), "the mask is empty"),
+        (differential, mask_of(*INSIDE), "Differential Diffusion"),
+    ],
+    ids=["no mask", "empty mask", "changing mask"],
+)
+def test_without_a_region_references_are_reused_all_the_same(
+    cache, model, change, mask, said
+) -> None:
+    clone, made = patched(cache, change(model) if change else model)
+    plain = cache.patch(change(model) if change else model, settings(cache, region=False))
+    assert torch.equal(sample(clone, mask), sample(plain, mask))
+    line = made.record.line()
+    assert said in line and "left out" not in line and made.record.steps_reused == 3
+
+
+def test_a_sampler_of_another_kind_computes_everything(cache, reuse) -> None:
+    import comfy.samplers
+
+    class Other(comfy.samplers.Sampler):
+        """May do with the mask what it likes."""
+
+    mask = mask_of(*INSIDE)
+    region, why = reuse.region_of(mask, Other(), {}, 16, 0.1)
+    assert region is None and "this sampler (Other)" in why
+    region, why = reuse.region_of(mask, comfy.samplers.ksampler("euler"), {}, 16, 0.1)
+    assert region.margin == 2 and why == ""
+
+
+def test_parts_of_the_picture_are_not_mistaken_for_it(reuse) -> None:
+    region = reuse.Region(mask_of(*INSIDE), 2, 0.1)
+    assert region.outside(torch.zeros(1, 16, 1, 16, 16)) is None
+    assert "the mask is for all of it" in region.told(4)[0]
+    assert region.outside(torch.zeros(1, 16, 2, *SIDES)) is None
+    assert "2 frames" in region.told(4)[1]
+    assert region.outside(torch.zeros(2, 16, 1, *SIDES)).tolist()

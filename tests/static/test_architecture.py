@@ -135,4 +135,5 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMTiledEdit",
         "QwenVRAMTiledDiffusion",
         "QwenVRAMEarlyExit",
+        "QwenVRAMReferenceCache",
     }
