@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.core.region import active_tokens
 from torch import Tensor
@@ -34,6 +34,7 @@ def masks(draw: st.DrawFn) -> Tensor:
     return mask
 
 
+@settings(max_examples=40)
 @given(masks(), st.integers(0, 20))
 def test_active_is_what_the_margin_reaches(mask: Tensor, margin: int) -> None:
     active = active_tokens(mask, *mask.shape[-2:], margin)
@@ -41,6 +42,7 @@ def test_active_is_what_the_margin_reaches(mask: Tensor, margin: int) -> None:
     assert active.tolist() == by_definition(mask, margin)
 
 
+@settings(max_examples=30)
 @given(masks(), st.integers(0, 6))
 def test_a_wider_margin_never_leaves_more_alone(mask: Tensor, margin: int) -> None:
     near, far = (active_tokens(mask, *mask.shape[-2:], wide) for wide in (margin, margin + 1))

@@ -200,17 +200,15 @@ def planned(host: Host, patcher: Any, plan: Plan) -> Any:
 
 @pytest.mark.parametrize("name", PLANS)
 def test_on_every_rung_parts_have_their_own(host, cache, model, name: str) -> None:
-    plan = PLANS[name]
-    expected = edit(planned(host, by_hand(model, 3), plan), batch=2)
-    full = edit(planned(host, model, plan), batch=2)
+    plan, small = PLANS[name], {"batch": 2, "steps": 2}
+    expected = edit(planned(host, by_hand(model, 2), plan), **small)
+    full = edit(planned(host, model, plan), **small)
     own = cache.ReferenceCache(settings(cache))
-    found = edit(planned(host, own.patch(model), plan), batch=2)
+    found = edit(planned(host, own.patch(model), plan), **small)
     assert torch.allclose(found, expected, atol=1e-4)
-    assert (found - full).abs().max() > 1e-3 and own.record.steps_reused == 2
-    exact = cache.patch(model, settings(cache, **EXACT))
-    assert torch.equal(edit(planned(host, exact, plan), batch=2), full)
-    other = cache.patch(planned(host, model, plan), settings(cache))  # the patches the other way
-    assert torch.allclose(edit(other, batch=2), expected, atol=1e-4)
+    assert (found - full).abs().max() > 1e-3 and own.record.steps_reused == 1
+    exact = cache.patch(planned(host, model, plan), settings(cache, **EXACT))
+    assert torch.equal(edit(exact, **small), full)
 
 
 def within(host: Host, patcher: Any) -> tuple[Any, Any]:
@@ -240,16 +238,80 @@ def test_a_pass_that_failed_leaves_nothing_half_recorded(host, cache, model, at:
     assert [ref for ref in faults.tensors if ref() is not None] == []
 
 
-def test_what_failed_is_recorded_in_the_plan_that_succeeded(host, cache, model) -> None:
-    """The whole batch fails in its second step, and goes on picture by picture: new parts, which
-    begin in full, and nothing of the whole is left."""
+class NotTogether(Faults):
+    """From the second step on there is memory for one picture in a pass only."""
+
+    def __init__(self) -> None:
+        super().__init__(range(1000))
+        self.blocks = 0
+
+    def hook(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """As a forward hook of a block."""
+        self.blocks += 1
+        if self.blocks > blocks(1) and kwargs["hidden_states"].shape[0] > 1:
+            self.call()
+
+
+def test_what_failed_is_recorded_anew_in_the_plan_that_succeeds(host, cache, model) -> None:
+    """The batch goes on picture by picture: new parts, each in full at first, of which the stores
+    take the place of the whole's."""
     own = cache.ReferenceCache(settings(cache))
     patched, fitting = within(host, own.patch(model))
-    fitting.policy = "allow approximations"
-    first, layers = blocks(1), blocks(1, 1)
-    with blocks_fail(model.model.diffusion_model, Faults(range(first, first + 6 * layers, 1))):
+    with blocks_fail(model.model.diffusion_model, NotTogether()) as faults:
         found = edit(patched, batch=2, steps=4)
-    assert fitting.record.repeated >= 3 and found.isfinite().all()
-    assert own.record.steps_full >= 2
-    whole = edit(cache.patch(model, settings(cache)), batch=2, steps=4)
-    assert not torch.equal(found, whole)
+    assert faults.raised == fitting.record.repeated and found.isfinite().all()
+    assert "one at a time" in fitting.record.line()
+    assert own.record.in_full == {0, 1} and own.record.reused == {2, 3}
+    assert own.record.bytes_held["ram"] == own.record.bytes_expected
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [
+        ((), (("tiles", 3),), True),
+        ((("tiles", 1, 2),), (("tiles", 2, 3),), True),
+        ((("tiles", 1, 2),), (("tiles", 3, 4),), False),
+        ((("items", 0, 2),), (("items", 1, 1),), True),
+        ((("items", 0, 1),), (("items", 1, 1),), False),
+        ((("tiles", 1), ("items", 0, 1)), (("tiles", 1),), True),
+        ((("tiles", 1), ("items", 0, 1)), (("tiles", 1), ("items", 1, 1)), False),
+        ((("items", 0, 1), ("tile", 0)), (("items", 0, 1), ("tile", 1)), False),
+        ((("items", 0, 1),), (("tile", 1),), True),
+    ],
+)
+def test_parts_that_share_something_supersede_each_other(host, one, other, shared) -> None:
+    overlap = part(host, "reference_slots").overlap
+    assert overlap(one, other) == overlap(other, one) == shared
+
+
+# ------------------------------------------------------------------------------ ComfyUI's caches
+def easy(patcher: Any, threshold: float) -> Any:
+    """ComfyUI's cache of passes: skips the model in steps that change little."""
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    return EasyCacheNode.execute(patcher, threshold, 0.0, 1.0, False)[0]
+
+
+def lazy(patcher: Any, threshold: float) -> Any:
+    """ComfyUI's cache of whole predictions."""
+    from comfy_extras.nodes_easycache import LazyCacheNode
+
+    return LazyCacheNode.execute(patcher, threshold, 0.0, 1.0, False)[0]
+
+
+@pytest.mark.parametrize("other", [easy, lazy])
+def test_comfyuis_caches_of_steps_go_with_it(cache, model, other) -> None:
+    """In either order; where one of them skips the model, nothing is recorded or lost."""
+    alone = edit(cache.patch(model, settings(cache)), steps=6)
+    for threshold in (0.0, 3.0):
+        found = []
+        for turned in (False, True):
+            own = cache.ReferenceCache(settings(cache))
+            patched = own.patch(other(model, threshold) if turned else model)
+            patched = patched if turned else other(patched, threshold)
+            found.append(edit(patched, steps=6))
+            assert own.record.aside == [] and own.record.steps_full == 1
+            steps = len(own.record.reused)
+            assert steps == 5 if threshold == 0 else 0 < steps < 5
+        assert torch.equal(*found) and found[0].isfinite().all()
+        assert torch.equal(found[0], alone) == (threshold == 0)

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from pack.tests.graphs import UNET
+from pack.demo.animals import Scene, draw
+from pack.demo.edit_graph import edit_graph
+from pack.tests.graphs import UNET, node
 from pack.tests.host import Host
 from pack.tests.nodes.slicing_models import SIDES, conditioning, random
 from torch import Tensor
@@ -312,3 +314,49 @@ def test_parts_of_the_picture_are_not_mistaken_for_it(reuse) -> None:
     assert region.outside(torch.zeros(1, 16, 2, *SIDES)) is None
     assert "2 frames" in region.told(4)[1]
     assert region.outside(torch.zeros(2, 16, 1, *SIDES)).tolist()
+
+
+# ------------------------------------------------------------------------------ a model that draws
+@torch.inference_mode()
+def pig_with_a_hat(host: Host, patch: Any, steps: int = 20) -> list[Tensor]:
+    """(H, W, C) in 0..1 by ComfyUI alone, and by what each of `patch` makes of the model."""
+    import comfy.sample
+
+    draw(Scene("pig", "pink", background="snow", jitter=5), 256, 256).save(
+        host.base / "input" / "pig.png"
+    )
+    graph = edit_graph("pig.png", "add a hat")
+    wanted = {name: node("PreviewAny", source=[name, 0]) for name in ("shift", "reference", "vae")}
+    host.restart()
+    host.run(
+        {**graph, **{f"out_{name}": out for name, out in wanted.items()}},
+        list(map("out_{}".format, wanted)),
+    )
+    cached = host.executor.caches.outputs
+    model, positive, vae = (cached.get_local(name).outputs[0][0] for name in wanted)
+    latent = cached.get_local("encoded").outputs[0][0]["samples"]
+    mask = mask_of(slice(2, 12), slice(8, 24), sides=(32, 32))
+    made = []
+    for patched in (model, *(each(model) for each in patch)):
+        noise = comfy.sample.prepare_noise(latent, 0)
+        given = (patched, noise, steps, 1.0, "euler", "simple", positive, positive, latent)
+        samples = comfy.sample.sample(*given, noise_mask=mask, disable_pbar=True, seed=0)
+        picture = vae.decode(samples)
+        made.append(picture.reshape(256, 256, -1))
+    return made
+
+
+def psnr(one: Tensor, other: Tensor) -> float:
+    """In dB, of pictures in 0..1."""
+    return float(-10 * torch.log10((one - other).square().mean()))
+
+
+def test_the_defaults_keep_the_picture(host, cache) -> None:
+    """Measured when refreshed every 10 steps: 33.6 dB inside with the references alone, 32.1 with
+    the region, and 62 outside."""
+    makers = [cache.ReferenceCache(cache.Settings(region=on)) for on in (False, True)]
+    stock, alone, both = pig_with_a_hat(host, [made.patch for made in makers])
+    inside, outside = (slice(16, 96), slice(64, 192)), (slice(128, None), slice(None))
+    assert "left out in" in makers[1].record.line()
+    assert psnr(both[inside], stock[inside]) > min(31, psnr(alone[inside], stock[inside]) - 2)
+    assert psnr(both[outside], stock[outside]) > 50

@@ -810,3 +810,30 @@ def test_a_cache_of_steps_is_refused_before_anything_is_loaded(host, hand_over, 
     one_by_one = {"mode": "one after another", **EVERY, **SMALL}
     host.run(hand_over(cat(300, 64), {"model": model}, **one_by_one))
     host.run(hand_over(cat(256, 64), {"model": model}, **EVERY, **SMALL))  # a single tile
+
+
+@pytest.mark.parametrize(
+    ("mode", "every"), [("together", 1), ("together", 10), ("one after another", 10)]
+)
+def test_a_reference_cache_keeps_the_references_of_every_tile(host, mode, every) -> None:
+    """Their crops are tiles' own; with every step in full nothing differs."""
+    picture = write(host, "kept_references.png", (320, 256))
+    plain_edit = edit(picture, mode=mode, guide="off", denoise=1.0)
+    inputs = {
+        "model": ["shift", 0],
+        "refresh": "first step",
+        "refresh_every": every,
+        "drift_threshold": 0.1,
+        "full_last_steps": 0,
+        "store_format": "model",
+        "store_place": "auto",
+        "causal": False,
+        "region": False,
+        "region_margin": 64,
+        "region_threshold": 0.08,
+    }
+    own = {**plain_edit["edit"]["inputs"], "model": ["cache", 0]}
+    cache = node("QwenVRAMReferenceCache", **inputs)
+    run = host.run({**plain_edit, "cache": cache, "edit": node("QwenVRAMTiledEdit", **own)})
+    error = (image(run) - image(host.run(plain_edit))).square().mean()
+    assert error == 0 if every == 1 else 0 < error < 0.01
