@@ -184,10 +184,8 @@ def _holdings(device: torch.device) -> Iterator[Holding]:
     cast = [b.nbytes for b in list(mm.STREAM_CAST_BUFFERS.values()) if b.device == device]
     yield Holding("cast_buffers", label, sum(cast))
     yield Holding("outputs", "Results that nodes keep", _kept_results(device))
-    kept = reference_memory.held_on(device)
-    yield Holding(
-        "reference_cache", "Reference cache of Qwen VRAM", kept, detail="while it samples"
-    )
+    kept = reference_memory.held_on(device)  # while a sampler runs
+    yield Holding("reference_cache", "Reference cache of Qwen VRAM", kept)
     if device.type == "cpu":
         yield Holding("pack", "Prompt cache of Qwen VRAM", STORE.memory_usage().bytes)
 

@@ -96,15 +96,10 @@ def expected_bytes(
     every = [cond for side in conds.values() for cond in side]
     counts = [sum(map(tokens_of, cond.get("reference_latents") or ())) for cond in every]
     counts = [count + more_tokens for count in counts if count or more_tokens]
-    inner = model.model.diffusion_model
-    attention = inner.transformer_blocks[0].attn
-    dtype, batch = model.model.get_dtype_inference(), noise_shape[0]
-
-    def of(tokens: int) -> int:
-        shape = (batch, attention.heads, tokens, attention.dim_head)
-        return 2 * len(inner.transformer_blocks) * bytes_of(format, shape, dtype)
-
-    sizes = [of(count) for count in counts]
+    blocks = model.model.diffusion_model.transformer_blocks
+    attention, dtype = blocks[0].attn, model.model.get_dtype_inference()
+    shapes = [(noise_shape[0], attention.heads, count, attention.dim_head) for count in counts]
+    sizes = [2 * len(blocks) * bytes_of(format, shape, dtype) for shape in shapes]
     return parts * (max(sizes, default=0) if shared else sum(sizes))
 
 

@@ -1,0 +1,136 @@
+"""Edits with the reference cache, as graphs; and what a process that has run nothing else makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pack.tests.graphs import CLIP, LORA, UNET, VAE, encode, loader, node
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+PICTURES = ("first.png", "second.png")
+SAMPLERS = ("sampler", "second")  # nodes whose latents are compared
+SETTINGS = {
+    "refresh": "every n steps",
+    "refresh_every": 3,
+    "drift_threshold": 0.1,
+    "full_last_steps": 0,
+    "store_format": "int8",
+    "store_place": "auto",
+    "causal": False,
+    "region": False,
+    "region_margin": 64,
+    "region_threshold": 0.05,
+}
+
+
+def graph(
+    text: str = "make it blue",
+    seed: int = 1,
+    picture: str = PICTURES[0],
+    size: int = 64,
+    batch: int = 1,
+    lora: float = 0.0,
+    sampler_name: str = "euler",
+    **settings: Any,
+) -> dict[str, Any]:
+    """One edit; the LoRA lies behind the cache, so that its strength leaves the cache's node."""
+    made = {
+        "unet": loader("DiffusionModel", UNET),
+        "clip": loader("TextEncoder", CLIP),
+        "vae": loader("VAE", VAE),
+        "picture": node("LoadImage", image=picture),
+        "encoded": node("VAEEncode", pixels=["picture", 0], vae=["vae", 0]),
+        "cache": node("QwenVRAMReferenceCache", model=["unet", 0], **{**SETTINGS, **settings}),
+        "latent": node("EmptySD3LatentImage", width=size, height=size, batch_size=batch),
+        "out": node("PreviewAny", source=["sampler", 0]),
+    }
+    if lora:
+        options = {"lora_name": LORA, "strength_model": lora}
+        made["lora"] = node("LoraLoaderModelOnly", model=["cache", 0], **options)
+    made.update(sides(text))
+    model = "lora" if lora else "cache"
+    made["sampler"] = sampler(model, seed=seed, sampler_name=sampler_name)
+    return made
+
+
+def sides(text: str, name: str = "") -> dict[str, Any]:
+    """Both sides of CFG, with the picture as their reference."""
+    made = {}
+    for side, words in (("positive", text), ("negative", "blurry")):
+        made[f"{name}{side} text"] = encode(words, cache="memory")
+        inputs = {"conditioning": [f"{name}{side} text", 0], "latent": ["encoded", 0]}
+        made[name + side] = node("ReferenceLatent", **inputs)
+    return made
+
+
+def sampler(model: str, name: str = "", latent: str = "latent", **inputs: Any) -> dict[str, Any]:
+    """Five steps, of which the first and the fourth are computed in full."""
+    wires = {"positive": [f"{name}positive", 0], "negative": [f"{name}negative", 0]}
+    options = {"steps": 5, "cfg": 2.5, "scheduler": "simple", "denoise": 1.0, **inputs}
+    return node("KSampler", model=[model, 0], latent_image=[latent, 0], **wires, **options)
+
+
+def two_samplers() -> dict[str, Any]:
+    """Of one model in one graph, with other texts and seeds."""
+    made = {**graph(seed=3), **sides("make it red", "other ")}
+    made["second"] = sampler("cache", "other ", seed=2, sampler_name="euler")
+    made["out2"] = node("PreviewAny", source=["second", 0])
+    return made
+
+
+def two_sizes() -> dict[str, Any]:
+    """A first pass, and a second one of a larger picture."""
+    made = graph(seed=4)
+    larger = {"samples": ["sampler", 0], "upscale_method": "bislerp", "width": 96, "height": 80}
+    made["larger"] = node("LatentUpscale", **larger, crop="disabled")
+    made["second"] = sampler("cache", latent="larger", seed=2, sampler_name="euler", denoise=0.8)
+    made["out2"] = node("PreviewAny", source=["second", 0])
+    return made
+
+
+CASES = {
+    "as it is": graph(),
+    "another prompt": graph("make it red"),
+    "another seed": graph(seed=2),
+    "another picture": graph(picture=PICTURES[1]),
+    "another size": graph(size=96),
+    "a batch": graph(batch=2),
+    "a LoRA": graph(lora=1.0),
+    "a weaker LoRA": graph(lora=0.5),
+    "two calls a step": graph(sampler_name="heun"),
+    "another format": graph(store_format="int4"),
+    "two samplers": two_samplers(),
+    "two sizes": two_sizes(),
+}
+
+
+def write_pictures(base: Path) -> None:
+    """Of one size, so that only what is on them differs."""
+    for seed, name in enumerate(PICTURES):
+        pixels = np.random.default_rng(seed).integers(0, 256, (56, 72, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(base / "input" / name)
+
+
+def latents(run: Any) -> dict[str, Tensor]:
+    """What the samplers of a graph made, by their nodes."""
+    return {name: run.outputs[name][0][0]["samples"] for name in SAMPLERS if name in run.outputs}
+
+
+def write_expected(comfyui: Path, base: Path, pack: Path) -> None:
+    """Each case on a model that was just loaded, in a ComfyUI that was just started."""
+    from pack.tests.host import Host
+
+    host = Host(comfyui, base, pack)
+    write_pictures(base)
+    found = {}
+    for case, made in CASES.items():
+        host.forget_everything()
+        for name, latent in latents(host.run(made)).items():
+            found[f"{case}/{name}"] = latent.contiguous()
+    save_file(found, base / "expected.safetensors")
+    assert all(torch.isfinite(latent).all() for latent in found.values())
