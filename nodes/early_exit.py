@@ -182,9 +182,8 @@ class EarlyExit:
         run = self._run
         if run is None:
             return executor(x, sigma, *rest, **more)
-        given = x.clone()  # EasyCache may write over it
         x0 = executor(x, sigma, *rest, **more)
-        run.saw(given, sigma, x0)
+        run.saw(x, sigma, x0)
         return x0
 
     def _tell(self, record: Record) -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.core.convergence_plot import CURVE, LIMIT, STOP, Plot, decades, draw
 from pack.core.early_exit import (
@@ -157,6 +157,7 @@ def colours(image) -> set[tuple[int, int, int]]:
     return {colour for _, colour in image.getcolors(1 << 20)}
 
 
+@settings(max_examples=25)
 @given(found=changes, threshold=st.sampled_from([0.0, 1e-4, 1.0]), more=st.integers(0, 5))
 def test_any_curve_can_be_drawn(found, threshold, more) -> None:
     criterion = Criterion(threshold, 3, 4)

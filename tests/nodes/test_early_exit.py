@@ -204,10 +204,26 @@ def test_every_sampler_is_left_with_its_last_prediction(early, model, number: in
         assert step == total - 1 and len(made.steps) == 5
         assert torch.equal(made.latent, out(model, x0))
         assert keep or torch.equal(x0, made.steps[3][1])
+        assert record.own_steps == (name in ("dpm_fast", "dpm_adaptive"))
         if record.own_steps:
-            assert name in ("dpm_fast", "dpm_adaptive") and record.saved is None
+            assert record.saved is None and "steps saved not measurable" in record.line()
         else:
             assert record.saved == total - 4 - keep
+
+
+SEVERAL_CALLS = ("heun", "dpm_2", "dpm_fast", "dpm_adaptive", "seeds_3", "sa_solver_pece")
+
+
+@pytest.mark.parametrize("name", [*SEVERAL_CALLS, "uni_pc", "euler_cfg_pp"])
+def test_each_prediction_has_the_sigma_that_it_was_made_at(early, model, name: str) -> None:
+    """Of several calls in a step; here a prediction tells its sigma by its size."""
+    clean = random(*SHAPE, seed=3)
+    telling, _ = predicting(model, lambda x, t, **more: clean * (1 + t.reshape(-1, 1, 1, 1, 1)))
+    patched, patch = leaving(early, telling, threshold=0.0)
+    made = sampled(patched, name, steps=14)
+    told = [float(x0.norm() / clean.norm()) - 1 for _, x0, *_ in made.steps]
+    assert [point.sigma for point in patch.record.points] == pytest.approx(told, abs=1e-4)
+    assert len(told) > 3
 
 
 @pytest.mark.parametrize("number", range(9))
