@@ -86,6 +86,7 @@ def mask_aware(attend: Attend, takes_masks: bool) -> Attend:
     def attended(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
     ) -> Tensor:
+        """See above."""
         visible = None if mask is None else visible_keys(mask)
         if visible is not None:
             return attend_to(attend, query, key, value, visible, scale)
@@ -178,10 +179,12 @@ def _cases(dtype: torch.dtype, width: int, kind: str) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(20)
 
     def normal(tokens: int, size: float = 1.0, mean: float = 0.0) -> Tensor:
+        """Normally distributed."""
         x = torch.randn(BATCH, HEADS, tokens, width, generator=generator)
         return (x * size + mean).to(dtype).float()
 
     def mask() -> Tensor | None:
+        """Another one each time."""
         return _mask(kind, dtype, generator)
 
     yield Case("normal values", normal(QUERIES), normal(KEYS), normal(KEYS), mask(), None)

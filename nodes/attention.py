@@ -30,6 +30,7 @@ from .attention_calls import (
     Call,
     Run,
     call_of,
+    candidates,
 )
 from .attention_health import Situation
 from .attention_override import BACKEND
@@ -55,6 +56,7 @@ class Attention:
     that would keep a freed model alive."""
 
     sliceable = True  # each slice of queries comes with all keys and values
+    itemwise = True  # no picture of a batch sees another
 
     def __init__(
         self, wanted: str, node_id: str | None = None, metadata: Metadata | None = None
@@ -243,7 +245,7 @@ class AttentionNode(io.ComfyNode):
             category="Qwen VRAM/sampling",
             description=(
                 "Chooses how one model computes attention. Only what passes a self-test on this "
-                "device is used, and never a picture of nothing but NaN."
+                "device is used; what fails is replaced, and named."
             ),
             search_aliases=["flash attention", "sage attention", "xformers", "sdpa", "backend"],
             inputs=[
@@ -272,7 +274,7 @@ class AttentionNode(io.ComfyNode):
         situation = usual(model)
         if backend in BACKENDS and (missing := BACKENDS[backend].probe(situation.device)):
             raise ValueError(MISSING.format(backend, missing))
-        report = health.table(situation, backend)
+        report = f"{backend}, {situation.text()}\n" + health.table(situation, candidates(backend))
         return shown(attention.patch(model), report, text=WAITS.format(backend), report=report)
 
 

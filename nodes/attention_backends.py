@@ -74,6 +74,7 @@ def _package(name: str, function: str, least: tuple[int, int], install: str) -> 
     """A package with a function, on cards of at least a compute capability."""
 
     def missing(device: torch.device) -> str:
+        """Why it cannot be used there, or ""."""
         try:
             module = importlib.import_module(name)
         except ImportError as error:
@@ -103,6 +104,7 @@ def _registered(name: str) -> Attend:
     """A function of ComfyUI."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        """See `Backend.attend`."""
         more = {} if scale is None else {"scale": scale}
         function = get_attention_function(name)
         shapes = {"skip_reshape": True, "skip_output_reshape": True}
@@ -118,6 +120,7 @@ def _sdpa(kernel: SDPBackend) -> Attend:
     """One kernel of PyTorch; raises RuntimeError where it cannot run."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        """See `Backend.attend`."""
         with _KERNELS, sdpa_kernel([kernel]):
             return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
@@ -143,6 +146,7 @@ def _flash(module: str) -> Attend:
     """flash-attn 2, 3 and 4 are called alike; the newer ones may add the sums of the softmax."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        """See `Backend.attend`."""
         _no_mask(mask)
         function = _import(module).flash_attn_func
         out = function(*_tokens_first(q, k, v), softmax_scale=scale, causal=False)

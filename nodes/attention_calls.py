@@ -76,6 +76,13 @@ def call_of(
     return Call(q, k, v, mask, None, more.get("scale"), precise)
 
 
+def candidates(wanted: str) -> list[str]:
+    """Names of the backends that a choice may lead to."""
+    if wanted in BACKENDS:
+        return [wanted]
+    return [b.name for b in BACKENDS.values() if wanted == AUTO_QUANTISED or not b.quantised]
+
+
 class Run:
     """What attention did in one run of a sampler. Several GPUs' threads come here at a time."""
 
@@ -138,8 +145,8 @@ class Run:
         """The fastest that is healthy here. With one that is not quantised, if need be."""
         situation, length = call.situation, health.length_of(call.query, call.key)
         calls = {OWN: own}
-        for backend in BACKENDS.values():
-            if backend.name == OWN or (backend.quantised and self.wanted != AUTO_QUANTISED):
+        for backend in map(BACKENDS.__getitem__, candidates(self.wanted)):
+            if backend.name == OWN:
                 continue
             if backend.probe(situation.device) or self._unfit(backend, call):
                 continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -28,6 +28,8 @@ NO_DTYPE = "it does not work with {}"
 NO_BIAS = "it takes no mask that adds to the scores"
 LOW_PRECISION = "the model asks for full precision here"
 RAISED = "{}: {}"
+NOT_TRIED = "there, not tried: not asked for"
+NO_MEMORY = "there, not tried: out of memory just now"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class Situation:
     dtype: torch.dtype
     width: int  # of a head
     mask: str  # NO_MASK, HIDDEN_KEYS or BIAS
+
+    def text(self) -> str:
+        """In words."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"on {self.device}, {dtype}, heads {self.width} wide, {self.mask}"
 
 
 @dataclass(frozen=True)
@@ -188,22 +195,33 @@ def text_of(times: Times) -> str:
 
 
 # ------------------------------------------------------------------------------ the table
-def table(situation: Situation, chosen: str = "") -> str:
-    """All backends in a situation: tries those that are installed. One line each."""
+def table(situation: Situation, tried: Collection[str]) -> str:
+    """All backends in a situation, one line each. Those in `tried` are put to the test; a kernel
+    that nobody asked for may be one that brings the driver down."""
     lines = []
-    for backend in BACKENDS.values():
-        missing = backend.probe(situation.device)
-        found = Verdict(False, "") if missing else verdict(backend, situation)
-        state = "healthy" if found.healthy else "missing" if missing else "failed"
-        parts = [f"{backend.name}: {state}"]
-        parts += [missing or found.reason] if not found.healthy else []
-        if found.error is not None:
-            allowed = tolerance(situation.dtype, situation.device, backend.quantised)
-            parts.append(f"error {found.error:.2g} (allowed {allowed:.2g})")
-        parts += [f"{1000 * t:.3g} ms at {n} keys" for n, t in _times_by_keys(backend, situation)]
-        parts += ["chosen"] if backend.name == chosen else []
-        lines.append(", ".join(parts))
+    for name, backend in BACKENDS.items():
+        lines.append(f"{name}: {_state(backend, situation, name in tried)}")
     return "\n".join(lines)
+
+
+def _state(backend: Backend, situation: Situation, tried: bool) -> str:
+    """Of one backend, in words."""
+    if missing := backend.probe(situation.device):
+        return f"missing, {missing}"
+    if not tried:
+        return NOT_TRIED
+    try:
+        found = verdict(backend, situation)
+    except Exception as error:
+        if not comfy.model_management.is_oom(error):
+            raise
+        return NO_MEMORY
+    allowed = tolerance(situation.dtype, situation.device, backend.quantised)
+    parts = ["healthy" if found.healthy else f"failed, {found.reason}"]
+    if found.healthy:
+        parts.append(f"error {found.error:.2g} (allowed {allowed:.2g})")
+    parts += [f"{1000 * t:.3g} ms at {n} keys" for n, t in _times_by_keys(backend, situation)]
+    return ", ".join(parts)
 
 
 def _times_by_keys(backend: Backend, situation: Situation) -> list[tuple[int, float]]:

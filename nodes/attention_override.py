@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .foreign import sliceable
+from .foreign import itemwise, sliceable
 from .transformer_options import Options
 
 SLOT = "optimized_attention_override"
@@ -37,8 +37,15 @@ class Chain:
     @property
     def sliceable(self) -> bool:
         """Whether queries may come in slices, each with all keys and values."""
-        every = [*self.parts.values(), *([self.foreign] if self.foreign else [])]
-        return all(map(sliceable, every))
+        return all(map(sliceable, self._every()))
+
+    @property
+    def itemwise(self) -> bool:
+        """Whether each picture of a batch is computed as if it were alone."""
+        return all(map(itemwise, self._every()))
+
+    def _every(self) -> list[Override]:
+        return [*self.parts.values(), *([self.foreign] if self.foreign else [])]
 
     def __call__(self, function: Attend, *args: Any, **kwargs: Any) -> Tensor:
         """What ComfyUI calls."""

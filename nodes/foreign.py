@@ -74,8 +74,14 @@ def sees_the_batch(options: dict[str, Any]) -> bool:
         or bool(strangers(options))
         or any(options.get("patches", {}).values())
         or any(options.get("patches_replace", {}).values())
-        or options.get("optimized_attention_override") is not None
+        or not itemwise(options.get("optimized_attention_override"))
     )
+
+
+def itemwise(override: Callable[..., Any] | None) -> bool:
+    """Whether an override of attention says that it computes each picture of a batch as if it were
+    alone, and keeps nothing: `itemwise = True`."""
+    return override is None or bool(getattr(override, "itemwise", False))
 
 
 def wants_whole_queries(options: dict[str, Any]) -> bool:

@@ -710,18 +710,29 @@ def test_the_node_reports_every_backend(host) -> None:
     run = host.run(graph("PyTorch SDPA"))
     assert latent(run).equal(latent(host.run(small())))
     report = run.outputs["attention"][1][0]
-    lines = report.splitlines()
+    first, *lines = report.splitlines()
+    assert first == "PyTorch SDPA, on cpu, float32, heads 32 wide, no mask"
     module = host.part("nodes.attention_backends")
     assert [line.partition(":")[0] for line in lines] == list(module.BACKENDS)
-    assert "PyTorch SDPA: healthy, error " in report and "chosen" in lines[1]
+    assert "\nPyTorch SDPA: healthy, error " in report
+    assert "\nsplit: there, not tried: not asked for" in report
     assert "flash-attn 2: missing, not installed: `pip install flash-attn" in report
     assert "SDPA cuDNN: missing, it needs an NVIDIA or AMD graphics card" in report
-    assert run.status("attention")["report"] == report
-    texts = [d for e, d in host.events if e == "progress_text"]
-    assert (
-        run.status("attention")["text"] == "PyTorch SDPA: runs when a sampler runs with the model"
-    )
-    assert texts == [] or texts
+    waits = "PyTorch SDPA: runs when a sampler runs with the model"
+    assert run.status("attention") == {"text": waits, "report": report}
+
+
+def test_the_node_shows_what_was_done(host, monkeypatch) -> None:
+    """While the sampler runs, on the node of the patch."""
+    told = []
+    outcome = host.part("nodes.outcome")
+    monkeypatch.setattr(outcome, "tell", lambda text, *ids: told.append((text, ids)))
+    run = host.run(graph("auto", seed=3))
+    report = run.outputs["attention"][1][0]
+    assert report.count(": healthy, error") == len(ON_A_CPU)
+    (text, ids), *_ = reversed(told)
+    assert ids == ("attention",) and text.startswith("auto: ")
+    assert " · at " in text and " keys: " in text and " ms" in text
 
 
 def test_a_missing_backend_is_a_sentence(host) -> None:

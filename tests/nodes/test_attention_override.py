@@ -251,6 +251,20 @@ def test_a_part_takes_the_place_of_its_predecessor(chain, model) -> None:
     assert (old.calls, new.calls) == (0, 2)
 
 
+def test_pictures_of_a_batch_may_share_a_pass_if_every_part_says_so(host, chain) -> None:
+    """Tiles, and the ladder's smaller batches, ask this."""
+    foreign = importlib.import_module(f"{host.pack.__name__}.nodes.foreign")
+    backend = importlib.import_module(f"{host.pack.__name__}.nodes.attention").Attention("auto")
+    options: Options = {}
+    chain.put(options, chain.BACKEND, backend)
+    assert not foreign.sees_the_batch(options)
+    chain.put(options, chain.REFERENCE_CACHE, Part(more_keys))  # keeps something
+    assert foreign.sees_the_batch(options)
+    options = {chain.SLOT: Part(louder)}
+    chain.put(options, chain.BACKEND, backend)
+    assert foreign.sees_the_batch(options)
+
+
 def test_an_unknown_key_has_no_place(chain) -> None:
     with pytest.raises(ValueError, match="no place in the order"):
         chain.put({}, "qwen_vram.other", Part(by_hand))

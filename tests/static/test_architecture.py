@@ -136,4 +136,5 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMTiledDiffusion",
         "QwenVRAMEarlyExit",
         "QwenVRAMReferenceCache",
+        "QwenVRAMAttention",
     }
