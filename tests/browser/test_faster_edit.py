@@ -16,10 +16,6 @@ from pack.tests.conftest import ROOT
 from PIL import Image
 
 CACHE, ATTENTION, EXIT = "QwenVRAMReferenceCache", "QwenVRAMAttention", "QwenVRAMEarlyExit"
-LABELS = """type => {
-    const node = LiteGraph.createNode(type);
-    return Object.fromEntries((node.widgets ?? []).map(w => [w.name, w.label]));
-}"""
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,8 @@ def test_it_asks_for_nothing_that_would_spoil_cache_keys(node) -> None:
     if node.GET_SCHEMA().is_output_node:  # ComfyUI adds them itself, and nothing comes behind it
         return
     hidden = {h.value for h in node.GET_SCHEMA().hidden}
-    writing = ("Qwen VRAM/sampling", "Qwen VRAM/tiles", "Qwen VRAM/speed")  # they write the picture's metadata
+    # Those that write the picture's metadata.
+    writing = ("Qwen VRAM/sampling", "Qwen VRAM/tiles", "Qwen VRAM/speed")
     if node.GET_SCHEMA().category in writing:
         hidden -= {
             "EXTRA_PNGINFO"
