@@ -34,25 +34,29 @@ def synchronise():
 
 
 class Measure:
-    """Peak of torch's memory above what it holds when sampling begins; seconds of each step."""
+    """Of each step the seconds, what torch holds and the RAM that is gone since sampling began.
+
+    Peak: of torch's memory, above what it held when sampling began.
+    """
 
     def __init__(self):
         self.runs = []
 
     def sampling(self, executor, *args, **kwargs):
         """Around one run of a sampler; the models are loaded."""
-        run = {"steps": [], "peak": None}
+        run = {"steps": [], "peak": None, "held": [], "RAM": []}
         self.runs.append(run)
+        self.before, self.ram = 0, psutil.virtual_memory().available
         cuda = torch.cuda.is_available()
         if cuda:
             synchronise()
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            run["before"] = self.before = torch.cuda.memory_allocated()
         try:
             return executor(*args, **kwargs)
         finally:
             if cuda:
-                run["peak"] = torch.cuda.max_memory_allocated() - before
+                run["peak"] = torch.cuda.max_memory_allocated() - self.before
 
     def step(self, executor, *args, **kwargs):
         """Around one evaluation with all its conds."""
@@ -60,7 +64,11 @@ class Measure:
         start = time.perf_counter()
         result = executor(*args, **kwargs)
         synchronise()
-        self.runs[-1]["steps"].append(time.perf_counter() - start)
+        run = self.runs[-1]
+        run["steps"].append(time.perf_counter() - start)
+        if torch.cuda.is_available():
+            run["held"].append(torch.cuda.memory_allocated() - self.before)
+        run["RAM"].append(self.ram - psutil.virtual_memory().available)
         return result
 
 
@@ -79,6 +87,8 @@ class BenchMeasure:
         measure, clone = Measure(), model.clone()
         clone.add_wrapper_with_key(TYPES.SAMPLER_SAMPLE, "bench", measure.sampling)
         clone.add_wrapper_with_key(TYPES.PREDICT_NOISE, "bench", measure.step)
+        own = clone.get_wrappers(TYPES.OUTER_SAMPLE, "qwen_vram.reference_cache")
+        measure.cache = own[0].__self__ if own else None
         return (clone, measure)
 
 
@@ -112,17 +122,20 @@ class BenchConditions:
     def INPUT_TYPES(cls):
         """Sizes."""
         sizes = {"tokens": ("INT",), "width": ("INT", {"max": 9999}), "references": ("STRING",)}
-        return {"required": sizes}
+        return {"required": sizes, "optional": {"method": ("STRING", {"default": ""})}}
 
-    def run(self, tokens, width, references):
-        """The same at each call."""
+    def run(self, tokens, width, references, method=""):
+        """The same at each call. `method`: how references are marked and modulated."""
         draw = torch.Generator().manual_seed(REFERENCE_SEED)
         text = torch.randn(1, tokens, width, generator=draw)
         latents = [
             torch.randn(1, 16, 1, *(int(side) // 8 for side in size.split("x")), generator=draw)
             for size in references.split()
         ]
-        return ([[text, {"reference_latents": latents} if latents else {}]],)
+        values = {"reference_latents": latents} if latents else {}
+        if method:
+            values["reference_latents_method"] = method
+        return ([[text, values]],)
 
 
 class BenchPicture:
@@ -187,7 +200,12 @@ class BenchReport:
         return True
 
     def run(self, measure, after):
-        """As data of the node."""
+        """As data of the node; with what torch holds now, and what a reference cache did."""
+        for run in measure.runs:
+            run["cache"] = measure.cache and measure.cache.record.line()
+        if torch.cuda.is_available():
+            for run in measure.runs:
+                run["after"] = torch.cuda.memory_allocated()
         return {"ui": {"bench": measure.runs}}
 
 
