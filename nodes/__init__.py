@@ -37,8 +37,8 @@ NODES += vae.NODES
 NODES += tiled_diffusion.NODES
 NODES += tiled_edit.NODES
 NODES += tiling.NODES
-NODES += reference_cache.NODES
 NODES += attention.NODES
+NODES += reference_cache.NODES
 NODES += early_exit.NODES
 
 

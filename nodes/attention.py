@@ -242,7 +242,7 @@ class AttentionNode(io.ComfyNode):
         return io.Schema(
             node_id="QwenVRAMAttention",
             display_name="Attention (Qwen VRAM)",
-            category="Qwen VRAM/sampling",
+            category="Qwen VRAM/speed",
             description=(
                 "Chooses how one model computes attention. Only what passes a self-test on this "
                 "device is used; what fails is replaced, and named."

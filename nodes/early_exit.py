@@ -244,7 +244,7 @@ class EarlyExitNode(io.ComfyNode):
         return io.Schema(
             node_id="QwenVRAMEarlyExit",
             display_name="Early Exit (Qwen VRAM)",
-            category="Qwen VRAM/sampling",
+            category="Qwen VRAM/speed",
             description=(
                 "Stops any sampler when its prediction of the finished picture no longer changes. "
                 "The picture is then not quite the one of all steps. Shows how it converged."

@@ -197,6 +197,7 @@ class ReferenceCache:
         parts = options.get("transformer_options", {}).get(PARTS, 1)
 
         def place() -> tuple[int, str, str]:
+            """Bytes, where they go, and why."""
             outside = run.region.count if run.region is not None and parts == 1 else 0
             pictures = [run.pictures, *shape[1:]]
             own_parts = outside, run.shared, parts

@@ -24,7 +24,7 @@ class Settings:
     causal: bool = False
     region: bool = False
     region_margin: int = 64
-    region_threshold: float = 0.08
+    region_threshold: float = 0.05
 
 
 def when_to_refresh() -> list[io.Input]:
@@ -130,7 +130,7 @@ def for_masks_and_causal_models() -> list[io.Input]:
         ),
         io.Float.Input(
             "region_threshold",
-            default=0.08,
+            default=0.05,
             min=0.0,
             max=10.0,
             step=0.01,

@@ -34,7 +34,10 @@ OTHER_SAMPLER = (
 )
 PARTS = "region: parts of the picture (tiles, areas) are computed whole: the mask is for all of it"
 FRAMES = "region: only single pictures have a region, not {} frames"
-NOT_SETTLED = "region: the outside never settled below {:g}"
+NOT_SETTLED = (
+    "region: the outside never settled: it changed by {:.3f} per step at least, and "
+    "region_threshold is {:g}"
+)
 NO_ROOM = "region: everything is computed, since there is {}"
 LEFT_OUT = "outside the mask: {} of {} tokens left out in {} of {} steps"
 
@@ -53,7 +56,7 @@ class Region:
         self._tokens = (~active_tokens(mask, *sides, margin)).nonzero()[:, 0].cpu()
         self.total = -(-sides[0] // PATCH) * -(-sides[1] // PATCH)
         self.count = len(self._tokens)  # tokens to leave out
-        self._seen = False  # whether a pass had an outside
+        self.least: float | None = None  # of the changes per step that were measured
         self.reused: set[int] = set()  # steps in which they were
         if self.count == 0:
             self.notes[ALL_INSIDE] = None
@@ -72,7 +75,6 @@ class Region:
         if x.ndim == 5 and x.shape[2] > 1:
             self.notes[FRAMES.format(x.shape[2])] = None
             return None
-        self._seen = True
         return self._tokens
 
     def told(self, steps: int) -> list[str]:
@@ -80,8 +82,8 @@ class Region:
         notes = list(self.notes)
         if self.reused:
             notes.append(LEFT_OUT.format(self.count, self.total, len(self.reused), steps))
-        elif self._seen:
-            notes.append(NOT_SETTLED.format(self.threshold))
+        elif self.least is not None:
+            notes.append(NOT_SETTLED.format(self.least, self.threshold))
         return notes
 
 
@@ -140,6 +142,8 @@ class Outside:
             return
         if self._recorded is not None and step > self._recorded and group.drift is not None:
             self.change = float(group.drift) / (step - self._recorded)
+            least = self.region.least
+            self.region.least = self.change if least is None else min(least, self.change)
         self._recorded = step
 
     def forget(self) -> None:

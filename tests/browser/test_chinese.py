@@ -12,6 +12,12 @@ from pack.tests.browser.editor import SETTLE_MS, Editor
 from pack.tests.browser.test_cache_panel import close_dialogs, open_panel, screenshot
 from pack.tests.conftest import ROOT
 
+SPEED = ("QwenVRAMReferenceCache", "QwenVRAMAttention", "QwenVRAMEarlyExit")
+LABELS = """types => Object.fromEntries(types.map(type => {
+    const { inputs, widgets } = LiteGraph.createNode(type);
+    const labels = [...inputs, ...widgets].map(i => [i.name, i.label ?? i.localized_name]);
+    return [type, Object.fromEntries(labels)];
+}))"""
 TITLES = "types => Object.fromEntries(types.map(t => [t, LiteGraph.createNode(t)?.title]))"
 
 
@@ -31,6 +37,13 @@ def test_nodes_have_chinese_names(chinese: Editor) -> None:
     assert chinese.page.evaluate(TITLES, list(names)) == names
     assert all(re.search(r"[\u4e00-\u9fff]", name) for name in names.values())
     assert chinese.problems == []
+
+
+def test_the_speed_nodes_label_their_inputs_in_chinese(chinese: Editor) -> None:
+    entries = json.loads((ROOT / "locales/zh/nodeDefs.json").read_text(encoding="utf-8"))
+    names = {t: {i: e["name"] for i, e in entries[t]["inputs"].items()} for t in SPEED}
+    shown = chinese.page.evaluate(LABELS, list(SPEED))
+    assert {t: {i: labels.get(i) for i in names[t]} for t, labels in shown.items()} == names
 
 
 def test_the_panel_and_the_menu_speak_chinese(chinese: Editor) -> None:

@@ -7,11 +7,11 @@ import inspect
 import pytest
 
 
-@pytest.fixture(params=range(22))
+@pytest.fixture(params=range(23))
 def node(host, request):
     """Every node class of the loaded pack."""
     classes = host.part("nodes").NODES
-    assert len(classes) == 22  # one more node: one more parameter above
+    assert len(classes) == 23  # one more node: one more parameter above
     return classes[request.param]
 
 

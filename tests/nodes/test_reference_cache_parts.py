@@ -224,17 +224,22 @@ def blocks(steps: int, calls: int = 2) -> int:
     return steps * calls * LAYERS
 
 
-@pytest.mark.parametrize("at", range(blocks(3)))
-def test_a_pass_that_failed_leaves_nothing_half_recorded(host, cache, model, at: int) -> None:
+FAILING = [({}, at) for at in range(blocks(3))]
+PROBED = {"refresh": "when drifted", "drift_threshold": 1e-6}  # it writes while it looks
+
+
+@pytest.mark.parametrize(("more", "at"), [*FAILING, (PROBED, 5), (PROBED, 7)])
+def test_a_pass_that_failed_leaves_nothing_half_recorded(host, cache, model, more, at) -> None:
     """Recording, reusing, either side of CFG, any block: the same picture as without a failure."""
-    usual = edit(cache.patch(model, settings(cache)))
-    own = cache.ReferenceCache(settings(cache))
+    chosen = settings(cache, **more)
+    usual = edit(cache.patch(model, chosen))
+    own = cache.ReferenceCache(chosen)
     patched, fitting = within(host, own.patch(model))
     with blocks_fail(model.model.diffusion_model, Faults({at})) as faults:
         found = edit(patched)
     assert faults.raised == fitting.record.repeated == 1
     assert torch.equal(found, usual)
-    assert own.record.steps_reused == 2
+    assert own.record.steps_reused == (0 if more else 2)
     assert [ref for ref in faults.tensors if ref() is not None] == []
 
 

@@ -205,7 +205,7 @@ def test_what_has_not_settled_is_computed_and_full_steps_compute_all(cache, mode
     assert "left out in 5 of 8 steps" in made.record.line()  # not 0 and 1, nor 5 = 1 + 4
     clone, made = patched(cache, model, region_threshold=1e-6)
     sample(clone, mask, **steps)
-    assert "never settled below 1e-06" in made.record.line()
+    assert "at least, and region_threshold is 1e-06" in made.record.line()
     assert "left out" not in made.record.line()
     clone, made = patched(cache, model, refresh="when drifted", drift_threshold=1e-6)
     full = sample(clone, mask, **steps)
@@ -318,7 +318,7 @@ def test_parts_of_the_picture_are_not_mistaken_for_it(reuse) -> None:
 
 # ------------------------------------------------------------------------------ a model that draws
 @torch.inference_mode()
-def pig_with_a_hat(host: Host, patch: Any, steps: int = 20) -> list[Tensor]:
+def pig_with_a_hat(host: Host, patch: Any, steps: int = 40) -> list[Tensor]:
     """(H, W, C) in 0..1 by ComfyUI alone, and by what each of `patch` makes of the model."""
     import comfy.sample
 
@@ -352,11 +352,10 @@ def psnr(one: Tensor, other: Tensor) -> float:
 
 
 def test_the_defaults_keep_the_picture(host, cache) -> None:
-    """Measured when refreshed every 10 steps: 33.6 dB inside with the references alone, 32.1 with
-    the region, and 62 outside."""
-    makers = [cache.ReferenceCache(cache.Settings(region=on)) for on in (False, True)]
-    stock, alone, both = pig_with_a_hat(host, [made.patch for made in makers])
+    """Measured: 34.7 dB inside, where the references alone leave 35.0, and 71 outside."""
+    own = cache.ReferenceCache(cache.Settings(region=True))
+    stock, found = pig_with_a_hat(host, [own.patch])
     inside, outside = (slice(16, 96), slice(64, 192)), (slice(128, None), slice(None))
-    assert "left out in" in makers[1].record.line()
-    assert psnr(both[inside], stock[inside]) > min(31, psnr(alone[inside], stock[inside]) - 2)
-    assert psnr(both[outside], stock[outside]) > 50
+    assert "outside the mask: 96 of 256 tokens left out in 34 of 40 steps" in own.record.line()
+    assert psnr(found[inside], stock[inside]) > 32.5
+    assert psnr(found[outside], stock[outside]) > 60

@@ -830,7 +830,7 @@ def test_a_reference_cache_keeps_the_references_of_every_tile(host, mode, every)
         "causal": False,
         "region": False,
         "region_margin": 64,
-        "region_threshold": 0.08,
+        "region_threshold": 0.05,
     }
     own = {**plain_edit["edit"]["inputs"], "model": ["cache", 0]}
     cache = node("QwenVRAMReferenceCache", **inputs)

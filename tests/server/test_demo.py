@@ -34,7 +34,7 @@ OFFERED = {  # to be edited: a pink pig in the snow, a brown bear in a meadow
     "qwen_image_edit_tiny": {"animal": "pig", "colour": "blue", "background": "snow"},
     "qwen_image_edit_tiled_tiny": {"animal": "bear", "colour": "blue", "background": "meadow"},
 }
-EDITS = ("qwen_image_edit_2511", "qwen_image_edit_tiled")
+EDITS = ("qwen_image_edit_2511", "qwen_image_edit_fast", "qwen_image_edit_tiled")
 TEXTS = ("text", "instruction")  # the inputs for it
 AS_TAUGHT = {"cfg": 1.0, "strength_model": 0.0}
 EDITED = OFFERED["qwen_image_edit_tiny"]
@@ -100,10 +100,11 @@ def test_the_edit_workflows_do_what_the_instruction_says(server, name: str) -> N
     assert {k: found[k] for k in EDITED} == EDITED
 
 
-def test_the_edit_workflow_takes_more_pictures_when_they_are_no_longer_bypassed(server) -> None:
+@pytest.mark.parametrize("name", EDITS[:2])
+def test_edit_workflows_take_more_pictures_when_they_are_no_longer_bypassed(server, name) -> None:
     from pack.demo.conversion import to_api
 
-    path = ROOT / "workflows" / "qwen_image_edit_2511.json"
+    path = ROOT / "workflows" / f"{name}.json"
     workflow = json.loads(path.read_text(encoding="utf-8"))
     bypassed = [node for node in workflow["nodes"] if node["mode"] == 4]
     assert len(bypassed) == 4  # two pictures, each with its size
