@@ -494,7 +494,7 @@ def asdict_of() -> dict[str, Any]:
 
     own = {"refresh": MODES[0], "refresh_every": 10, "drift_threshold": 0.2, "full_last_steps": 0}
     own |= {"store_format": "int8", "store_place": "auto", "causal": False, "region": False}
-    return own | {"region_margin": 64, "region_threshold": 0.08}
+    return own | {"region_margin": 64, "region_threshold": 0.05}
 
 
 def test_the_node_tells_on_itself_and_in_the_picture(
