@@ -31,14 +31,14 @@ def in_full(rule: Policy) -> list[int]:
     return found
 
 
-def test_auto_follows_sigma_where_timestep_zero_modulates() -> None:
-    assert in_full(policy(AUTO, 40, zero=True)) == [0, 25, 35]
-    assert in_full(policy(AUTO, 20, zero=True)) == [0, 13, 18]
-    assert in_full(policy(AUTO, 8, zero=True)) == [0, 7]
-    assert in_full(policy(AUTO, 4, zero=True)) == [0]
+def test_auto_needs_fewer_full_steps_where_timestep_zero_modulates() -> None:
+    assert in_full(policy(AUTO, 40, zero=True)) == [0, 14, 28]
+    assert in_full(policy(AUTO, 20, zero=True)) == [0, 7, 14]
+    assert in_full(policy(AUTO, 8, zero=True)) == [0, 4]
+    assert in_full(policy(AUTO, 4, zero=True)) == [0, 2]
 
 
-def test_auto_spaces_evenly_where_the_step_itself_modulates() -> None:
+def test_auto_with_references_that_the_step_itself_modulates() -> None:
     assert in_full(policy(AUTO, 40)) == [0, 10, 20, 30]
     assert in_full(policy(AUTO, 8)) == [0, 2, 4, 6]
     assert in_full(policy(AUTO, 4)) == [0, 2]
