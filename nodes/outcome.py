@@ -229,12 +229,13 @@ class Metadata:
         """Put the facts beside the workflow; returns why not, or "".
 
         A node that samples several times in a prompt has a list of them, in their order. A model
-        patch that ComfyUI did not run again knows the metadata of an earlier prompt only.
+        patch that ComfyUI did not run again knows the metadata of the prompt from another node of
+        this pack that has run in it, as Sampler within VRAM; or not at all.
         """
         context = get_executing_context()
         if context is None or node_id is None:
             return NO_PROMPT
-        if self.prompt_id != context.prompt_id or _Info.prompt_id != context.prompt_id:
+        if _Info.prompt_id != context.prompt_id:
             return NOT_AGAIN
         if not _Info.info or not _Info.info.get("workflow"):
             return NO_WORKFLOW

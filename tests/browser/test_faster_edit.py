@@ -58,5 +58,6 @@ def test_a_run_shows_what_was_reused_and_how_it_converged(
     second = editor.run()  # another seed: only the sampler runs, and they tell of it
     assert second.status == "execution_success", second.detail
     assert not set(ids.values()) & second.executed
+    assert "not in the picture's metadata" not in editor.widgets(ids[CACHE])[STATUS]
     assert reused() and editor.picture(ids[EXIT]) == [width, height]
     assert editor.problems == []
