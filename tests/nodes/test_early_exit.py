@@ -213,6 +213,18 @@ def test_every_sampler_is_left_with_its_last_prediction(early, model, number: in
             assert record.saved == total - 4 - keep
 
 
+def test_a_sampler_that_takes_more_steps_than_it_is_asked_for_is_left_too(early, model) -> None:
+    fast, calls = predicting(model, by_position)
+    sigmas = torch.tensor([1.0, 0.3, 1e-4, 0.0])
+    taken = len(sampled(fast, "dpm_adaptive", sigmas=sigmas).steps)
+    assert taken > 7
+    all_calls = len(calls)
+    calls.clear()
+    patched, patch = leaving(early, fast, min_steps=6)
+    sampled(patched, "dpm_adaptive", sigmas=sigmas)
+    assert patch.record.stopped == 6 and patch.record.saved is None and len(calls) < all_calls
+
+
 SEVERAL_CALLS = ("heun", "dpm_2", "dpm_fast", "dpm_adaptive", "seeds_3", "sa_solver_pece")
 
 
