@@ -16,7 +16,7 @@ from torch import Tensor
 NOT_FINITE = "the prediction is not a finite number"
 ZERO = "the prediction is zero"
 SAME_SIGMA = "the sigma stays the same"
-TABLE = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)  # thresholds that the user is told of
+TABLE = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.5, 1.0, 2.0)  # thresholds that the user is told of
 
 
 class Criterion(NamedTuple):
