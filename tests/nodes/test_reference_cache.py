@@ -335,10 +335,11 @@ def test_another_model_is_left_alone(cache: ModuleType, model: Any) -> None:
 
 # ------------------------------------------------------------------------------ causal
 def causal(cache: ModuleType, patcher: Any, **conditions: Any) -> tuple[Tensor, Any]:
-    """An edit whose references are computed once, which is the same as in every step; and the
-    cache's record."""
+    """An edit whose references are computed once, whatever the other settings say, which is the
+    same as in every step; and the cache's record."""
+    given = {"causal": True, "refresh": "every n steps", "full_last_steps": 1}
     once, every = (
-        cache.ReferenceCache(settings(cache, causal=True, refresh_every=every)) for every in (10, 1)
+        cache.ReferenceCache(settings(cache, **given, refresh_every=count)) for count in (2, 1)
     )
     found, expected = (
         sample(own.patch(patcher), sides=SIDES, steps=4, **conditions) for own in (once, every)
