@@ -200,8 +200,7 @@ class ReferenceCache:
             """Bytes, where they go, and why."""
             outside = run.region.count if run.region is not None and parts == 1 else 0
             pictures = [run.pictures, *shape[1:]]
-            own_parts = outside, run.shared, parts
-            need = expected_bytes(model, own, pictures, run.store_format, *own_parts)
+            need = expected_bytes(model, own, pictures, run.store_format, outside, parts)
             return need, *place_for(wanted, need, model.load_device, model, activations)
 
         need, run.place, why = place()
