@@ -19,6 +19,7 @@ OPENED = "qwen_image_2512_tiny"
 OTHERS = {  # what the others do
     "qwen_image_edit_tiny": "changes a picture",
     "qwen_image_edit_tiled_tiny": "changes a larger one by tiles",
+    "qwen_image_edit_fast_tiny": "changes a picture in less time",
 }
 SCENE = Scene("pig", "pink", background="snow", jitter=5)
 PICTURES = {  # to be edited, and how large they are

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from pack.demo.server import Server
+from pack.demo.serving import offer_workflows
 from pack.demo.substitutions import MODEL_FILES
 from pack.tests.browser.editor import Editor
 from pack.tests.conftest import ROOT, missing
@@ -60,7 +61,11 @@ def workflow() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def official_names(server: Server) -> Server:
-    """The shared server, with the tiny files under the official names beside their own."""
+    """The shared server, with the tiny files under the official names beside their own.
+
+    And with the pictures of `make run`: a page asks for the names of files when it is loaded.
+    """
+    offer_workflows(server.base)
     for file in list((server.base / "models").rglob("*.safetensors")):
         for official in (name for name, tiny in MODEL_FILES.items() if tiny == file.name):
             if not (target := file.with_name(official)).exists():

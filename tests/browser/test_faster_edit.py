@@ -1,4 +1,4 @@
-"""Faster edits in the real frontend: the bundled workflow, and what its speed nodes say of a run."""
+"""Faster edits in the real frontend: the workflows, and what its speed nodes say of a run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import pytest
+from pack.demo import serving
 from pack.tests.browser.editor import Editor
 from pack.tests.browser.test_sampler import SAVED
 from pack.tests.browser.test_workflow import STATUS, ids_of
@@ -23,6 +24,17 @@ def fast() -> dict[str, Any]:
     """The bundled workflow."""
     path = ROOT / "workflows" / "qwen_image_edit_fast.json"
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", serving.OTHERS)
+def test_the_workflows_for_the_small_model_open_without_a_complaint(
+    editor: Editor, name: str
+) -> None:
+    path = serving.WORKFLOWS / f"{name}.json"
+    editor.open(json.loads(path.read_text(encoding="utf-8")))
+    assert editor.complaint() == ""
+    assert [n["type"] for n in editor.nodes().values() if not n["registered"] or n["errors"]] == []
+    assert editor.problems == []
 
 
 def test_a_run_shows_what_was_reused_and_how_it_converged(

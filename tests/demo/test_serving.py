@@ -7,6 +7,7 @@ import json
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pack.demo import embedded, serving
@@ -19,6 +20,7 @@ from pack.tests.static import test_workflows as bundled
 OFFERED = sorted(serving.WORKFLOWS.glob("*.json"))
 SWITCH = ("LoraLoaderModelOnly", "PrimitiveBoolean", "PrimitiveInt", "PrimitiveFloat")
 SWITCH += ("ComfySwitchNode",)
+SPEED = {"QwenVRAMReferenceCache", "QwenVRAMAttention", "QwenVRAMEarlyExit"}
 
 each_workflow = pytest.mark.parametrize("path", OFFERED, ids=lambda path: path.stem)
 
@@ -51,6 +53,21 @@ def test_drawing_is_the_bundled_workflow_without_its_switch() -> None:
     whole = types(ROOT / "workflows" / "qwen_image_2512.json")
     drawing = types(serving.WORKFLOWS / f"{serving.OPENED}.json")
     assert drawing == Counter({t: n for t, n in whole.items() if t not in SWITCH})
+
+
+def test_the_faster_edit_has_the_speed_nodes_of_the_bundled_one_and_steps_to_save() -> None:
+    whole = bundled.load(ROOT / "workflows" / "qwen_image_edit_fast.json")
+    tiny = bundled.load(serving.WORKFLOWS / "qwen_image_edit_fast_tiny.json")
+
+    def settings(workflow: dict[str, Any]) -> dict[str, list[Any]]:
+        return {n["type"]: n["widgets_values"] for n in workflow["nodes"] if n["type"] in SPEED}
+
+    assert settings(tiny) == settings(whole)
+    assert settings(tiny).keys() == SPEED
+    left_out = {*SWITCH, "CFGNorm", "ImageScaleToTotalPixels"}
+    assert {n["type"] for n in tiny["nodes"]} == {n["type"] for n in whole["nodes"]} - left_out
+    (sampler,) = (n for n in tiny["nodes"] if n["type"] == "QwenVRAMSampler")
+    assert sampler["widgets_values_named"]["steps"] == 20
 
 
 def test_offering_puts_them_into_the_panel_and_the_templates(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ OFFERED = {  # to be edited: a pink pig in the snow, a brown bear in a meadow
     "qwen_image_2512_tiny": DRAWN["demo_1.png"],
     "qwen_image_edit_tiny": {"animal": "pig", "colour": "blue", "background": "snow"},
     "qwen_image_edit_tiled_tiny": {"animal": "bear", "colour": "blue", "background": "meadow"},
+    "qwen_image_edit_fast_tiny": {"animal": "pig", "colour": "blue", "background": "snow"},
 }
 EDITS = ("qwen_image_edit_2511", "qwen_image_edit_fast", "qwen_image_edit_tiled")
 TEXTS = ("text", "instruction")  # the inputs for it
