@@ -249,7 +249,8 @@ class ReferenceCacheNode(io.ComfyNode):
             category="Qwen VRAM/speed",
             description=(
                 "Makes edits faster: the reference pictures are computed in a few steps, and the "
-                "other steps use what was kept of them. The picture changes slightly."
+                "other steps use what was kept of them. The picture changes, with 2509 and with "
+                "several references more than with 2511 and one."
             ),
             search_aliases=["kv cache", "faster edit", "qwen image edit", "speed", "region"],
             inputs=[
