@@ -169,6 +169,7 @@ class Run:
             return output
         if seen.attention < len(executor.class_obj.transformer_blocks):
             self._give_up(groups)
+            slot.release()
             return self._uncounted(options, output)
         _on_success(options, self._commit(slot, groups, step, _sigma(options)))
         return output

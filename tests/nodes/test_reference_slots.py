@@ -199,6 +199,18 @@ def bypassing(model: Any, when: Callable[[], bool], blocks: int = 2) -> Any:
     return clone
 
 
+def watched(own: Any, model: Any) -> tuple[Any, list[tuple[str, int]]]:
+    """A cache's clone, and after each step why nothing is reused any more and what is held."""
+    clone, found = own.patch(model), []
+
+    def look(args: dict[str, Any]) -> Tensor:
+        found.append((own._run.off, sum(own._run.slots.bytes_held().values())))
+        return args["denoised"]
+
+    clone.set_model_sampler_post_cfg_function(look)
+    return clone, found
+
+
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("more", [{}, {"causal": True}, {"causal": True, "refresh_every": 1}])
 def test_it_steps_aside_for_attention_that_does_not_come_by(
@@ -206,12 +218,21 @@ def test_it_steps_aside_for_attention_that_does_not_come_by(
 ) -> None:
     other = bypassing(model, lambda: True, blocks)
     own = cached(cache, **more)
-    found = edit(own.patch(other))
+    patched, left = watched(own, other)
+    found = edit(patched)
+    assert left == [(runs.NO_ATTENTION, 0)] * 3
     assert own.record.aside == [runs.NO_ATTENTION] and own.record.bytes_held == {}
     assert (runs.NOT_CAUSAL in own.record.line()) == bool(more)
     assert own.record.in_full | own.record.reused == set()
     if blocks == 2 or not more:  # else a part of the very first pass was causal
         assert torch.equal(found, edit(other))
+
+
+def test_what_one_side_recorded_goes_when_the_other_side_cannot(cache, runs, model) -> None:
+    own = cached(cache)
+    patched, left = watched(own, bypassing(model, lambda: bool(own.record.in_full)))
+    assert torch.equal(edit(patched), edit(model))
+    assert left == [(runs.NO_ATTENTION, 0)] * 3
 
 
 def test_attention_that_goes_in_the_middle_of_a_run_ends_it(cache, runs, model) -> None:
