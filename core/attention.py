@@ -256,10 +256,11 @@ def median_seconds(
     """Median time of a call, after one that warms up. Stops early once `budget` seconds went, and
     after a call that took more than `enough`: that is too slow, however often it is repeated.
 
-    compiles: the first call may do more than the others, and its time says nothing.
+    compiles: the first call may do more than the others, and its time says nothing; else a slow
+    one is the last.
     """
     first = _seconds(call)
-    if first > enough and not compiles:
+    if not compiles and first > min(enough, budget):
         return first
     taken: list[float] = []
     while len(taken) < repeats and sum(taken) < budget and max(taken, default=0.0) <= enough:

@@ -363,6 +363,24 @@ def test_nan_of_the_model_itself_is_no_fault_of_the_backend(attention, model, ba
     assert counted.calls == CALLS and made.record.calls == CALLS + 2  # one pass twice
 
 
+def test_once_stopped_no_pass_is_repeated(attention, model, backend) -> None:
+    """What is not finite then is the model's."""
+    passes: list[int] = []
+
+    def last(run: Any, *args: Any, **more: Any) -> Tensor:
+        passes.append(1)
+        return run(*args, **more) * (1 if len(passes) < 3 else float("nan"))
+
+    clone, made = patched(
+        attention,
+        model,
+        backend(lambda *g: sdpa(*g) * (1 if g[0].shape[2] == 200 else float("nan"))),
+    )
+    clone.add_wrapper_with_key("diffusion_model", "last", last)
+    assert sample(clone).isnan().all()
+    assert len(passes) == 3 and len(made.record.notes) == 1  # the first step's twice
+
+
 def test_what_records_during_a_pass_commits_the_repeated_one(
     attention, model, parts, backend
 ) -> None:
@@ -466,7 +484,13 @@ def fails(clone: Any, error: Exception) -> None:
 
 def test_easycache_is_put_back_before_a_pass_is_repeated(attention, model, host, backend) -> None:
     """It counts the pass that failed, and writes over the input of one that it skips."""
-    wrong = backend(lambda *g: sdpa(*g) * (1 if g[0].shape[2] == 200 else float("nan")))
+    calls = []
+
+    def fifth(*given: Any) -> Tensor:
+        calls.extend([1] if given[0].shape[2] != 200 else [])
+        return sdpa(*given) * (float("nan") if len(calls) == 5 else 1)
+
+    wrong = backend(fifth)
     easy = host.nodes.NODE_CLASS_MAPPINGS["EasyCache"]
     pictures = []
     for wanted in ("PyTorch SDPA", wrong):
@@ -531,6 +555,16 @@ def test_auto_replaces_comfyui_s_own_where_that_is_broken(attention, model, own_
     clone, made = patched(attention, model, "ComfyUI's own")
     assert sample(clone).isnan().all()
     assert list(made.record.notes) == [note.replace("Not used", "Used all the same: it was chosen")]
+
+
+def test_pytorch_is_exact_up_to_rounding_where_comfyui_takes_another(
+    attention, model, own_attention
+) -> None:
+    own_attention(lambda out: out * (1 + 1e-6))
+    for wanted, relation in (("PyTorch SDPA", "exact up to rounding"), ("ComfyUI's own", "exact")):
+        clone, made = patched(attention, model, wanted)
+        sample(clone)
+        assert made.record.exactness() == relation and not made.record.notes
 
 
 def test_comfyui_s_own_is_not_trusted_at_work_either(
