@@ -23,9 +23,8 @@ from torch import Tensor
 from ..core.attention import NO_MASK, visible_keys
 from . import attention_health as health
 from . import attention_override, foreign, outcome, slicing
-from .attention_backends import BACKENDS, OWN, SDPA, Backend, host_is_pytorch
+from .attention_backends import AS_COMFYUI, BACKENDS, OWN, SDPA, Backend, host_is_pytorch
 from .attention_calls import (
-    AS_COMFYUI,
     AUTO,
     AUTO_QUANTISED,
     INSTEAD,
@@ -156,9 +155,11 @@ class Attention:
             if self.metadata is not None:
                 run.note(self.metadata.write(self.node_id, run.facts()))
             return output
-        except BaseException as error:
-            stopped = isinstance(error, InterruptProcessingException)
-            run.ended = outcome.CANCELLED if stopped else outcome.FAILED
+        except InterruptProcessingException:
+            run.ended = outcome.CANCELLED
+            raise
+        except Exception:
+            run.ended = outcome.FAILED
             raise
         finally:
             self._run = before
@@ -198,7 +199,8 @@ class Attention:
         count, restore = len(done), foreign.kept(options, x)
         try:
             output = executor(x, *arguments, **more)
-            if not set(run.used) <= trusted() and not output.isfinite().all():
+            doubtful = {name for name, _ in run.situations} - trusted()
+            if doubtful and not output.isfinite().all():
                 del output, done[count:]
                 restore()
                 output = self._again(run, executor, x, arguments, more)

@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..core.attention import Attend
 
 OWN, SDPA = "ComfyUI's own", "PyTorch SDPA"
+AS_COMFYUI = (OWN, SDPA)  # get masks as they are; nothing looks at what they give if asked for
 SUB_QUADRATIC, SPLIT = "sub-quadratic", "split"
 HALVES = (torch.float16, torch.bfloat16)
 EVERY = (*HALVES, torch.float32)

@@ -14,12 +14,20 @@ from ..core.attention import BIAS, HIDDEN_KEYS, NO_MASK, attend_to
 from ..core.budget import APPROXIMATE, EXACT, ROUNDING
 from . import attention_health as health
 from . import outcome
-from .attention_backends import BACKENDS, OWN, SDPA, SPLIT, SUB_QUADRATIC, Backend, host_is_pytorch
+from .attention_backends import (
+    AS_COMFYUI,
+    BACKENDS,
+    OWN,
+    SDPA,
+    SPLIT,
+    SUB_QUADRATIC,
+    Backend,
+    host_is_pytorch,
+)
 from .attention_health import Length, Situation, Times
 from .transformer_options import Options
 
 AUTO, AUTO_QUANTISED = "auto", "auto, also quantised"
-AS_COMFYUI = (OWN, SDPA)  # what these do is what was asked for, without a look at the result
 SLOW = (SUB_QUADRATIC, SPLIT)  # never faster than PyTorch SDPA, where that works
 RAISES = 3  # of a backend in one situation, before a run stops asking it
 INSTEAD = "{}: {}. PyTorch SDPA instead"

@@ -20,7 +20,7 @@ from comfy.model_management import InterruptProcessingException
 from torch import Tensor
 
 from ..core.attention import BIAS, Verdict, examine, mask_aware, median_seconds, tolerance
-from .attention_backends import BACKENDS, Backend
+from .attention_backends import AS_COMFYUI, BACKENDS, Backend
 
 log = logging.getLogger("qwen_vram")
 
@@ -113,8 +113,10 @@ def _examine(backend: Backend, situation: Situation) -> Verdict:
     if unable := cannot(backend, situation):
         return Verdict(False, unable)
     try:
+        as_it_is = backend.name in AS_COMFYUI
+        attend = backend.attend if as_it_is else mask_aware(backend.attend, backend.takes_masks)
         found = examine(
-            mask_aware(backend.attend, backend.takes_masks),
+            attend,
             situation.device,
             situation.dtype,
             situation.width,

@@ -524,15 +524,16 @@ def test_a_data_type_that_a_backend_does_not_take_is_told(attention, model, back
 
 # ------------------------------------------------------------------------------ ComfyUI's own
 @pytest.fixture
-def own_attention(monkeypatch) -> Callable[[Callable[[Tensor], Tensor]], None]:
+def own_attention(monkeypatch) -> Callable[..., None]:
     """Makes another function ComfyUI's own, as its command line does."""
     import comfy.ldm.modules.attention as theirs
     import comfy.ldm.qwen_image.model as qwen
 
-    def put(attend: Callable[[Tensor], Tensor]) -> None:
+    def put(attend: Callable[[Tensor], Tensor], knows_masks: bool = True) -> None:
         @theirs.wrap_attn
         def own(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Any = None, **more: Any) -> Any:
             more.pop("_inside_attn_wrapper", None)
+            mask = mask if knows_masks else None
             return attend(theirs.attention_pytorch(q, k, v, heads, mask, **more))
 
         monkeypatch.setattr(theirs, "optimized_attention", own)
@@ -555,6 +556,18 @@ def test_auto_replaces_comfyui_s_own_where_that_is_broken(attention, model, own_
     clone, made = patched(attention, model, "ComfyUI's own")
     assert sample(clone).isnan().all()
     assert list(made.record.notes) == [note.replace("Not used", "Used all the same: it was chosen")]
+
+
+def test_comfyui_s_own_is_tested_with_the_mask_as_it_gets_it(
+    attention, model, own_attention
+) -> None:
+    """No key is left out for it: that would hide that it does not know masks."""
+    stock = sample(model, masked())
+    own_attention(lambda out: out, knows_masks=False)
+    clone, made = patched(attention, model, "auto")
+    close(sample(clone, masked()), stock)
+    (note,) = made.record.notes
+    assert note.startswith("ComfyUI's own: failed its self-test (ignores the mask")
 
 
 def test_pytorch_is_exact_up_to_rounding_where_comfyui_takes_another(
