@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 
 AUTO, FIRST, EVERY, DRIFTED = "auto", "first step", "every n steps", "when drifted"
 MODES = (AUTO, FIRST, EVERY, DRIFTED)
@@ -53,7 +54,7 @@ class Policy:
     @property
     def always_full(self) -> bool:
         """Whether nothing is ever reused."""
-        return self.every == 1 or self.threshold == 0
+        return self.every == 1 or self.threshold == 0 or self.full_last >= self.steps
 
     def decide(self, step: int, recorded_at: int | None, constant: bool = False) -> Pass:
         """For a pass in this step, counted from 0; `recorded_at`: the last full step's, if any.
@@ -88,15 +89,24 @@ class Policy:
         return FEW_FULL_ZERO if self.steps <= FEW_STEPS else AUTO_FULL_ZERO
 
 
-def step_of(sigma: float, sigmas: Sequence[float]) -> int:
+def step_of(sigma: float, sigmas: Sequence[float], before: int = 0) -> int:
     """Which step of a schedule a call of the model belongs to, from 0.
 
     Samplers call the model between two sigmas, several times at one, or not at all where another
-    patch skips it: only the schedule itself tells the steps. `sigmas` falls, or rises where a
-    picture is turned into noise.
+    patch skips it: only the schedule itself tells the steps. `sigmas` mostly falls, or rises where
+    a picture is turned into noise. Where it goes up and down it has several steps with such a
+    sigma: it is the first one that does not come before step `before`.
     """
     if len(sigmas) < 2:
         return 0
-    sign = 1 if sigmas[0] >= sigmas[-1] else -1
     slack = SAME * abs(sigma)
-    return sum(sign * each >= sign * sigma - slack for each in sigmas[1:-1])
+    exact = [step for step, one in enumerate(sigmas[:-1]) if abs(sigma - one) <= slack]
+    found = exact or [
+        step
+        for step, (one, other) in enumerate(pairwise(sigmas))
+        if min(one, other) < sigma < max(one, other) and abs(sigma - other) > slack
+    ]
+    if found:
+        return next((step for step in found if step >= before), found[-1])
+    sign = 1 if sigmas[0] >= sigmas[-1] else -1
+    return sum(sign * each >= sign * sigma for each in sigmas[1:-1])

@@ -13,6 +13,7 @@ from .outcome import versions
 
 STOOD_ASIDE = "computed in full: {}"
 PLACES = {"gpu": "on the GPU", "ram": "in RAM"}
+NOT_COMPUTED = "{} of the {} steps of the schedule were not computed"
 NO_DRIFT = "not measurable: nothing was recorded twice"
 
 
@@ -24,6 +25,7 @@ class CacheRecord:
     settings: dict[str, Any] = field(default_factory=dict)  # as asked
     in_full: set[int] = field(default_factory=set)  # steps with a pass that was computed in full
     reused: set[int] = field(default_factory=set)  # steps with a pass that reused something
+    computed: set[int] = field(default_factory=set)  # steps with any pass
     bytes_held: dict[str, int] = field(default_factory=dict)  # place -> the most at a time
     bytes_expected: int = 0  # of all stores, as reckoned before the load
     aside: list[str] = field(default_factory=list)  # why passes reused nothing
@@ -48,6 +50,12 @@ class CacheRecord:
         """A forward pass of a step succeeded."""
         with self._lock:
             (self.in_full if full else self.reused).add(step)
+            self.computed.add(step)
+
+    def came(self, step: int) -> None:
+        """A forward pass of a step succeeded of which a reason tells (`stand_aside`)."""
+        with self._lock:
+            self.computed.add(step)
 
     def drifted(self, name: str, drift: Tensor | None) -> None:
         """A group's drift was measured. It is read only at the end: reading waits for the GPU."""
@@ -88,7 +96,10 @@ class CacheRecord:
             return " · ".join([self.ended, *aside, *self.notes])
         if not self.reused and aside:
             return " · ".join([*aside, *self.notes])
-        parts = [f"reused in {self.steps_reused} of {self.steps} steps", *aside]
+        computed = len(self.computed) or self.steps
+        parts = [f"reused in {self.steps_reused} of {computed} steps", *aside]
+        if computed < self.steps:
+            parts.append(NOT_COMPUTED.format(self.steps - computed, self.steps))
         if (drift := self.drift) is not None:
             parts.append(f"drift up to {drift:.3f}")
         for place, words in PLACES.items():
@@ -101,6 +112,7 @@ class CacheRecord:
         drift = self.drift
         return {
             "steps": self.steps,
+            "steps_computed": len(self.computed),
             "steps_full": sorted(step + 1 for step in self.in_full),
             "steps_reused": self.steps_reused,
             "drift": NO_DRIFT if drift is None else round(drift, 6),

@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.model_management as mm
 import comfy.sampler_helpers
+import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 
@@ -23,6 +24,7 @@ PLACE_CHOICES = ("auto", *PLACES)
 COMFORTABLE = 1.25  # times the store: what has to be spare on the GPU
 SHARE = 3  # pinned RAM is dear, and so is the room of weights: no more than a third of either
 STAGED_BLOCKS = 2  # on the GPU, where the rest is in RAM
+NAME = "reference_latents"  # the host's, in a condition
 Conds = dict[str, list[dict[str, Any]]]
 
 NO_ROOM = (
@@ -96,13 +98,37 @@ def expected_bytes(
     their own.
     """
     every = [cond for side in conds.values() for cond in side]
-    counts = [sum(map(tokens_of, cond.get("reference_latents") or ())) for cond in every]
+    every += _copies_for_areas(conds, noise_shape)
+    counts = [sum(map(tokens_of, cond.get(NAME) or ())) for cond in every]
     counts = [count + more_tokens for count in counts if count or more_tokens]
     blocks = model.model.diffusion_model.transformer_blocks
     attention, dtype = blocks[0].attn, model.model.get_dtype_inference()
     shapes = [(noise_shape[0], attention.heads, count, attention.dim_head) for count in counts]
     sizes = [2 * len(blocks) * bytes_of(format, shape, dtype) for shape in shapes]
     return parts * sum(sizes)
+
+
+def _copies_for_areas(conds: Conds, noise_shape: Sequence[int]) -> list[dict[str, Any]]:
+    """What ComfyUI adds to each side of CFG for prompts that the other has for an area: what that
+    side has there. By its own rules, as comfy.samplers.process_conds applies them."""
+    if not any(
+        {"area", "set_area_to_bounds"} & cond.keys() for side in conds.values() for cond in side
+    ):
+        return []
+    sides = {
+        name: [{**cond, "model_conds": {NAME: cond.get(NAME)}} for cond in side]
+        for name, side in conds.items()
+    }
+    counts = {name: len(side) for name, side in sides.items()}
+    for side in sides.values():
+        comfy.samplers.resolve_areas_and_cond_masks_multidim(
+            side, tuple(noise_shape[2:]), torch.device("cpu")
+        )
+    for name, side in sides.items():
+        for cond in side:
+            for other in sides.keys() - {name}:
+                comfy.samplers.create_cond_with_same_area_if_none(sides[other], cond)
+    return [cond["model_conds"] for name, side in sides.items() for cond in side[counts[name] :]]
 
 
 def computed(conds: Conds, guider: Any, model_options: dict[str, Any]) -> Conds:

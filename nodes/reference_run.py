@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from comfy.patcher_extension import WrapperExecutor
@@ -11,19 +12,30 @@ from torch import Tensor
 
 from ..core.refresh_policy import Pass, Policy, step_of
 from . import cache_obstacles, foreign, token_reuse
+from .attention_override import foreign_in
 from .cache_record import CacheRecord
 from .reference_memory import new_store
 from .reference_slots import Key, Slot, Slots
 from .region_reuse import Outside, Region
-from .token_reuse import Group, references_of
+from .token_reuse import Group, Seen, references_of
 from .transformer_options import ON_SUCCESS, Options, part_of
 
 METHOD, ZERO = "ref_latents_method", "index_timestep_zero"  # the host's words
 BY_INDEX = ("index", ZERO)
 REFERENCES = "references"
-NOT_CAUSAL = "there, causal is off, too"
+LOOKAHEAD = 2  # steps: as far as a sampler (heunpp2) calls the model ahead of its own step
+NOT_CAUSAL = "causal is off there, too"
 PLACED = "causal takes the reference method {} for index_timestep_zero"
 NO_ATTENTION = "another node's attention passes ComfyUI's by, so that nothing can be recorded"
+TWICE = (
+    "another node computes the same conditions in two ways in one step (other attention, other "
+    "text): only the first of them reuses"
+)
+CHANGED = (
+    "text, mask, references or another node's attention changed within the run: what was recorded "
+    "with the old ones was of no use any more"
+)
+BACK = "the sampler went back in its schedule: everything was recorded anew"
 BROKEN = (
     "Reference Cache: another node took the reference cache's attention away in the middle of a "
     "run. Take that node out, or the reference cache."
@@ -81,16 +93,20 @@ class Run:
             executor, x, options, control, self.shape[-2:], self._function()
         )
         if reason:
-            self.record.stand_aside(f"{reason}; {NOT_CAUSAL}" if self.causal else reason)
-            return executor(*arguments, options, **more)
+            self._aside(reason, self.causal)
+            return self._uncounted(options, executor(*arguments, options, **more))
         method = more.get(METHOD, executor.class_obj.default_ref_method)
         if self.causal and arguments[4]:  # as such models are trained
             self.record.note(PLACED.format(method) if method not in BY_INDEX else "")
             more = {**more, METHOD: (method := ZERO)}
         if self.full or self.policy.always_full:
             return self._in_full(executor, arguments, options, more)
-        key, content = self._identity(arguments, options, more, method)
-        slot = self.slots.find(key, content, lambda: self._slot(arguments))
+        key, content = self._identity(arguments, options, method)
+        slot = self.slots.find(key, content, lambda: self._slot(arguments), _sigma(options))
+        self.record.note(CHANGED if self.slots.changed else "")
+        if slot is None:
+            self._aside(TWICE)
+            return self._in_full(executor, arguments, options, more, counted=False)
         if slot.references is None and slot.outside is None:
             return executor(*arguments, options, **more)
         slot.busy = True
@@ -105,14 +121,27 @@ class Run:
         arguments: Sequence[Any],
         options: Options,
         more: dict[str, Any],
+        counted: bool = True,
     ) -> Tensor:
         """Nothing is kept: ComfyUI's own pass, but for causal attention."""
         if self.causal:
-            output = token_reuse.forward(executor, arguments, options, (), more, causal=True)
+            seen = Seen()
+            output = token_reuse.forward(executor, arguments, options, (), more, True, seen)
+            if seen.attention < seen.blocks:
+                self._give_up(())
+                counted = False
         else:
             output = executor(*arguments, options, **more)
+        if not counted:
+            return self._uncounted(options, output)
         step = self._step(options)
         _on_success(options, lambda: self.record.passed(step, full=True))
+        return output
+
+    def _uncounted(self, options: Options, output: Tensor) -> Tensor:
+        """Of a pass that is told of by its reason."""
+        step = self._step(options)
+        _on_success(options, lambda: self.record.came(step))
         return output
 
     def _pass(
@@ -126,19 +155,23 @@ class Run:
         """Record, or reuse what was recorded."""
         if slot.dirty:
             slot.forget()
-        step = self._step(options)
+        step = self._step(options, slot.step)
+        if _went_back(step, slot.step):
+            slot.forget()
+            self.record.note(BACK)
         groups = self._plan(slot, step, self.policy.decide(step, slot.recorded_at, self.causal))
         # A pass that only reuses writes nothing: one that fails is repeated with the same.
         slot.dirty = any(not group.reuse or group.threshold is not None for group in groups)
-        output = token_reuse.forward(executor, arguments, options, groups, more, self.causal)
-        counts = {group.blocks for group in groups}
-        if counts == {0}:  # EasyCache skipped the model
+        seen = Seen()
+        output = token_reuse.forward(executor, arguments, options, groups, more, self.causal, seen)
+        if not seen.blocks:  # EasyCache skipped the model
             slot.dirty = False
             return output
-        if counts != {len(executor.class_obj.transformer_blocks)}:
+        if seen.attention < len(executor.class_obj.transformer_blocks):
             self._give_up(groups)
-            return output
-        _on_success(options, self._commit(slot, groups, step))
+            slot.release()
+            return self._uncounted(options, output)
+        _on_success(options, self._commit(slot, groups, step, _sigma(options)))
         return output
 
     def _plan(self, slot: Slot, step: int, decision: Pass) -> list[Group]:
@@ -154,12 +187,14 @@ class Run:
             groups.append(slot.outside.plan(self.policy, step, alone))
         return groups
 
-    def _commit(self, slot: Slot, groups: Sequence[Group], step: int) -> Callable[[], None]:
+    def _commit(
+        self, slot: Slot, groups: Sequence[Group], step: int, sigma: float
+    ) -> Callable[[], None]:
         """What is done once the pass, and whatever is repeated with it, has succeeded."""
         done = [(group, group.reuse, group.drift) for group in groups]
 
         def commit() -> None:
-            slot.dirty = False
+            slot.dirty, slot.step, slot.sigma = False, step, sigma
             for group, reuse, drift in done:
                 group.known = True
                 self.record.drifted(group.name, drift)
@@ -177,18 +212,24 @@ class Run:
         if any(group.reuse for group in groups):
             raise RuntimeError(BROKEN)
         self.off = NO_ATTENTION
-        self.record.stand_aside(NO_ATTENTION)
+        self._aside(NO_ATTENTION, self.causal)
         self.slots.clear()
+
+    def _aside(self, reason: str, not_causal: bool = False) -> None:
+        """Tell why a pass reused nothing, and that it was not causal either."""
+        self.record.stand_aside(reason)
+        self.record.note(NOT_CAUSAL if not_causal else "")
 
     # ------------------------------------------------------------------------------ identity
     def _identity(
-        self, arguments: Sequence[Any], options: Options, more: dict[str, Any], method: str
+        self, arguments: Sequence[Any], options: Options, method: str
     ) -> tuple[Key, list[Any]]:
         """Which slot a call has, and what its keys and values depend on besides the step."""
         x, _, context, mask, references, condition = arguments
-        content = [references, condition, method, x.dtype]
-        uuids = tuple(options.get("uuids", ()))
-        return Key(x.device, part_of(options), uuids, tuple(x.shape)), [*content, context, mask]
+        sides = zip_longest(options.get("uuids", ()), options.get("cond_or_uncond", ()))
+        key = Key(x.device, part_of(options), tuple(sides), tuple(x.shape))
+        attention = foreign_in(options)  # perturbed guidance has another one in its own passes
+        return key, [references, condition, method, x.dtype, context, mask, attention]
 
     def _slot(self, arguments: Sequence[Any]) -> Slot:
         """An empty one for such a call."""
@@ -206,9 +247,19 @@ class Run:
         """Whether another node's function calls the model."""
         return foreign.FUNCTION in getattr(self.guider, "model_options", {})
 
-    def _step(self, options: Options) -> int:
-        """Of the schedule."""
-        return step_of(float(options["sigmas"].max()), self.policy.sigmas)
+    def _step(self, options: Options, before: int | None = None) -> int:
+        """Of the schedule; `before`: that of the pass before."""
+        return step_of(_sigma(options), self.policy.sigmas, before or 0)
+
+
+def _sigma(options: Options) -> float:
+    """At which the model is called."""
+    return float(options["sigmas"].max())
+
+
+def _went_back(step: int, before: int | None) -> bool:
+    """Whether a sampler begins anew, or goes back further than any does from a look ahead."""
+    return before is not None and step < before and (step == 0 or before - step > LOOKAHEAD)
 
 
 def _on_success(options: Options, act: Callable[[], None]) -> None:

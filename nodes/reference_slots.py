@@ -22,7 +22,9 @@ class Key(NamedTuple):
 
     device: torch.device
     part: Parts  # of the picture: a tile, an item of the batch
-    conditions: tuple[Hashable, ...]  # ComfyUI's ids of them
+    # ComfyUI's ids of them, each with its side of CFG: a prompt for an area has a copy of the same
+    # id on the other side, with that side's text.
+    conditions: tuple[Hashable, ...]
     shape: tuple[int, ...]  # of what the model sees of the picture
 
 
@@ -36,6 +38,8 @@ class Slot:
     recorded_at: int | None = None  # the last step that was computed in full
     dirty: bool = False  # a pass that writes into the stores has begun, and not succeeded
     busy: bool = False  # such a pass runs
+    step: int | None = None  # of the last pass that succeeded
+    sigma: float | None = None  # the same
 
     def groups(self) -> Iterator[Group]:
         """All there are."""
@@ -46,7 +50,7 @@ class Slot:
 
     def forget(self) -> None:
         """What the stores hold is of no use any more."""
-        self.recorded_at, self.dirty = None, False
+        self.recorded_at, self.dirty, self.step = None, False, None
         for group in self.groups():
             group.known = False
         if self.outside is not None:
@@ -64,16 +68,27 @@ class Slot:
 class Slots:
     """Of one run of a sampler. Several GPUs' threads come here at a time."""
 
+    changed: bool = False  # whether a call came with other content than the one before it
     _slots: dict[Key, Slot] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def find(self, key: Key, content: list[Any], make: Callable[[], Slot]) -> Slot:
-        """The slot of a call, empty unless `content` is what it was recorded with."""
+    def find(
+        self, key: Key, content: list[Any], make: Callable[[], Slot], sigma: float
+    ) -> Slot | None:
+        """The slot of a call at a sigma, empty unless `content` is what it was recorded with.
+
+        None where another call at this very sigma has the slot: the same conditions are computed
+        in two ways, of which the first one keeps it.
+        """
         with self._lock:
             slot = self._slots.get(key)
             if slot is not None and same(slot.content, content):
                 return slot
-            for other in [each for each in self._slots if _supersedes(key, each)]:
+            others = [each for each in self._slots if _supersedes(key, each)]
+            if any(self._slots[each].sigma == sigma for each in others):
+                return None
+            self.changed |= slot is not None
+            for other in others:
                 self._slots.pop(other).release()
             slot = self._slots[key] = make()
             slot.content = copied(content)
@@ -105,8 +120,8 @@ def _supersedes(new: Key, old: Key) -> bool:
     condition together with others, or of another size, or cut otherwise."""
     if new.device != old.device or not overlap(new.part, old.part):
         return False
-    shared = set(new.conditions) & set(old.conditions)
-    return new.conditions == old.conditions or bool(shared)
+    common = set(new.conditions) & set(old.conditions)
+    return new.conditions == old.conditions or bool(common)
 
 
 def overlap(one: Parts, other: Parts) -> bool:

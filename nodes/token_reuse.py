@@ -54,9 +54,16 @@ class Group:
     threshold: float | None = None
     # After a pass:
     drift: Tensor | None = None  # relative change of keys and values since they were recorded
-    blocks: int = 0  # in how many it was recorded, or used
     noise: dict[int, Tensor] = field(default_factory=dict)  # block -> the store's own error
     last: Tensor | None = None  # of a part of the picture: its tokens behind the last block
+
+
+@dataclass
+class Seen:
+    """How much of the model came by in a forward pass. Nothing did where another patch skips it."""
+
+    blocks: int = 0
+    attention: int = 0  # of how many of them
 
 
 def forward(
@@ -66,18 +73,19 @@ def forward(
     groups: Sequence[Group],
     more: dict[str, Any] | None = None,
     causal: bool = False,
+    seen: Seen | None = None,
 ) -> Tensor:
     """What the model predicts, (batch, channels, frames, height, width).
 
     `arguments`: what the host's DIFFUSION_MODEL wrappers get before its transformer_options: x,
     timestep, context, attention mask, reference latents, additional timestep condition. `more`:
     the keywords behind. `causal`: each reference attends to itself alone. The groups tell what
-    became of them: `reuse` is False of one that was recorded after all. Raises ValueError for
-    groups that cannot be left out.
+    became of them: `reuse` is False of one that was recorded after all; `seen` is counted up.
+    Raises ValueError for groups that cannot be left out.
     """
     layers = len(executor.class_obj.transformer_blocks)
     counts = [tokens_of(each) for each in arguments[4] or ()]
-    state = _Pass(groups, tokens_of(arguments[0]), counts, layers, causal)
+    state = _Pass(groups, tokens_of(arguments[0]), counts, layers, causal, seen)
     own = dict(options)
     replaced = own.get("patches_replace", {})
     blocks = {(BLOCK, index): partial(state.block, index) for index in range(layers)}
@@ -129,10 +137,12 @@ class _Pass:
         references: Sequence[int],
         layers: int,
         causal: bool,
+        seen: Seen | None = None,
     ) -> None:
         self.groups, self.picture, self.layers = groups, picture, layers
         self.total = total = picture + sum(references)
         self.alone = tuple(references) if causal else ()  # tokens of those that see no others
+        self.seen = seen or Seen()
         self.index, self.text = 0, 0  # the block at hand; tokens of the text
         self.kept: slice | Tensor = slice(0, total)  # image tokens that the blocks see
         self.dropped: list[Group] = []
@@ -143,7 +153,7 @@ class _Pass:
         probed = any(group.reuse and group.threshold is not None for group in groups)
         self.begin = min(PROBED, layers - 1) if probed else 0  # the block that drops tokens
         for group in groups:
-            group.drift, group.blocks = None, 0
+            group.drift = None
         inside = [group for group in groups if group.reuse and _first(group) < picture]
         if inside and not all(group.reuse for group in groups):
             raise ValueError(ALONE)
@@ -152,6 +162,7 @@ class _Pass:
     def block(self, index: int, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         """What the host calls in the place of a block: the same on the tokens that are kept."""
         self.index, self.text, self._joint = index, args["txt"].shape[1], None
+        self.seen.blocks += 1
         image = args["img"]
         if index == self.begin:
             image = self._drop(image)
@@ -261,8 +272,8 @@ class _Pass:
     def _keys_and_values(self, key: Tensor, value: Tensor, mask: Tensor | None) -> _Joint:
         """Record what is to be recorded, and append what was."""
         own = key.shape[2]
+        self.seen.attention += 1
         for group in self.groups:
-            group.blocks += 1
             if group in self.dropped:
                 key, value = group.store.extend(self.index, key, value)
                 continue

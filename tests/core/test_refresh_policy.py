@@ -61,7 +61,8 @@ def test_what_is_never_otherwise(mode: str, steps: int, zero: bool, last: int) -
     assert found[0] == 0 and set(range(max(0, steps - last), steps)) <= set(found)
     for exact in ({"every": 1}, {"threshold": 0.0}):
         assert in_full(policy(mode, steps, zero=zero, **exact)) == list(range(steps))
-    assert all(rule.decide(step, 0, constant=True) is Pass.REUSE for step in range(steps))
+    constant = {rule.decide(step, 0, constant=True) for step in range(steps)}
+    assert constant == {Pass.FULL if last >= steps else Pass.REUSE}
 
 
 @given(st.integers(1, 60), st.floats(1.0, 12.0), st.booleans())
@@ -72,6 +73,17 @@ def test_each_sigma_of_a_schedule_is_its_step_and_between_two_it_is_the_first(
     for step in range(steps):
         assert step_of(sigmas[step] * (1 + 1e-7), sigmas) == step
         assert step_of((sigmas[step] + sigmas[step + 1]) / 2, sigmas) == step
+
+
+def test_a_schedule_that_goes_up_and_down_has_its_steps() -> None:
+    odd = (1.0, 0.7, 0.9, 0.5, 0.8, 0.3, 0.0)
+    assert [step_of(sigma, odd) for sigma in odd[:-1]] == [0, 1, 2, 3, 4, 5]
+    assert [step_of(0.6, odd, before) for before in range(6)] == [2, 2, 2, 3, 4, 4]
+    twice = (1.0, 0.6, 0.2, 1.0, 0.6, 0.2, 0.0)
+    steps = [0]
+    for sigma in twice[:-1]:
+        steps.append(step_of(sigma, twice, steps[-1]))
+    assert steps[1:] == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("sigmas", [(), (1.0,)])

@@ -102,6 +102,22 @@ def two_sizes() -> dict[str, Any]:
     return made
 
 
+def area() -> dict[str, Any]:
+    """A prompt for a part of the picture; ComfyUI computes the negative one there, too."""
+    made = graph(size=96, text="make this corner red")
+    made["area"] = node(
+        "ConditioningSetArea",
+        conditioning=["positive", 0],
+        width=64,
+        height=64,
+        x=32,
+        y=16,
+        strength=1.0,
+    )
+    made["sampler"]["inputs"]["positive"] = ["area", 0]
+    return made
+
+
 CASES = {
     "as it is": graph(),
     "another prompt": graph("make it red"),
@@ -113,6 +129,7 @@ CASES = {
     "a weaker LoRA": graph(lora=0.5),
     "two calls a step": graph(sampler_name="heun"),
     "another format": graph(store_format="int4"),
+    "an area": area(),
     "causal": graph(causal=True),
     "causal, and another picture": graph(picture=PICTURES[1], causal=True),
     "causal, and one more picture": graph(more=PICTURES[1], causal=True),

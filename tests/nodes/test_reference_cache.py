@@ -592,13 +592,13 @@ def test_a_slot_gives_way_to_what_takes_its_place(cache: ModuleType) -> None:
         def release(self) -> None:
             released.append(self)
 
-    first = kept.find(both, content, lambda: Slot([]))
-    assert kept.find(both, [content[0].clone()], lambda: Slot([])) is first
-    second = kept.find(one, content, lambda: Slot([]))
-    third = kept.find(other, content, lambda: Slot([]))
+    first = kept.find(both, content, lambda: Slot([]), 0.9)
+    assert kept.find(both, [content[0].clone()], lambda: Slot([]), 0.8) is first
+    second = kept.find(one, content, lambda: Slot([]), 0.7)
+    third = kept.find(other, content, lambda: Slot([]), 0.6)
     assert released == [first]
     content[0][0, 0] += 1  # written over in place: what was recorded with it is stale
-    assert kept.find(one, content, lambda: Slot([])) is not second
+    assert kept.find(one, content, lambda: Slot([]), 0.5) is not second
     assert released == [first, second]
-    assert kept.find(tile, content, lambda: Slot([])) is not third
+    assert kept.find(tile, content, lambda: Slot([]), 0.4) is not third
     assert released == [first, second, third]  # the whole contains its tiles

@@ -66,7 +66,7 @@ def test_recording_is_stock_and_reuse_at_the_same_step_is_the_same(
     call = inputs(torch.float32, batch, sides, references=True, mask=mask)
     own, expected = group(reuse, call), stock(model, call)
     assert torch.equal(run(reuse, model, call, [own]), expected)
-    assert own.blocks == 2 and own.drift is None
+    assert own.drift is None
     own.reuse = True
     torch.testing.assert_close(run(reuse, model, call, [own]), expected, atol=2e-5, rtol=1e-5)
 
@@ -166,7 +166,7 @@ def test_a_probe_below_the_threshold_reuses(reuse: ModuleType) -> None:
         for index in range(3)
         for before, after in zip(known[index], now[index], strict=True)
     ]
-    assert own.reuse and own.blocks == 5
+    assert own.reuse
     torch.testing.assert_close(own.drift, torch.stack(changes).mean(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(own.store.get(1), known[1], atol=1e-5, rtol=1e-5)  # not the new ones
 
@@ -177,7 +177,7 @@ def test_a_probe_above_the_threshold_is_a_full_pass_that_records(reuse: ModuleTy
     run(reuse, model, call, [own])
     own.reuse, own.threshold = True, 1e-6
     assert torch.equal(run(reuse, model, other(call), [own]), stock(model, other(call)))
-    assert not own.reuse and own.drift > 1e-6 and own.blocks == 5
+    assert not own.reuse and own.drift > 1e-6
     run(reuse, model, other(call), [again])
     for index in range(5):
         assert all(map(torch.equal, own.store.get(index), again.store.get(index)))
