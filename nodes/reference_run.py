@@ -135,7 +135,11 @@ class Run:
         groups = self._plan(slot, step, self.policy.decide(step, slot.recorded_at, constant))
         # A pass that only reuses writes nothing: one that fails is repeated with the same.
         slot.dirty = any(not group.reuse or group.threshold is not None for group in groups)
-        output = token_reuse.forward(executor, arguments, options, groups, more, self.causal)
+        try:
+            output = token_reuse.forward(executor, arguments, options, groups, more, self.causal)
+        finally:
+            for group in groups:  # also where memory ran out: what lies in RAM is to stay
+                group.store.unstage()
         counts = {group.blocks for group in groups}
         if counts == {0}:  # EasyCache skipped the model
             slot.dirty = False
