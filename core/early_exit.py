@@ -13,7 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TABLE = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)  # thresholds that the user is told of
+NOT_FINITE = "the prediction is not a finite number"
+ZERO = "the prediction is zero"
+SAME_SIGMA = "the sigma stays the same"
+TABLE = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.5, 1.0, 2.0)  # thresholds that the user is told of
 
 
 class Criterion(NamedTuple):
@@ -48,6 +51,7 @@ class Curve:
     def __init__(self, mask: Tensor | None = None) -> None:
         """`mask`: of the shape of x0, above 0 where the picture may change; None: everywhere."""
         self.points: list[Point] = []
+        self.problems: list[str] = []  # why changes are not measurable, each once
         self._mask = mask
         self._before: Tensor | None = None
 
@@ -58,8 +62,18 @@ class Curve:
             away = abs(self.points[-1].sigma - sigma)
             relative = relative_change(x0, self._before, self._mask)
             change = relative / away if away > 0 else math.nan
+            if not math.isfinite(change):
+                self._tell_problem(away, x0, self._before)
         self.points.append(Point(sigma, change))
         self._before = x0.clone()  # a sampler may go on to work in it
+
+    def _tell_problem(self, away: float, x0: Tensor, before: Tensor) -> None:
+        """Why two predictions cannot be compared; the largest change of a batch has one reason."""
+        finite = bool(x0.isfinite().all() and before.isfinite().all())
+        problem = ZERO if finite else NOT_FINITE
+        problem = problem if away > 0 else SAME_SIGMA
+        if problem not in self.problems:
+            self.problems.append(problem)
 
 
 def relative_change(x0: Tensor, before: Tensor, mask: Tensor | None = None) -> float:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import comfy.model_management
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -16,12 +19,14 @@ from torch import Tensor
 from ..core.early_exit import Criterion, Curve, stops_at
 from . import outcome
 from .early_exit_record import NO_LAST_STEP, NOT_SEEN, Record
-from .outcome import Metadata
+from .outcome import CANCELLED, FAILED, Metadata
 from .status import shown
 
 KEY = "qwen_vram.early_exit"
 WAITS = "watches the prediction when a sampler runs with it"
+NO_THRESHOLD = "threshold is {}: give a number from 0 up. With 0 it never stops."
 CALLS = 8  # of the model in one step of a sampler that are told apart; the latest
+log = logging.getLogger("qwen_vram")
 Callback = Callable[[int, Tensor, Tensor, int], Any]
 
 
@@ -99,7 +104,7 @@ class _Run:
             self.record.note(NOT_SEEN)
             return
         self.curve.add(float(call.sigma), x0)
-        self.record.points = self.curve.points
+        self.record.points, self.record.problems = self.curve.points, self.curve.problems
         steps = len(self.curve.points)
         met = stops_at(self.curve.points, self.settings.criterion) is not None
         if met and self.record.stop(steps):
@@ -169,6 +174,12 @@ class EarlyExit:
             output = run.sample(lambda: executor(*arguments, **more))
             if run.left is not None:
                 output = _finish(run, run.left, executor.class_obj, guider, extra, latent)
+        except comfy.model_management.InterruptProcessingException:
+            self._tell_end(run.record, CANCELLED)
+            raise
+        except Exception:
+            self._tell_end(run.record, FAILED)
+            raise
         finally:
             run.active = False
             self._run = before
@@ -191,8 +202,15 @@ class EarlyExit:
         self.record = record
         if self.node_id is not None:
             record.note(self.metadata.write(self.node_id, record.facts()))
+        if record.stopped is not None:  # what the sampler's bar in the console does not tell
+            log.info("Early Exit: %s", record.line())
+        record.note(outcome.tell_picture(record.picture, record.line(), self.node_id))
         outcome.tell(record.line(), self.node_id)
-        outcome.tell_picture(record.picture, record.line(), self.node_id)
+
+    def _tell_end(self, record: Record, how: str) -> None:
+        """Of a run without a picture, in the place of what the node said of an earlier one."""
+        self.record, record.ended = record, how
+        outcome.tell(record.line(), self.node_id)
 
 
 def _finish(
@@ -309,6 +327,8 @@ class EarlyExitNode(io.ComfyNode):
         keep_last_step: bool,
     ) -> io.NodeOutput:
         """Patch a clone."""
+        if not 0 <= threshold < math.inf:  # ComfyUI lets NaN pass, and whatever a link brings
+            raise ValueError(NO_THRESHOLD.format(threshold))
         settings = Settings(Criterion(threshold, patience, min_steps), keep_last_step)
         metadata = Metadata.of(cls.hidden.extra_pnginfo)
         leaving = EarlyExit(settings, outcome.running_node(), metadata)

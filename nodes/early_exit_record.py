@@ -14,9 +14,11 @@ from ..core.early_exit import TABLE, Criterion, Point, Saving, saved_by, savings
 from . import outcome
 
 LEFTOVER = "nothing stops early: the schedule ends at sigma {:.3g}, the latent goes on with noise"
-NOT_SEEN = "change not measurable: the sampler calls the model past ComfyUI's wrappers"
+NOT_MEASURABLE = "change not measurable: {}"
+NOT_SEEN = NOT_MEASURABLE.format("the sampler calls the model past ComfyUI's wrappers")
+NOT_TOLD = "the sampler tells of no step"
 NO_LAST_STEP = "no last step: this sampler or model does not add noise as others do"
-NO_STEPS = "change not measurable: it takes two steps"
+TWO_STEPS = "it takes two steps"
 OWN_STEPS = "steps saved not measurable: the sampler chooses its own steps"
 TOO_LATE = "small enough only when no step was left to save"
 NEAR = 0.02  # of the way to the next sigma: what is further off is no step of the schedule
@@ -30,9 +32,11 @@ class Record:
     keep_last_step: bool
     sigmas: Sequence[float]
     points: Sequence[Point] = ()
+    problems: Sequence[str] = ()  # why changes are not measurable
     stopped: int | None = None  # after so many steps
     last_step: bool = False  # whether the last one was run after that
     notes: list[str] = field(default_factory=list)
+    ended: str = ""  # how, where no picture was made
 
     def note(self, sentence: str) -> None:
         """Say something once."""
@@ -96,6 +100,8 @@ class Record:
 
     def line(self) -> str:
         """For the node."""
+        if self.ended:
+            return " · ".join([self.ended, *self.notes])
         total, threshold = self.total, f"{self.criterion.threshold:g}"
         if self.stopped is not None:
             of = "" if total is None else f" of {total}"
@@ -113,10 +119,16 @@ class Record:
         if self.goes_on:
             return [LEFTOVER.format(self.sigmas[-1])]
         if not found:
-            return [] if NOT_SEEN in self.notes else [NO_STEPS]
+            return [] if NOT_SEEN in self.notes else [NOT_MEASURABLE.format(self._problem())]
         lowest = f"lowest change {min(found):.2g}, threshold {self.criterion.threshold:g}"
         met = stops_at(self.points, self.criterion) is not None
         return [lowest, TOO_LATE] if met else [lowest]
+
+    def _problem(self) -> str:
+        """Why no change was measurable."""
+        if len(self.points) > 1:
+            return "; ".join(self.problems)
+        return TWO_STEPS if self.points else NOT_TOLD
 
     def facts(self) -> dict[str, Any]:
         """The same as data. A change that is not measurable is null, as that of the first step."""
@@ -132,6 +144,7 @@ class Record:
                 {"sigma": p.sigma, "change": p.change if math.isfinite(p.change) else None}
                 for p in self.points
             ],
+            "changes_not_measurable_because": list(self.problems),
             "would_have_saved": [saving._asdict() for saving in self.savings()],
             "notes": self.notes,
             "versions": outcome.versions(),

@@ -36,6 +36,7 @@ NOT_KNOWN = "not known"  # how the picture relates to the one that was asked for
 NO_WORKFLOW = "not in the picture's metadata: the client sent no workflow"
 NO_PROMPT = "not in the picture's metadata: ComfyUI runs no prompt"
 FAILED, CANCELLED = "failed", "cancelled"
+NO_PICTURE = "the curve is not shown: {}"
 
 
 @dataclass
@@ -256,22 +257,27 @@ def tell(text: str, *node_ids: str | None) -> None:
             server.send_progress_text(text, node_id, server.client_id)
 
 
-def tell_picture(picture: Image.Image, text: str, node_id: str | None) -> None:
+def tell_picture(picture: Image.Image, text: str, node_id: str | None) -> str:
     """Show a picture and a text on a node that has run long before, until it runs again.
 
     ComfyUI's own message for what a node has to show; the frontend keeps it with the workflow.
+    Returns why it could not be, or "": a full disk is no reason to lose what was sampled.
     """
     server, context = PromptServer.instance, get_executing_context()
     if server.client_id is None or context is None or node_id is None:
-        return
+        return ""
     folder = Path(folder_paths.get_temp_directory())
-    folder.mkdir(parents=True, exist_ok=True)
     name = f"qwen_vram_{uuid.uuid4().hex}.png"
-    picture.save(folder / name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / name)
+    except OSError as error:
+        return NO_PICTURE.format(error.strerror or error)
     image = {"filename": name, "subfolder": "", "type": "temp"}
     output = {"images": [image], METADATA: [{"text": text}]}
     message = {"node": node_id, "display_node": node_id, "output": output}
     server.send_sync("executed", {**message, "prompt_id": context.prompt_id}, server.client_id)
+    return ""
 
 
 def running_node() -> str | None:

@@ -200,8 +200,7 @@ class ReferenceCache:
             """Bytes, where they go, and why."""
             outside = run.region.count if run.region is not None and parts == 1 else 0
             pictures = [run.pictures, *shape[1:]]
-            own_parts = outside, run.shared, parts
-            need = expected_bytes(model, own, pictures, run.store_format, *own_parts)
+            need = expected_bytes(model, own, pictures, run.store_format, outside, parts)
             return need, *place_for(wanted, need, model.load_device, model, activations)
 
         need, run.place, why = place()
@@ -250,7 +249,8 @@ class ReferenceCacheNode(io.ComfyNode):
             category="Qwen VRAM/speed",
             description=(
                 "Makes edits faster: the reference pictures are computed in a few steps, and the "
-                "other steps use what was kept of them. The picture changes slightly."
+                "other steps use what was kept of them. The picture changes, with 2509 and with "
+                "several references more than with 2511 and one."
             ),
             search_aliases=["kv cache", "faster edit", "qwen image edit", "speed", "region"],
             inputs=[

@@ -104,9 +104,9 @@ def for_masks_and_causal_models() -> list[io.Input]:
             "causal",
             default=False,
             tooltip=(
-                "Only for checkpoints that were trained so, as Qwen-Image-Edit-Causal: the "
-                "references see only each other, and are computed once without any loss. "
-                "Other checkpoints make worse pictures with it."
+                "Only for checkpoints that were trained so, as Qwen-Image-Edit-Causal: each "
+                "reference sees only itself, and is computed once; with store_format model "
+                "nothing is lost by that. Other checkpoints make worse pictures with it."
             ),
             advanced=True,
         ),

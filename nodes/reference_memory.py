@@ -91,15 +91,14 @@ def expected_bytes(
     noise_shape: Sequence[int],
     format: str,
     more_tokens: int = 0,
-    shared: bool = False,
     parts: int = 1,
 ) -> int:
     """Bytes of all stores of one run, before it starts.
 
     `conds`: as PREPARE_SAMPLING has them, of the sides of CFG that are computed. `noise_shape`: of
     OUTER_SAMPLE's noise, since other wrappers enlarge that of PREPARE_SAMPLING. `more_tokens`: of
-    the picture, that are kept beside those of the references. `shared`: all conditions share one
-    store. `parts`: of the picture, that have their own.
+    the picture, that are kept beside those of the references. `parts`: of the picture, that have
+    their own.
     """
     every = [cond for side in conds.values() for cond in side]
     counts = [sum(map(tokens_of, cond.get("reference_latents") or ())) for cond in every]
@@ -108,7 +107,7 @@ def expected_bytes(
     attention, dtype = blocks[0].attn, model.model.get_dtype_inference()
     shapes = [(noise_shape[0], attention.heads, count, attention.dim_head) for count in counts]
     sizes = [2 * len(blocks) * bytes_of(format, shape, dtype) for shape in shapes]
-    return parts * (max(sizes, default=0) if shared else sum(sizes))
+    return parts * sum(sizes)
 
 
 def computed(conds: Conds, guider: Any, model_options: dict[str, Any]) -> Conds:

@@ -22,6 +22,7 @@ METHOD, ZERO = "ref_latents_method", "index_timestep_zero"  # the host's words
 BY_INDEX = ("index", ZERO)
 REFERENCES = "references"
 NOT_CAUSAL = "there, causal is off, too"
+PLACED = "causal takes the reference method {} for index_timestep_zero"
 NO_ATTENTION = "another node's attention passes ComfyUI's by, so that nothing can be recorded"
 BROKEN = (
     "Reference Cache: another node took the reference cache's attention away in the middle of a "
@@ -64,11 +65,6 @@ class Run:
         self.slots.clear()
         self.guider = None
 
-    @property
-    def shared(self) -> bool:
-        """Whether all conditions have one slot: causal references depend on themselves alone."""
-        return self.causal and self.region is None
-
     # ------------------------------------------------------------------------ one forward pass
     def forward(
         self,
@@ -88,8 +84,9 @@ class Run:
             self.record.stand_aside(f"{reason}; {NOT_CAUSAL}" if self.causal else reason)
             return executor(*arguments, options, **more)
         method = more.get(METHOD, executor.class_obj.default_ref_method)
-        if self.causal and arguments[4] and method in BY_INDEX:
-            more = {**more, METHOD: (method := ZERO)}  # as such models are trained
+        if self.causal and arguments[4]:  # as such models are trained
+            self.record.note(PLACED.format(method) if method not in BY_INDEX else "")
+            more = {**more, METHOD: (method := ZERO)}
         if self.full or self.policy.always_full:
             return self._in_full(executor, arguments, options, more)
         key, content = self._identity(arguments, options, more, method)
@@ -98,8 +95,7 @@ class Run:
             return executor(*arguments, options, **more)
         slot.busy = True
         try:
-            constant = self.causal and method == ZERO
-            return self._pass(executor, arguments, options, more, slot, constant)
+            return self._pass(executor, arguments, options, more, slot)
         finally:
             slot.busy = False
 
@@ -126,13 +122,12 @@ class Run:
         options: Options,
         more: dict[str, Any],
         slot: Slot,
-        constant: bool,
     ) -> Tensor:
         """Record, or reuse what was recorded."""
         if slot.dirty:
             slot.forget()
         step = self._step(options)
-        groups = self._plan(slot, step, self.policy.decide(step, slot.recorded_at, constant))
+        groups = self._plan(slot, step, self.policy.decide(step, slot.recorded_at, self.causal))
         # A pass that only reuses writes nothing: one that fails is repeated with the same.
         slot.dirty = any(not group.reuse or group.threshold is not None for group in groups)
         try:
@@ -193,14 +188,9 @@ class Run:
     def _identity(
         self, arguments: Sequence[Any], options: Options, more: dict[str, Any], method: str
     ) -> tuple[Key, list[Any]]:
-        """Which slot a call has, and what its keys and values depend on besides the step.
-
-        Causal references depend on nothing but themselves: both sides of CFG share them.
-        """
+        """Which slot a call has, and what its keys and values depend on besides the step."""
         x, _, context, mask, references, condition = arguments
         content = [references, condition, method, x.dtype]
-        if self.shared:
-            return Key(x.device, part_of(options), (), (x.shape[0],)), content
         uuids = tuple(options.get("uuids", ()))
         return Key(x.device, part_of(options), uuids, tuple(x.shape)), [*content, context, mask]
 

@@ -22,7 +22,7 @@ class Key(NamedTuple):
 
     device: torch.device
     part: Parts  # of the picture: a tile, an item of the batch
-    conditions: tuple[Hashable, ...]  # ComfyUI's ids of them; () where they share a slot
+    conditions: tuple[Hashable, ...]  # ComfyUI's ids of them
     shape: tuple[int, ...]  # of what the model sees of the picture
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -70,13 +71,13 @@ def forward(
 
     `arguments`: what the host's DIFFUSION_MODEL wrappers get before its transformer_options: x,
     timestep, context, attention mask, reference latents, additional timestep condition. `more`:
-    the keywords behind. `causal`: references attend to references alone. The groups tell what
+    the keywords behind. `causal`: each reference attends to itself alone. The groups tell what
     became of them: `reuse` is False of one that was recorded after all. Raises ValueError for
     groups that cannot be left out.
     """
-    picture, end = references_of(arguments).start, references_of(arguments).stop
     layers = len(executor.class_obj.transformer_blocks)
-    state = _Pass(groups, picture, end, layers, causal)
+    counts = [tokens_of(each) for each in arguments[4] or ()]
+    state = _Pass(groups, tokens_of(arguments[0]), counts, layers, causal)
     own = dict(options)
     replaced = own.get("patches_replace", {})
     blocks = {(BLOCK, index): partial(state.block, index) for index in range(layers)}
@@ -122,10 +123,16 @@ class _Pass:
     sliceable = True
 
     def __init__(
-        self, groups: Sequence[Group], picture: int, total: int, layers: int, causal: bool
+        self,
+        groups: Sequence[Group],
+        picture: int,
+        references: Sequence[int],
+        layers: int,
+        causal: bool,
     ) -> None:
-        self.groups, self.picture, self.total, self.layers = groups, picture, total, layers
-        self.causal = causal
+        self.groups, self.picture, self.layers = groups, picture, layers
+        self.total = total = picture + sum(references)
+        self.alone = tuple(references) if causal else ()  # tokens of those that see no others
         self.index, self.text = 0, 0  # the block at hand; tokens of the text
         self.kept: slice | Tensor = slice(0, total)  # image tokens that the blocks see
         self.dropped: list[Group] = []
@@ -231,17 +238,25 @@ class _Pass:
         start, joint.queries = joint.queries, joint.queries + q.shape[2]
         if joint.queries >= own:
             self._joint = None  # not needed while the rest of the block runs
-        main = self.text + self.picture if self.causal and not self.dropped else own
-        first = max(0, min(q.shape[2], main - start))
         parts = []
-        if first:
-            head = q[:, :, :first]
-            parts.append(function(head, joint.key, joint.value, heads, joint.mask, *rest, **more))
-        if first < q.shape[2]:  # references, which see references alone
-            pair = (part[:, :, main:own] for part in (joint.key, joint.value))
-            parts.append(function(q[:, :, first:], *pair, heads, None, *rest, **more))
+        for begin, end in self._spans(own):
+            query = q[:, :, max(0, begin - start) : max(0, end - start)]
+            if not query.shape[2]:
+                continue
+            seen = joint.key, joint.value, joint.mask
+            if begin:  # a reference, which sees itself alone; the mask is of the text
+                seen = joint.key[:, :, begin:end], joint.value[:, :, begin:end], None
+            parts.append(function(query, *seen[:2], heads, seen[2], *rest, **more))
         axis = 2 if more.get("skip_output_reshape") else 1
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+
+    def _spans(self, own: int) -> list[tuple[int, int]]:
+        """Where, of a block's `own` tokens, those begin and end that attend to the same: first the
+        text and the picture, to all; then, with causal attention, each reference, to itself."""
+        if self.dropped or not self.alone:
+            return [(0, own)]
+        edges = list(accumulate(self.alone, initial=self.text + self.picture))
+        return [(0, edges[0]), *pairwise(edges)]
 
     def _keys_and_values(self, key: Tensor, value: Tensor, mask: Tensor | None) -> _Joint:
         """Record what is to be recorded, and append what was."""

@@ -42,6 +42,7 @@ def curve(x0s: list[torch.Tensor], sigmas: list[float], mask: torch.Tensor | Non
     return made
 
 
+@settings(max_examples=40)
 @given(converged=st.integers(1, 20), patience=patiences, min_steps=least)
 def test_it_stops_as_soon_as_patience_and_min_steps_allow(converged, patience, min_steps) -> None:
     """The prediction moves up to a step, and not after it."""
@@ -118,14 +119,24 @@ def test_half_the_bits_do_not_overflow(dtype) -> None:
 def test_a_prediction_that_is_no_number_spoils_two_changes(bad) -> None:
     x0s = [torch.ones(2, 4, 3, 3) for _ in range(8)]
     x0s[3][1, 2, 1, 1] = bad  # in one item of the batch
-    found = curve(x0s, [1 - i / 10 for i in range(8)]).points
+    made = curve(x0s, [1 - i / 10 for i in range(8)])
+    found = made.points
+    assert made.problems == ["the prediction is not a finite number"]
     assert [point.change == 0 for point in found] == [False, True, True, False, False] + [True] * 3
     assert stops_at(found, Criterion(1e-4, 3, 1)) == 8
 
 
-@pytest.mark.parametrize("sigmas, size", [([0.5] * 8, 1.0), ([1 - i / 10 for i in range(8)], 0.0)])
-def test_neither_a_repeated_step_nor_an_empty_prediction_has_converged(sigmas, size) -> None:
-    found = curve([torch.full((1, 4, 3, 3), size)] * 8, sigmas).points  # as dpm_adaptive repeats
+@pytest.mark.parametrize(
+    "sigmas, size, why",
+    [
+        ([0.5] * 8, 1.0, "the sigma stays the same"),  # as dpm_adaptive repeats
+        ([1 - i / 10 for i in range(8)], 0.0, "the prediction is zero"),
+    ],
+)
+def test_neither_a_repeated_step_nor_an_empty_prediction_has_converged(sigmas, size, why) -> None:
+    made = curve([torch.full((1, 4, 3, 3), size)] * 8, sigmas)
+    found = made.points
+    assert made.problems == [why]
     assert all(math.isnan(point.change) for point in found)
     assert stops_at(found, Criterion(1e-4, 3, 1)) is None
 
@@ -148,6 +159,7 @@ def test_a_sampler_may_go_on_to_work_in_the_prediction() -> None:
     made.add(0.9, x0)
     x0 *= 2
     made.add(0.8, x0)
+    assert made.problems == []
     assert made.points[1].change == pytest.approx(10, rel=1e-4)
 
 

@@ -68,8 +68,12 @@ def forward(
     if (mask := call.get("attention_mask")) is not None:
         bias[:, 0, :, :length].masked_fill_(mask[:, None] == 0, -torch.inf)
     if causal:
-        bias[:, :, main:] = 0.0
-        bias[:, :, main:, :main] = -torch.inf
+        bias[:, :, main:] = -torch.inf
+        first = main
+        for part, _, _ in parts:  # each sees itself alone
+            last = first + part.shape[1]
+            bias[:, :, first:last, first:last] = 0.0
+            first = last
     pairs: Pairs = []
     for index, block in enumerate(model.transformer_blocks):
         given = None if known is None else known[index]

@@ -48,9 +48,13 @@ def graph(
     batch: int = 1,
     lora: float = 0.0,
     sampler_name: str = "euler",
+    more: str = "",
     **settings: Any,
 ) -> dict[str, Any]:
-    """One edit; the LoRA lies behind the cache, so that its strength leaves the cache's node."""
+    """One edit; the LoRA lies behind the cache, so that its strength leaves the cache's node.
+
+    `more`: one more picture, which the negative side does not see.
+    """
     made = {
         "unet": loader("DiffusionModel", UNET),
         "clip": loader("TextEncoder", CLIP),
@@ -65,6 +69,11 @@ def graph(
         options = {"lora_name": LORA, "strength_model": lora}
         made["lora"] = node("LoraLoaderModelOnly", model=["cache", 0], **options)
     made.update(sides(text))
+    if more:
+        made["more picture"] = node("LoadImage", image=more)
+        made["more encoded"] = node("VAEEncode", pixels=["more picture", 0], vae=["vae", 0])
+        made["alone"], own = made["positive"], {"conditioning": ["alone", 0]}
+        made["positive"] = node("ReferenceLatent", latent=["more encoded", 0], **own)
     model = "lora" if lora else "cache"
     made["sampler"] = sampler(model, seed=seed, sampler_name=sampler_name)
     return made
@@ -131,6 +140,9 @@ CASES = {
     "another format": graph(store_format="int4"),
     "a mask": masked(),
     "a region": masked(region=True, region_margin=0, region_threshold=9.0),
+    "causal": graph(causal=True),
+    "causal, and another picture": graph(picture=PICTURES[1], causal=True),
+    "causal, and one more picture": graph(more=PICTURES[1], causal=True),
     "two samplers": two_samplers(),
     "two sizes": two_sizes(),
 }

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import importlib
 import json
+import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.tests.graphs import UNET, node, text_to_image
-from pack.tests.host import Host
+from pack.tests.host import Host, RunError
 from pack.tests.nodes.faults import Faults, blocks_fail, small, transformer, within
 from pack.tests.nodes.slicing_models import conditioning, random
 from pack.tests.nodes.test_fitting import queued
@@ -28,6 +29,7 @@ from torch import Tensor
 SHAPE = (1, 16, 1, 8, 8)
 ANY = 1e9  # a threshold that every change is under
 STEPS = 8
+OWN_STEPS = ("dpm_fast", "dpm_adaptive")  # they take fewer than they are asked for
 SAMPLERS = 44  # names that ComfyUI offers; the test of their number tells when there are more
 
 
@@ -67,6 +69,7 @@ def sampled(
     sigmas: Tensor | None = None,
     callback: Callable[..., None] | None = None,
     denoise: float = 1.0,
+    bar: bool = False,
 ) -> Made:
     """ComfyUI's own way from a KSampler, or with a sampler of one's own."""
     import comfy.sample
@@ -98,7 +101,7 @@ def sampled(
         clean,
         noise_mask=mask,
         callback=tell,
-        disable_pbar=True,
+        disable_pbar=not bar,
         seed=1,
     )
     return Made(made, told)
@@ -180,21 +183,20 @@ def test_every_sampler_is_left_with_its_last_prediction(early, model, number: in
     name = comfy.samplers.KSampler.SAMPLERS[number]
     schedulers = comfy.samplers.KSampler.SCHEDULERS
     scheduler = schedulers[number % len(schedulers)]
+    steps = 40 if name in OWN_STEPS else STEPS
     fast, calls = predicting(model, by_position)
-    stock = sampled(fast, name, scheduler)
+    stock = sampled(fast, name, scheduler, steps)
     all_calls = len(calls)
     assert torch.isfinite(stock.latent).all()
 
     patched, patch = leaving(early, fast, threshold=0.0)
-    assert torch.equal(sampled(patched, name, scheduler).latent, stock.latent)
+    assert torch.equal(sampled(patched, name, scheduler, steps).latent, stock.latent)
     assert patch.record.stopped is None and len(patch.record.points) == len(stock.steps)
 
-    if len(stock.steps) < 6:  # of its own, from end to end: too few to leave any out
-        return
     for keep in (True, False):
         calls.clear()
         patched, patch = leaving(early, fast, keep=keep)
-        made, record = sampled(patched, name, scheduler), patch.record
+        made, record = sampled(patched, name, scheduler, steps), patch.record
         assert record.stopped == 4 and len(calls) < all_calls
         for (step, x0, *_), (wanted_step, wanted, *_) in zip(
             made.steps[:4], stock.steps, strict=False
@@ -204,11 +206,23 @@ def test_every_sampler_is_left_with_its_last_prediction(early, model, number: in
         assert step == total - 1 and len(made.steps) == 5
         assert torch.equal(made.latent, out(model, x0))
         assert keep or torch.equal(x0, made.steps[3][1])
-        assert record.own_steps == (name in ("dpm_fast", "dpm_adaptive"))
+        assert record.own_steps == (name in OWN_STEPS)
         if record.own_steps:
             assert record.saved is None and "steps saved not measurable" in record.line()
         else:
             assert record.saved == total - 4 - keep
+
+
+def test_a_sampler_that_takes_more_steps_than_it_is_asked_for_is_left_too(early, model) -> None:
+    fast, calls = predicting(model, by_position)
+    sigmas = torch.tensor([1.0, 0.3, 1e-4, 0.0])
+    taken = len(sampled(fast, "dpm_adaptive", sigmas=sigmas).steps)
+    assert taken > 7
+    all_calls = len(calls)
+    calls.clear()
+    patched, patch = leaving(early, fast, min_steps=6)
+    sampled(patched, "dpm_adaptive", sigmas=sigmas)
+    assert patch.record.stopped == 6 and patch.record.saved is None and len(calls) < all_calls
 
 
 SEVERAL_CALLS = ("heun", "dpm_2", "dpm_fast", "dpm_adaptive", "seeds_3", "sa_solver_pece")
@@ -224,6 +238,23 @@ def test_each_prediction_has_the_sigma_that_it_was_made_at(early, model, name: s
     told = [float(x0.norm() / clean.norm()) - 1 for _, x0, *_ in made.steps]
     assert [point.sigma for point in patch.record.points] == pytest.approx(told, abs=1e-4)
     assert len(told) > 3
+
+
+def test_a_mask_does_not_hide_which_call_a_prediction_came_from(early, model) -> None:
+    """Outside of it is the original, which the prediction of another call may be nearer to."""
+    clean, mask = random(*SHAPE, seed=3), torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    inside = mask.unsqueeze(2)
+
+    def predict(x: Tensor, t: Tensor, **more: Any) -> Tensor:
+        t = t.reshape(-1, 1, 1, 1, 1)
+        return clean * ((1 + t) * inside + 100 * (1 - t) * (1 - inside))
+
+    patched, patch = leaving(early, predicting(model, predict)[0], threshold=0.0)
+    made = sampled(patched, "dpm_2", latent=torch.zeros(SHAPE), mask=mask)
+    size = (clean * inside).norm()
+    told = [float((x0 * inside).norm() / size) - 1 for _, x0, *_ in made.steps]
+    assert [point.sigma for point in patch.record.points] == pytest.approx(told, abs=1e-3)
 
 
 @pytest.mark.parametrize("number", range(9))
@@ -342,9 +373,94 @@ def test_an_interruption_is_one(early, model) -> None:
     patched, patch = leaving(early, fast)
     with pytest.raises(InterruptProcessingException):
         sampled(patched, callback=interrupt)
-    assert patch.record is None and patch._run is None
+    assert patch.record.line() == "cancelled" and patch._run is None
     sampled(patched)
-    assert patch.record.stopped == 4
+    assert patch.record.stopped == 4 and not patch.record.ended
+
+
+@pytest.mark.parametrize("kind, line", [("interrupt", "cancelled"), ("error", "failed")])
+def test_a_run_without_a_picture_is_told_in_the_place_of_an_earlier_one(host, kind, line) -> None:
+    import comfy.model_management
+
+    def fail() -> None:
+        if kind == "interrupt":
+            raise comfy.model_management.InterruptProcessingException
+        raise KeyError("injected by a test")
+
+    graph = exiting(small(seed=74))
+    host.run(graph)
+    assert told(host, "exit")[-1].startswith("stopped after")
+    graph["sampler"]["inputs"]["seed"] = 75
+    with (
+        transformer(host, graph).register_forward_pre_hook(lambda *_: fail()),
+        pytest.raises(RunError),
+    ):
+        host.run(graph)
+    assert told(host, "exit")[-1] == line
+
+
+@pytest.mark.parametrize("sampler", ["euler", "uni_pc", "dpm_fast"])
+def test_the_console_has_a_whole_line_of_the_bar_and_then_why_it_ends(
+    early, model, capfd, sampler: str
+) -> None:
+    fast, _ = predicting(model, by_position)
+    patched, patch = leaving(early, fast)
+    log, written = logging.getLogger("qwen_vram"), logging.StreamHandler()
+    log.addHandler(written)
+    level = log.level
+    log.setLevel(logging.INFO)  # as ComfyUI has it
+    try:
+        sampled(patched, sampler, steps=24, bar=True)
+    finally:
+        log.removeHandler(written)
+        log.setLevel(level)
+    *bars, last = capfd.readouterr().err.splitlines()
+    assert last == f"Early Exit: {patch.record.line()}"
+    assert "/24 [" in bars[-1] and "Error" not in "".join(bars)
+
+
+def test_a_threshold_that_is_no_number_is_refused(host) -> None:
+    """ComfyUI's own check lets NaN pass from the API, and anything from a link."""
+    graph = exiting(small(), threshold=math.nan)
+    with pytest.raises(RunError, match="threshold is nan: give a number from 0 up"):
+        host.run(graph)
+    graph = exiting(small(), threshold=["number", 0])
+    graph["number"] = node("PrimitiveFloat", value=-1.0)
+    with pytest.raises(RunError, match="threshold is -1.0: give a number from 0 up"):
+        host.run(graph)
+
+
+def test_a_full_disk_takes_the_curve_and_not_the_latent(host) -> None:
+    graph = exiting(small(seed=76))
+    whole = host.run(graph).outputs["sampler"][0][0]["samples"]
+    temp = host.folder_paths.get_temp_directory()
+    in_the_way = host.base / "no_folder"
+    in_the_way.touch()
+    host.restart()
+    host.folder_paths.set_temp_directory(str(in_the_way))
+    try:
+        run = host.run(graph)
+    finally:
+        host.folder_paths.set_temp_directory(temp)
+    assert torch.equal(run.outputs["sampler"][0][0]["samples"], whole)
+    line = told(host, "exit")[-1]
+    assert line.startswith("stopped after step 4 of 8")
+    assert " · the curve is not shown: " in line
+
+
+NEVER = {
+    math.nan: "the prediction is not a finite number",
+    0.0: "the prediction is zero",
+}
+
+
+@pytest.mark.parametrize("value", NEVER)
+def test_why_no_change_is_measurable_is_said(early, model, value: float) -> None:
+    constant, _ = predicting(model, lambda x, t, **more: torch.full_like(x, value))
+    patched, patch = leaving(early, constant)
+    sampled(patched)
+    assert patch.record.line() == f"all 8 steps · change not measurable: {NEVER[value]}"
+    assert patch.record.facts()["changes_not_measurable_because"] == [NEVER[value]]
 
 
 def test_a_sampler_that_swallows_errors_is_left_too(early, model) -> None:
@@ -567,4 +683,8 @@ def test_a_change_that_nobody_sees_is_not_measurable(early, model) -> None:
     assert patch.record.line() == (
         "all 8 steps · change not measurable: the sampler calls the model past ComfyUI's wrappers"
     )
+    silent = comfy.samplers.KSAMPLER(lambda model, x, sigmas, **more: x)
+    sampled(patched, silent)
+    why = "the sampler tells of no step"
+    assert patch.record.line() == f"all 8 steps · change not measurable: {why}"
     assert patch.record.facts()["curve"] == [] and math.isfinite(patch.record.picture.width)

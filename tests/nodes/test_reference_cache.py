@@ -334,17 +334,64 @@ def test_another_model_is_left_alone(cache: ModuleType, model: Any) -> None:
 
 
 # ------------------------------------------------------------------------------ causal
-def test_causal_references_are_recorded_once_for_both_sides(cache: ModuleType, model: Any) -> None:
-    once = cache.ReferenceCache(settings(cache, causal=True))
-    every = cache.ReferenceCache(settings(cache, causal=True, refresh_every=1))
-    found, expected = edit(once.patch(model)), edit(every.patch(model))
-    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.01)
+def causal(cache: ModuleType, patcher: Any, **conditions: Any) -> tuple[Tensor, Any]:
+    """An edit whose references are computed once, whatever the other settings say, which is the
+    same as in every step; and the cache's record."""
+    given = {"causal": True, "refresh": "every n steps", "full_last_steps": 1}
+    once, every = (
+        cache.ReferenceCache(settings(cache, **given, refresh_every=count)) for count in (2, 1)
+    )
+    found, expected = (
+        sample(own.patch(patcher), sides=SIDES, steps=4, **conditions) for own in (once, every)
+    )
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert once.record.in_full == {0} and every.record.in_full == {0, 1, 2, 3}
-    assert not torch.equal(expected, edit(model))
-    one, two = (cache.ReferenceCache(settings(cache, causal=causal)) for causal in (True, False))
-    edit(one.patch(model))
-    edit(two.patch(model))
-    assert 2 * one.record.bytes_held["ram"] == two.record.bytes_held["ram"] > 0
+    assert once.record.bytes_held["ram"] == once.record.bytes_expected > 0
+    return found, once.record
+
+
+@pytest.mark.parametrize("method", ["index", "index_timestep_zero", "negative_index", "offset"])
+def test_causal_references_are_recorded_once(cache: ModuleType, model: Any, method: str) -> None:
+    """Whatever the method says, they are placed and modulated as such checkpoints know them."""
+    both = {"reference_latents": references(3, 4), "reference_latents_method": method}
+    given = {"positive": conditioning(**both), "negative": conditioning(9, seed=8, **both)}
+    found, record = causal(cache, model, **given)
+    told = "causal takes the reference method {} for index_timestep_zero"
+    assert (told.format(method) in record.notes) == (not method.startswith("index"))
+    both["reference_latents_method"] = "index_timestep_zero"
+    zero = {"positive": conditioning(**both), "negative": conditioning(9, seed=8, **both)}
+    full = cache.ReferenceCache(settings(cache, causal=True, refresh_every=1)).patch(model)
+    expected = sample(full, sides=SIDES, steps=4, **zero)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert not torch.allclose(found, sample(model, sides=SIDES, steps=4, **zero), atol=1e-2)
+
+
+def test_causal_conditions_share_nothing(cache: ModuleType, model: Any) -> None:
+    """Two that go together, as their texts are of one length, and one with another reference."""
+    positive = conditioning(reference_latents=references(3, 4))
+    positive += conditioning(seed=31, reference_latents=references(3, 4))
+    negative = conditioning(9, seed=8, reference_latents=references(5))
+    _, record = causal(cache, model, positive=positive, negative=negative)
+    assert record.steps_reused == 3
+
+
+def test_causal_references_under_other_weights_are_others(cache: ModuleType, model: Any) -> None:
+    """A LoRA by a hook, on one side of CFG alone."""
+    import comfy.hooks
+
+    both = {"reference_latents": references(3, 4)}
+    hook, hooks = comfy.hooks.WeightHook(1.0, 1.0), comfy.hooks.HookGroup()
+    names = [
+        name for name in model.model.state_dict() if name.endswith(("to_k.weight", "to_v.weight"))
+    ]
+    sizes = {name: model.model.state_dict()[name].shape for name in names}
+    hook.weights = {name: ("diff", (0.2 * random(*sizes[name]),)) for name in names}
+    hook.need_weight_init = False
+    hooks.add(hook)
+    positive = comfy.hooks.set_hooks_for_conditioning(conditioning(**both), hooks)
+    found, _ = causal(cache, model, positive=positive, negative=conditioning(9, seed=8, **both))
+    without = {"positive": conditioning(**both), "negative": conditioning(9, seed=8, **both)}
+    assert not torch.allclose(found, causal(cache, model, **without)[0], atol=1e-2)
 
 
 # ------------------------------------------------------------------------------ the end of runs

@@ -57,14 +57,14 @@ def test_what_a_run_holds_was_expected(host, memory, model, format: str, batch: 
     assert memory.expected_bytes(model, conds, shape, "model") == exact
 
 
-def test_what_is_shared_kept_for_tiles_or_of_the_picture_counts(memory, model) -> None:
+def test_what_is_kept_for_tiles_or_of_the_picture_counts(memory, model) -> None:
     one = {"reference_latents": [random(1, 16, 1, 4, 4)]}
     conds = {"positive": [one, {}], "negative": [one]}  # a condition without references: nothing
 
     def of(**more: Any) -> int:
         return memory.expected_bytes(model, conds, (1, 16, 1, 8, 8), "model", **more)
 
-    assert of(shared=True) == of() / 2 and of(parts=3) == 3 * of()
+    assert of(parts=3) == 3 * of()
     assert (
         of(more_tokens=4) == 2 * of() + of() / 2
     )  # 3 conditions have them, without references too

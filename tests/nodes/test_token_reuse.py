@@ -110,7 +110,7 @@ def test_smaller_formats_cost_little(reuse: ModuleType, format: str, bound: floa
 
 # ------------------------------------------------------------------------------------ causal
 @pytest.mark.parametrize("ref", ["index", "index_timestep_zero"])
-def test_causal_references_see_each_other_alone(reuse: ModuleType, ref: str) -> None:
+def test_causal_references_see_themselves_alone(reuse: ModuleType, ref: str) -> None:
     model, call = transformer(torch.float32, ref=ref), inputs(torch.float32, 2, references=True)
     with torch.inference_mode():
         expected, known = plain.forward(model, call, causal=True)
@@ -120,6 +120,22 @@ def test_causal_references_see_each_other_alone(reuse: ModuleType, ref: str) -> 
     assert (found - stock(model, call)).abs().max() > 1e-3
     for index, pair in enumerate(known):
         torch.testing.assert_close(own.store.get(index), pair, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_a_causal_reference_knows_of_no_other(reuse: ModuleType, other: int) -> None:
+    """As Qwen-Image-Edit-Causal, which shows the model one after the other."""
+    model = transformer(torch.float32, ref="index_timestep_zero", layers=3)
+    call = inputs(torch.float32, 2, references=True)
+    changed = list(call["ref_latents"])
+    changed[other] = random(*changed[other].shape, seed=31)
+    edge, own, now = reuse.tokens_of(changed[0]), *(group(reuse, call) for _ in range(2))
+    run(reuse, model, call, [own], causal=True)
+    run(reuse, model, {**call, "ref_latents": changed}, [now], causal=True)
+    for index in range(3):
+        for before, after in zip(own.store.get(index), now.store.get(index), strict=True):
+            halves = (pair.tensor_split([edge], 2) for pair in (before, after))
+            assert list(map(torch.equal, *halves)) == [other == 1, other == 0]
 
 
 def test_causal_reuse_is_exact_whatever_noise_step_and_prompt(reuse: ModuleType) -> None:
