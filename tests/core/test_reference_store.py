@@ -30,6 +30,8 @@ def drawn(shape: tuple[int, ...], kind: str, dtype: torch.dtype, seed: int) -> T
         return torch.zeros(shape, dtype=dtype)
     if kind == "largest":
         return (numbers.sign() * torch.finfo(dtype).max).to(dtype)
+    if kind == "same":  # rotated, it is all in one number, and its scale is rounded up
+        return torch.full(shape, torch.finfo(dtype).max, dtype=dtype)
     if kind == "large":  # next to the largest of the type, rounding up finds no number
         return (numbers.sign() * torch.finfo(dtype).max / 4).to(dtype)
     if kind == "smallest":
@@ -86,7 +88,7 @@ def test_4_bits_are_within_a_step_of_each_group(shape, kind, dtype, seed) -> Non
     assert (error.unflatten(-1, groups.shape[3:]).abs() <= 1.04 * step + rounding).all()
 
 
-@given(shapes, st.sampled_from(["largest", "heavy"]), st.sampled_from(FORMATS), seeds)
+@given(shapes, st.sampled_from(["largest", "same", "heavy"]), st.sampled_from(FORMATS), seeds)
 def test_in_float16_what_is_finite_stays_finite(shape, kind, format, seed) -> None:
     key = drawn(shape, kind, torch.float16, seed)
     if kind == "heavy":  # up to the largest
