@@ -108,7 +108,7 @@ def _pack4(tensor: Tensor, parts: Sequence[Tensor]) -> None:
     packed, scales = parts
     width = tensor.shape[-1]
     numbers = tensor.to(torch.float32, copy=True)
-    if (rotation := _rotation(width, numbers.dtype, numbers.device)) is not None:
+    if (rotation := _rotation(width, numbers)) is not None:
         numbers = numbers @ (rotation / width)  # none becomes larger than the largest was
     numbers = numbers.unflatten(-1, packed.shape[3:-1] + (_group(width),))
     furthest = numbers.abs().argmax(-1, keepdim=True)
@@ -123,36 +123,28 @@ def _pack4(tensor: Tensor, parts: Sequence[Tensor]) -> None:
 def _unpack4(parts: Sequence[Tensor], out: Tensor) -> None:
     packed, scales = parts
     width = out.shape[-1]
-    # In float16 its error would make a number next to the largest infinite.
-    narrow = out.dtype == torch.float16
-    dtype = torch.float32 if narrow else out.dtype
-    rotation = _rotation(width, dtype, out.device)
-    numbers = out
-    if narrow or rotation is not None:
-        numbers = torch.empty_like(out, dtype=dtype, memory_format=_PLAIN)
+    rotation = _rotation(width, out)
+    numbers = out if rotation is None else torch.empty_like(out, memory_format=_PLAIN)
     halves = numbers.unflatten(-1, (packed.shape[3], 2, packed.shape[4]))
     torch.mul((packed << 4) >> 4, scales, out=halves[..., 0, :])  # shifts keep the sign
     torch.mul(packed >> 4, scales, out=halves[..., 1, :])
     if rotation is not None:
-        numbers = numbers @ rotation
-    if narrow:
-        most = torch.finfo(out.dtype).max
-        numbers = numbers.clamp_(-most, most)
-    if numbers is not out:
-        out.copy_(numbers)
+        out.copy_(numbers @ rotation)
+    if out.dtype == torch.float16:  # the error of a number next to the largest makes it infinite
+        out.clamp_(-torch.finfo(out.dtype).max, torch.finfo(out.dtype).max)
 
 
 _PLAIN = torch.contiguous_format
 
 
-def _rotation(width: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def _rotation(width: int, like: Tensor) -> Tensor | None:
     """Hadamard's matrix of +-1 in this type, on this device; None where the width has none.
 
     Its product with itself is the width times the identity.
     """
     if width & (width - 1):
         return None
-    return _hadamard(width, dtype, device)
+    return _hadamard(width, like.dtype, like.device)
 
 
 @functools.lru_cache(maxsize=8)

@@ -113,9 +113,12 @@ def test_a_few_large_channels_cost_little(format: str, most: float) -> None:
     # In 4 bits without the rotation it would be 0.156.
 
 
-@given(shapes, st.sampled_from(FORMATS), st.sampled_from([math.nan, math.inf, -math.inf]), seeds)
-def test_what_is_not_finite_is_never_hidden(shape, format, bad, seed) -> None:
-    key = drawn(shape, "normal", torch.float32, seed)
+bads = st.sampled_from([math.nan, math.inf, -math.inf])
+
+
+@given(shapes, st.sampled_from(FORMATS), bads, st.sampled_from(DTYPES), seeds)
+def test_what_is_not_finite_is_never_hidden(shape, format, bad, dtype, seed) -> None:
+    key = drawn(shape, "normal", dtype, seed)
     place = [seed % size for size in shape]
     key[tuple(place)] = bad
     got = kept(format, key)[0]
