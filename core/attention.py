@@ -13,6 +13,7 @@ no kernel with what runs on a GPU.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -245,15 +246,32 @@ def _what_is_wrong(found: Tensor, case: Case, allowed: float) -> str:
 
 
 # ------------------------------------------------------------------------------ time
-def median_seconds(call: Callable[[], Tensor], repeats: int = 3, budget: float = 0.5) -> float:
-    """Median time of a call, after one that warms up. Stops early once `budget` seconds went."""
-    _finished(call())
+def median_seconds(
+    call: Callable[[], Tensor],
+    repeats: int = 3,
+    budget: float = 0.5,
+    enough: float = math.inf,
+    compiles: bool = True,
+) -> float:
+    """Median time of a call, after one that warms up. Stops early once `budget` seconds went, and
+    after a call that took more than `enough`: that is too slow, however often it is repeated.
+
+    compiles: the first call may do more than the others, and its time says nothing; else a slow
+    one is the last.
+    """
+    first = _seconds(call)
+    if not compiles and first > min(enough, budget):
+        return first
     taken: list[float] = []
-    while len(taken) < repeats and sum(taken) < budget:
-        begin = time.perf_counter()
-        _finished(call())
-        taken.append(time.perf_counter() - begin)
+    while len(taken) < repeats and sum(taken) < budget and max(taken, default=0.0) <= enough:
+        taken.append(_seconds(call))
     return statistics.median(taken)
+
+
+def _seconds(call: Callable[[], Tensor]) -> float:
+    begin = time.perf_counter()
+    _finished(call())
+    return time.perf_counter() - begin
 
 
 def _finished(output: Tensor) -> None:

@@ -8,11 +8,13 @@ before it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import comfy.model_management
 import torch
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+from comfy.model_management import InterruptProcessingException
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from comfy_api.latest import io
@@ -21,16 +23,17 @@ from torch import Tensor
 from ..core.attention import NO_MASK, visible_keys
 from . import attention_health as health
 from . import attention_override, foreign, outcome, slicing
-from .attention_backends import BACKENDS, OWN, SDPA, Backend
+from .attention_backends import AS_COMFYUI, BACKENDS, OWN, SDPA, Backend, host_is_pytorch
 from .attention_calls import (
     AUTO,
     AUTO_QUANTISED,
     INSTEAD,
-    TRUSTED,
+    SOME_ONLY,
     Call,
     Run,
     call_of,
     candidates,
+    trusted,
 )
 from .attention_health import Situation
 from .attention_override import BACKEND
@@ -103,13 +106,15 @@ class Attention:
 
         if torch.compiler.is_compiling() or comfy.model_management.in_training:
             return own()  # told when the run begins
+        if isinstance(function, partial) and isinstance(function.func, Attention):
+            return own()  # a later node of this kind, beyond an override that holds on to this one
         run = self._run or self.record
-        if self.wanted == OWN:
-            run.calls += 1
-            run.used[OWN] = None
+        if self.wanted == OWN and host_is_pytorch():  # nothing to be tested
+            run.own_call()
             return own()
         call = call_of(q, k, v, heads, mask, skip_reshape, more)
         if call is None:
+            run.own_call()
             run.note(UNUSUAL)
             return own()
         if mask is not None and self.wanted != SDPA:  # for a look the device has to be awaited
@@ -119,6 +124,10 @@ class Attention:
             return own()
         out = self._attend(run, backend, call)
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+    def asked_first(self) -> None:
+        """Another node's override, before this one in the chain, has answered a call."""
+        (self._run or self.record).asked_first()
 
     @staticmethod
     def _attend(run: Run, backend: Backend, call: Call) -> Tensor:
@@ -141,12 +150,21 @@ class Attention:
             run.note(COMPILED)
         try:
             output = executor(*arguments, **more)
+            if run.calls > 0 and run.asked > run.calls:
+                run.note(SOME_ONLY.format(run.asked - run.calls, run.asked))
             if self.metadata is not None:
                 run.note(self.metadata.write(self.node_id, run.facts()))
             return output
+        except InterruptProcessingException:
+            run.ended = outcome.CANCELLED
+            raise
+        except Exception:
+            run.ended = outcome.FAILED
+            raise
         finally:
             self._run = before
-            outcome.tell(run.line(), self.node_id)
+            if line := run.line():
+                outcome.tell(line, self.node_id)
 
     def _apply_model(
         self, executor: WrapperExecutor, x: Tensor, *arguments: Any, **more: Any
@@ -154,7 +172,7 @@ class Attention:
         """APPLY_MODEL: one forward pass."""
         run = self._run or self.record
         options = more.get("transformer_options", arguments[4] if len(arguments) > 4 else {})
-        if self.wanted in TRUSTED or run.stopped or not run.watched:
+        if self.wanted in AS_COMFYUI or run.stopped or not run.watched:
             output = executor(x, *arguments, **more)
         else:
             output = self._watched(run, executor, options, x, *arguments, **more)
@@ -181,7 +199,8 @@ class Attention:
         count, restore = len(done), foreign.kept(options, x)
         try:
             output = executor(x, *arguments, **more)
-            if not set(run.used) <= set(TRUSTED) and not output.isfinite().all():
+            doubtful = {name for name, _ in run.situations} - trusted()
+            if doubtful and not output.isfinite().all():
                 del output, done[count:]
                 restore()
                 output = self._again(run, executor, x, arguments, more)
@@ -201,7 +220,7 @@ class Attention:
         more: dict[str, Any],
     ) -> Tensor:
         """The pass with PyTorch SDPA, as is the rest of the run unless that is no better."""
-        suspects = {key: None for key in run.situations if key[0] not in TRUSTED}
+        suspects = {key: None for key in run.situations if key[0] not in trusted()}
         names = ", ".join({name: None for name, _ in suspects})
         run.stopped = True
         output = executor(x, *arguments, **more)

@@ -24,6 +24,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..core.attention import Attend
 
 OWN, SDPA = "ComfyUI's own", "PyTorch SDPA"
+AS_COMFYUI = (OWN, SDPA)  # get masks as they are; nothing looks at what they give if asked for
+SUB_QUADRATIC, SPLIT = "sub-quadratic", "split"
 HALVES = (torch.float16, torch.bfloat16)
 EVERY = (*HALVES, torch.float32)
 NEEDS_GPU = "it needs an NVIDIA or AMD graphics card"
@@ -43,6 +45,7 @@ class Backend:
     takes_masks: bool = False  # any; keys that a mask hides from all queries are left out anyway
     quantised: float = 0.0  # relative L2 error that its own rounding may add; 0: exact
     dtypes: tuple[torch.dtype, ...] = HALVES
+    of_process: bool = False  # is chosen by flags of the process, which other threads see
 
     def probe(self, device: torch.device | None = None) -> str:
         """Why it cannot run on the device, with what to install; "" if it may. Self-tests decide
@@ -111,6 +114,11 @@ def _registered(name: str) -> Attend:
         return function(q, k, v, q.shape[1], mask=mask, **shapes, **more)
 
     return attend
+
+
+def host_is_pytorch() -> bool:
+    """Whether ComfyUI's own attention is PyTorch's: then the two are one function."""
+    return get_attention_function("optimized") is get_attention_function("pytorch")
 
 
 _KERNELS = threading.Lock()  # torch chooses kernels by flags of the process
@@ -199,8 +207,8 @@ WHEEL = "`pip install {}`; on Windows a wheel for your Python, torch and CUDA; n
 FLASH_2 = WHEEL.format("flash-attn --no-build-isolation")
 FLASH_3 = "build it from the folder hopper of flash-attn's source; Linux, H100 or H200"
 FLASH_4 = "`pip install --pre flash-attn-4`; Linux only"
-SAGE_1 = "`pip install sageattention==1.0.6`, on Windows `pip install triton-windows` before"
 SAGE_2 = "build version 2 from its source, or a wheel for your Python, torch and CUDA"
+SAGE_1 = f"1.0.6 gives weight to keys that do not exist and fails the self-test; {SAGE_2}"
 SAGE_3 = "build sageattn3 from the source of SageAttention; it needs an RTX 50 or newer"
 XFORMERS = "`pip install xformers` in the version for your torch; none for macOS"
 _2 = _package("sageattention", "sageattn_qk_int8_pv_fp16_cuda", (8, 0), SAGE_2)
@@ -210,9 +218,22 @@ BACKENDS = {
     for backend in (
         Backend(OWN, _registered("optimized"), _here, True, dtypes=EVERY),
         Backend(SDPA, _registered("pytorch"), _here, True, dtypes=EVERY),
-        Backend("SDPA flash", _sdpa(SDPBackend.FLASH_ATTENTION), _here, dtypes=EVERY),
-        Backend("SDPA efficient", _sdpa(SDPBackend.EFFICIENT_ATTENTION), _gpu, True, dtypes=EVERY),
-        Backend("SDPA cuDNN", _sdpa(SDPBackend.CUDNN_ATTENTION), _gpu, True),
+        Backend(
+            "SDPA flash",
+            _sdpa(SDPBackend.FLASH_ATTENTION),
+            _here,
+            dtypes=EVERY,
+            of_process=True,
+        ),
+        Backend(
+            "SDPA efficient",
+            _sdpa(SDPBackend.EFFICIENT_ATTENTION),
+            _gpu,
+            True,
+            dtypes=EVERY,
+            of_process=True,
+        ),
+        Backend("SDPA cuDNN", _sdpa(SDPBackend.CUDNN_ATTENTION), _gpu, True, of_process=True),
         Backend(
             "flash-attn 2",
             _flash("flash_attn"),
@@ -254,7 +275,7 @@ BACKENDS = {
             True,
             quantised=FP8,
         ),
-        Backend("sub-quadratic", _registered("sub_quad"), _here, True, dtypes=EVERY),
-        Backend("split", _registered("split"), _here, True, dtypes=EVERY),
+        Backend(SUB_QUADRATIC, _registered("sub_quad"), _here, True, dtypes=EVERY),
+        Backend(SPLIT, _registered("split"), _here, True, dtypes=EVERY),
     )
 }

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import comfy.ops
-from comfy.ldm.modules.attention import get_attention_function
 from torch import Tensor
 
 from ..core.attention import BIAS, HIDDEN_KEYS, NO_MASK, attend_to
 from ..core.budget import APPROXIMATE, EXACT, ROUNDING
 from . import attention_health as health
 from . import outcome
-from .attention_backends import BACKENDS, OWN, SDPA, Backend
+from .attention_backends import (
+    AS_COMFYUI,
+    BACKENDS,
+    OWN,
+    SDPA,
+    SPLIT,
+    SUB_QUADRATIC,
+    Backend,
+    host_is_pytorch,
+)
 from .attention_health import Length, Situation, Times
 from .transformer_options import Options
 
 AUTO, AUTO_QUANTISED = "auto", "auto, also quantised"
-TRUSTED = (OWN, SDPA)
+SLOW = (SUB_QUADRATIC, SPLIT)  # never faster than PyTorch SDPA, where that works
 RAISES = 3  # of a backend in one situation, before a run stops asking it
 INSTEAD = "{}: {}. PyTorch SDPA instead"
 FAILED = "failed its self-test ({})"
-NOT_TIMED = "too little free memory to time backends: ComfyUI's own"
+STAYS = "{}: {}. Used all the same: it was chosen"
+NOT_USED = "{}: {}. Not used"
+NOT_TIMED = "too little free memory to time backends: {}"
+SEVERAL = "PyTorch's kernels cannot be chosen while several GPUs compute"
+SOME_ONLY = "another node before this one computed {} of {} attention calls by itself"
 
 
 class Call(NamedTuple):
@@ -36,6 +49,7 @@ class Call(NamedTuple):
     visible: list[Tensor] | None  # keys, where the mask does nothing but hide some
     scale: float | None
     precise: bool  # the model wants no quantised attention here
+    several: bool = False  # other GPUs of this process compute at the same time
 
     @property
     def situation(self) -> Situation:
@@ -48,7 +62,7 @@ class Call(NamedTuple):
         """(batch, heads, queries, width). Where it can the mask becomes fewer keys, but not for
         PyTorch SDPA, which is to do what ComfyUI does."""
         q, k, v = self[:3]
-        if self.visible is not None and backend.name not in TRUSTED:
+        if self.visible is not None and backend.name not in AS_COMFYUI:
             return attend_to(backend.attend, q, k, v, self.visible, self.scale)
         return backend.attend(q, k, v, self.mask, self.scale)
 
@@ -73,7 +87,13 @@ def call_of(
         mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
         mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
     precise = more.get("low_precision_attention", True) is False
-    return Call(q, k, v, mask, None, more.get("scale"), precise)
+    several = "multigpu_thread_device" in (more.get("transformer_options") or {})
+    return Call(q, k, v, mask, None, more.get("scale"), precise, several)
+
+
+def trusted() -> set[str]:
+    """Backends whose results need no look: PyTorch's, by which the others are judged."""
+    return {OWN, SDPA} if host_is_pytorch() else {SDPA}
 
 
 def candidates(wanted: str) -> list[str]:
@@ -89,13 +109,17 @@ class Run:
     def __init__(self, wanted: str, node_id: str | None = None) -> None:
         self.wanted, self.node_id = wanted, node_id
         self.calls = 0
+        self.asked = 0  # calls that another node's override answered, with this one or without
+        self.ended = ""  # where no picture was made
         self.used: dict[str, None] = {}  # names, in order
         self.situations: dict[tuple[str, Situation], None] = {}  # what was used where
         self.errors: dict[str, float] = {}  # of the self-tests
-        self.times: dict[Length, Times] = {}
+        self.times: dict[tuple[Situation, Length], Times] = {}
+        self.chosen: dict[tuple[Situation, Length], str] = {}  # of what was timed
         self.notes: dict[str, None] = {}
         self.stopped = False  # PyTorch SDPA for the rest
         self.watched = True
+        self._own_failed = False
         self._raised: dict[tuple[str, Situation], int] = {}
         self._chosen: dict[tuple[Any, ...], Backend] = {}
         self._lock = threading.RLock()
@@ -111,7 +135,7 @@ class Run:
     def backend_for(self, call: Call, own: Callable[[], Tensor]) -> Backend:
         """Which one computes this call, and count that it does."""
         situation, length = call.situation, health.length_of(call.query, call.key)
-        key = situation, length, call.precise
+        key = situation, length, call.precise, call.several
         with self._lock:
             self.calls += 1
             if self.stopped:
@@ -126,46 +150,72 @@ class Run:
         self.situations[backend.name, situation] = None
         return backend
 
+    def own_call(self) -> None:
+        """One call by ComfyUI's own attention that nothing had to be known about."""
+        with self._lock:
+            self.calls += 1
+            self.used[OWN] = None
+
+    def asked_first(self) -> None:
+        """Another node's override answered a call: it had passed it on, or not."""
+        with self._lock:
+            self.asked += 1
+
     def _fixed(self, call: Call) -> Backend:
-        backend, situation = BACKENDS[self.wanted], call.situation
-        if backend.name in TRUSTED:
+        backend = BACKENDS[self.wanted]
+        if backend.name == SDPA or not (reason := self._why_not(backend, call)):
             return backend
-        reason = self._unfit(backend, call)
-        if not reason:
-            found = health.verdict(backend, situation)
-            if found.error is not None:
-                self.errors[backend.name] = found.error
-            reason = "" if found.healthy else FAILED.format(found.reason)
-        if reason:
-            self.note(INSTEAD.format(backend.name, reason))
-            return BACKENDS[SDPA]
-        return backend
+        self.note((STAYS if backend.name == OWN else INSTEAD).format(backend.name, reason))
+        return BACKENDS[OWN if backend.name == OWN else SDPA]
 
     def _auto(self, call: Call, own: Callable[[], Tensor]) -> Backend:
         """The fastest that is healthy here. With one that is not quantised, if need be."""
         situation, length = call.situation, health.length_of(call.query, call.key)
-        calls = {OWN: own}
-        for backend in map(BACKENDS.__getitem__, candidates(self.wanted)):
-            if backend.name == OWN:
-                continue
-            if backend.probe(situation.device) or self._unfit(backend, call):
-                continue
-            found = health.verdict(backend, situation)
-            if found.error is not None:
-                self.errors[backend.name] = found.error
-            if found.healthy:
-                calls[backend.name] = lambda b=backend: call.by(b)
+        if call.several:
+            self.note(SEVERAL)
+        calls = self._healthy(call, own)
+        usual = OWN if OWN in calls else SDPA
         times = health.measure(situation, length, calls)
         if times is None:
-            self.note(NOT_TIMED)
-            return BACKENDS[OWN]
-        self.times[length] = times
-        return BACKENDS[health.fastest(times)]
+            self.note(NOT_TIMED.format(usual))
+            return BACKENDS[usual]
+        for name, reason in times.failed.items():
+            self.note(NOT_USED.format(name, reason))
+        self.times[situation, length] = times
+        self.chosen[situation, length] = name = health.fastest(times.seconds, usual)
+        return BACKENDS[name]
 
-    def _unfit(self, backend: Backend, call: Call) -> str:
+    def _healthy(self, call: Call, own: Callable[[], Tensor]) -> dict[str, Callable[[], Tensor]]:
+        """What may be chosen for a call. ComfyUI's own, which may be any other, takes the test,
+        too; where it is PyTorch SDPA there is no second one to be timed."""
+        calls, pytorch = {}, host_is_pytorch()
+        reason = "" if pytorch else self._why_not(BACKENDS[OWN], call)
+        if reason:
+            self._own_failed = True
+            self.note(NOT_USED.format(OWN, reason))
+        else:
+            calls[OWN] = own
+        for backend in map(BACKENDS.__getitem__, candidates(self.wanted)):
+            known = backend.name == OWN or (backend.name == SDPA and pytorch)
+            needless = backend.name in SLOW and (pytorch or SDPA in calls)
+            if known or needless or backend.probe(call.query.device):
+                continue
+            if not self._why_not(backend, call):
+                calls[backend.name] = lambda b=backend: call.by(b)
+        return calls
+
+    def _why_not(self, backend: Backend, call: Call) -> str:
+        """Why a backend is not to compute this, or "". Puts it to the test."""
         if backend.quantised and call.precise:
             return health.LOW_PRECISION
-        return health.cannot(backend, call.situation)
+        if backend.of_process and call.several:
+            return SEVERAL
+        if unable := health.cannot(backend, call.situation):
+            return unable
+        found = health.verdict(backend, call.situation)
+        if found.error is not None:
+            self.errors[backend.name] = found.error
+        return "" if found.healthy else FAILED.format(found.reason)
 
     def raised(self, backend: Backend, call: Call, error: Exception) -> None:
         """A backend raised at work. It is asked again for the next call, but not for ever."""
@@ -179,33 +229,54 @@ class Run:
 
     # ------------------------------------------------------------------- what is told
     def exactness(self) -> str:
-        """How the picture relates to that of ComfyUI's own attention."""
+        """How the picture relates to that of ComfyUI's own attention; where that failed its
+        self-test, to that of PyTorch SDPA."""
         if any(BACKENDS[name].quantised for name in self.used):
             return APPROXIMATE
-        host = get_attention_function("optimized") is get_attention_function("pytorch")
-        same = {OWN, SDPA} if host else {OWN}
+        same = {OWN, SDPA} if host_is_pytorch() else {SDPA if self._own_failed else OWN}
         return EXACT if set(self.used) <= same else ROUNDING
 
     def line(self) -> str:
         """For the node."""
-        parts = []
+        parts = [self.ended] if self.ended else []
         if self.used:
-            parts = [f"{self.wanted}: {', '.join(self.used)} ({self.exactness()})"]
-        parts += [f"at {n.keys} keys: {health.text_of(t)}" for n, t in self.times.items()]
+            parts.append(f"{self.wanted}: {', '.join(self.used)} ({self.exactness()})")
+        devices = {situation.device for situation, _ in self.times}
+        for (situation, length), times in self.times.items():
+            where = f" on {situation.device}" if len(devices) > 1 else ""
+            mask = "" if situation.mask == NO_MASK else f", {situation.mask}"
+            taken = self._compared(times, self.chosen[situation, length])
+            parts.append(f"at {length.text()}{mask}{where}: {taken}")
         found = [f"{n} {e:.2g}" for n, e in self.errors.items() if n in self.used]
         parts += [f"error in the self-test: {', '.join(found)}"] if found else []
         return " · ".join([*parts, *self.notes])
 
+    @staticmethod
+    def _compared(times: Times, chosen: str) -> str:
+        """The chosen one beside ComfyUI's own, or the next one; all are in the facts."""
+        others = sorted(times.seconds.keys() - {chosen}, key=times.seconds.__getitem__)
+        beside = OWN if OWN in others else next(iter(others), None)
+        return health.text_of(times.of([chosen, beside]).seconds) or outcome.NOT_KNOWN
+
     def facts(self) -> dict[str, Any]:
-        """The same as data; times in milliseconds."""
+        """The same as data; times in milliseconds, None with the reason under "not_timed"."""
         return {
             "backend": self.wanted,
             "used": list(self.used),
             "exactness": self.exactness() if self.used else outcome.NOT_KNOWN,
-            "errors": self.errors,
+            "errors": {n: e for n, e in self.errors.items() if math.isfinite(e)},
             "milliseconds": [
-                {"keys": n.keys, "queries": n.queries, **{k: 1000 * s for k, s in t.items()}}
-                for n, t in self.times.items()
+                {
+                    "keys": length.keys,
+                    "queries": length.queries,
+                    "batch": length.batch,
+                    "mask": situation.mask,
+                    "chosen": self.chosen[situation, length],
+                    **{name: 1000 * seconds for name, seconds in times.seconds.items()},
+                    **dict.fromkeys(times.failed),
+                    "not_timed": times.failed,
+                }
+                for (situation, length), times in self.times.items()
             ],
             "notes": list(self.notes),
             "versions": outcome.versions(),

@@ -1,7 +1,8 @@
 """Which attention backends work on which device, and how fast: tried once per process.
 
-Nothing of it is kept on disk: a self-test takes milliseconds and times of an attention call a
-second at most, while drivers, packages and what else uses the card change between two processes.
+Nothing of it is kept on disk: a self-test takes milliseconds, and times take a few calls of each
+backend, less than a forward pass makes; while drivers, packages and what else uses the card change
+between two processes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 
 import comfy.model_management
@@ -19,17 +20,19 @@ from comfy.model_management import InterruptProcessingException
 from torch import Tensor
 
 from ..core.attention import BIAS, Verdict, examine, mask_aware, median_seconds, tolerance
-from .attention_backends import BACKENDS, OWN, Backend
+from .attention_backends import AS_COMFYUI, BACKENDS, Backend
 
 log = logging.getLogger("qwen_vram")
 
 BEFORE_OWN = 0.95  # what auto takes needs at most this part of the time of ComfyUI's own
+FAR_SLOWER = 2.0  # times the fastest so far: no need to time it again
 NO_DTYPE = "it does not work with {}"
 NO_BIAS = "it takes no mask that adds to the scores"
 LOW_PRECISION = "the model asks for full precision here"
 RAISED = "{}: {}"
 NOT_TRIED = "there, not tried: not asked for"
 NO_MEMORY = "there, not tried: out of memory just now"
+NO_MEMORY_TO_TIME = "out of memory when it was timed"
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,27 @@ class Length:
     queries: int
     keys: int
 
+    def text(self) -> str:
+        """In words."""
+        queries = "" if self.queries == self.keys else f"{self.queries} queries, "
+        batch = "" if self.batch == 1 else f", batch {self.batch}"
+        return f"{queries}{self.keys} keys{batch}"
 
-Times = dict[str, float]  # name of a backend -> seconds of one call
+
+@dataclass
+class Times:
+    """Of one call of backends, by their names."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # why there are none
+
+    def of(self, names: Collection[str]) -> Times:
+        """Of some of them."""
+        return Times(
+            {name: s for name, s in self.seconds.items() if name in names},
+            {name: why for name, why in self.failed.items() if name in names},
+        )
+
 
 _lock = threading.RLock()
 _verdicts: dict[tuple[str, Situation], Verdict] = {}
@@ -91,8 +113,10 @@ def _examine(backend: Backend, situation: Situation) -> Verdict:
     if unable := cannot(backend, situation):
         return Verdict(False, unable)
     try:
+        as_it_is = backend.name in AS_COMFYUI
+        attend = backend.attend if as_it_is else mask_aware(backend.attend, backend.takes_masks)
         found = examine(
-            mask_aware(backend.attend, backend.takes_masks),
+            attend,
             situation.device,
             situation.dtype,
             situation.width,
@@ -147,16 +171,23 @@ def measure(
     """Times of backends by name, at the length at hand; None where memory is too short to try.
 
     `calls`: one attention call each, on the model's own tensors, so that nothing but the outputs
-    takes memory. A backend that runs out of memory, or fails, takes for ever.
+    takes memory. One that fails is not tried again; out of memory may be over the next time.
     """
     with _lock:
-        found = _times.setdefault((situation, length), {})
-        if new := {name: call for name, call in calls.items() if name not in found}:
+        known = _times.setdefault((situation, length), Times())
+        tried = {*known.seconds, *known.failed}
+        found = known.of(calls)
+        if new := {name: call for name, call in calls.items() if name not in tried}:
             if not _has_room(situation, length):
                 return None
-            found |= _measure(new)
-            log.info("Attention at %d keys: %s", length.keys, text_of(found))
-        return {name: found[name] for name in calls}
+            taken = _measure(new, situation.device)
+            found.seconds |= taken.seconds
+            found.failed |= taken.failed
+            lasting = {n: why for n, why in taken.failed.items() if why != NO_MEMORY_TO_TIME}
+            known.seconds |= taken.seconds
+            known.failed |= lasting
+            log.info("Attention at %d keys: %s", length.keys, text_of(found.seconds))
+        return found
 
 
 def _has_room(situation: Situation, length: Length) -> bool:
@@ -166,32 +197,35 @@ def _has_room(situation: Situation, length: Length) -> bool:
     return comfy.model_management.get_free_memory(situation.device) > need
 
 
-def _measure(calls: dict[str, Callable[[], Tensor]]) -> Times:
-    found: Times = {}
+def _measure(calls: dict[str, Callable[[], Tensor]], device: torch.device) -> Times:
+    found = Times()
     for name, call in calls.items():
         comfy.model_management.throw_exception_if_processing_interrupted()
+        enough = FAR_SLOWER * min(found.seconds.values(), default=math.inf)
         try:
-            found[name] = median_seconds(call)
+            compiles = device.type != "cpu"
+            found.seconds[name] = median_seconds(call, enough=enough, compiles=compiles)
         except Exception as error:
             if isinstance(error, InterruptProcessingException):
                 raise
-            comfy.model_management.is_oom(error)  # takes a pending CUDA error away
-            found[name] = math.inf
+            oom = comfy.model_management.is_oom(error)  # takes a pending CUDA error away, too
+            found.failed[name] = NO_MEMORY_TO_TIME if oom else sentence(error)
             log.info("Attention: %s has no time: %s", name, sentence(error))
     return found
 
 
-def fastest(times: Times) -> str:
-    """ComfyUI's own, unless another is clearly faster: measured times vary, and so would pictures
+def fastest(seconds: dict[str, float], usual: str) -> str:
+    """The usual one, unless another is clearly faster: measured times vary, and so would pictures
     between two processes."""
-    best = min(times, key=times.__getitem__)
-    return OWN if times[best] > BEFORE_OWN * times[OWN] else best
+    best = min(seconds, key=seconds.__getitem__, default=usual)
+    before = BEFORE_OWN * seconds.get(usual, math.inf)
+    return best if seconds and seconds[best] <= before else usual
 
 
-def text_of(times: Times) -> str:
+def text_of(seconds: dict[str, float]) -> str:
     """In milliseconds, fastest first."""
-    ordered = sorted((item for item in times.items() if math.isfinite(item[1])), key=itemgetter(1))
-    return ", ".join(f"{name} {seconds * 1000:.3g} ms" for name, seconds in ordered)
+    ordered = sorted(seconds.items(), key=itemgetter(1))
+    return ", ".join(f"{name} {taken * 1000:.3g} ms" for name, taken in ordered)
 
 
 # ------------------------------------------------------------------------------ the table
@@ -227,5 +261,5 @@ def _state(backend: Backend, situation: Situation, tried: bool) -> str:
 def _times_by_keys(backend: Backend, situation: Situation) -> list[tuple[int, float]]:
     """(keys, seconds) of a backend as far as measured."""
     with _lock:
-        found = [(k[1].keys, t.get(backend.name)) for k, t in _times.items() if k[0] == situation]
-    return [(keys, seconds) for keys, seconds in found if seconds and math.isfinite(seconds)]
+        found = [(k[1].keys, t.seconds) for k, t in _times.items() if k[0] == situation]
+    return [(keys, seconds[backend.name]) for keys, seconds in found if backend.name in seconds]

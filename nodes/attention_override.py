@@ -44,13 +44,29 @@ class Chain:
         """Whether each picture of a batch is computed as if it were alone."""
         return all(map(itemwise, self._every()))
 
+    def _foreign(self) -> Override | None:
+        """What stood in the slot; the backend is told of each call that it has answered: whether
+        it passes all of them on can be seen by that alone."""
+        told = getattr(self.parts.get(BACKEND), "asked_first", None)
+        foreign = self.foreign
+        if foreign is None or told is None:
+            return foreign
+
+        def counted(*args: Any, **kwargs: Any) -> Tensor:
+            """One call."""
+            output = foreign(*args, **kwargs)
+            told()
+            return output
+
+        return counted
+
     def _every(self) -> list[Override]:
         return [*self.parts.values(), *([self.foreign] if self.foreign else [])]
 
     def __call__(self, function: Attend, *args: Any, **kwargs: Any) -> Tensor:
         """What ComfyUI calls."""
         around, within = ([self.parts.get(key) for key in keys] for keys in (AROUND, WITHIN))
-        for override in reversed([*around, self.foreign, *within]):
+        for override in reversed([*around, self._foreign(), *within]):
             if override is not None:
                 function = partial(override, function)
         return function(*args, **kwargs)

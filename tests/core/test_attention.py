@@ -219,7 +219,7 @@ def test_a_backend_without_masks_refuses_what_it_cannot_honour() -> None:
 
 # ------------------------------------------------------------------------- time
 def test_the_time_is_that_of_calls_after_the_first(monkeypatch) -> None:
-    now = iter([0.0, 1e-3, 1.0, 1.004, 2.0, 2.002])
+    now = iter([0.0, 8.0, 9.0, 9.001, 10.0, 10.004, 12.0, 12.002])
     monkeypatch.setattr(attention.time, "perf_counter", lambda: next(now))
     calls = []
     seconds = attention.median_seconds(lambda: calls.append(1) or torch.zeros(1, 1))
@@ -227,8 +227,20 @@ def test_the_time_is_that_of_calls_after_the_first(monkeypatch) -> None:
 
 
 def test_slow_calls_are_not_repeated_for_long(monkeypatch) -> None:
-    now = iter([0.0, 9.0])
+    now = iter([0.0, 9.0, 10.0, 19.0])
     monkeypatch.setattr(attention.time, "perf_counter", lambda: next(now))
     calls = []
     assert attention.median_seconds(lambda: calls.append(1) or torch.zeros(1)) == 9.0
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("compiles", "calls"), [(True, 2), (False, 1)])
+def test_a_call_that_is_far_slower_than_another_is_not_repeated(
+    monkeypatch, compiles: bool, calls: int
+) -> None:
+    now = iter([0.0, 0.3, 1.0, 1.3])
+    monkeypatch.setattr(attention.time, "perf_counter", lambda: next(now))
+    made = []
+    more = {"enough": 0.2, "compiles": compiles}
+    seconds = attention.median_seconds(lambda: made.append(1) or torch.zeros(1), **more)
+    assert seconds == pytest.approx(0.3) and len(made) == calls

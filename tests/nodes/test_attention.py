@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import inspect
+import json
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 HIDDEN = torch.tensor([[1] * 9 + [0] * 4])  # of the encoder: four tokens of padding
 ON_A_CPU = ("ComfyUI's own", "PyTorch SDPA", "SDPA flash", "sub-quadratic", "split")
+IN_AUTO = ["ComfyUI's own", "SDPA flash"]  # where the first is PyTorch SDPA: nothing slower
 CUDA = torch.device("cuda")
 CASES = 5  # of a self-test
 CALLS = 2 * 2  # of attention in a run: two steps, two blocks, both sides of CFG together
@@ -208,7 +210,7 @@ def test_shapes_that_are_no_attention_of_equal_heads_are_comfyui_s(attention, pa
     apart = {"skip_reshape": True, "skip_output_reshape": True}
     stock = attention_pytorch(q, q, v, 4, **apart)
     assert attention_pytorch(q, q, v, 4, transformer_options=options, **apart).equal(stock)
-    assert made.record.used == {} and len(made.record.notes) == 1
+    assert list(made.record.used) == ["ComfyUI's own"] and len(made.record.notes) == 1
 
 
 def test_slices_and_a_cache_in_front(attention, parts, model, host, backend) -> None:
@@ -361,6 +363,24 @@ def test_nan_of_the_model_itself_is_no_fault_of_the_backend(attention, model, ba
     assert counted.calls == CALLS and made.record.calls == CALLS + 2  # one pass twice
 
 
+def test_once_stopped_no_pass_is_repeated(attention, model, backend) -> None:
+    """What is not finite then is the model's."""
+    passes: list[int] = []
+
+    def last(run: Any, *args: Any, **more: Any) -> Tensor:
+        passes.append(1)
+        return run(*args, **more) * (1 if len(passes) < 3 else float("nan"))
+
+    clone, made = patched(
+        attention,
+        model,
+        backend(lambda *g: sdpa(*g) * (1 if g[0].shape[2] == 200 else float("nan"))),
+    )
+    clone.add_wrapper_with_key("diffusion_model", "last", last)
+    assert sample(clone).isnan().all()
+    assert len(passes) == 3 and len(made.record.notes) == 1  # the first step's twice
+
+
 def test_what_records_during_a_pass_commits_the_repeated_one(
     attention, model, parts, backend
 ) -> None:
@@ -438,12 +458,179 @@ def test_an_interrupt_passes_through(attention, model, backend) -> None:
     assert not made.record.notes and made._run is None
 
 
+def test_a_run_that_fails_leaves_a_line(attention, model, monkeypatch) -> None:
+    """Also one that had no time to use anything."""
+    from comfy.model_management import InterruptProcessingException
+
+    told: list[str] = []
+    monkeypatch.setattr(attention.outcome, "tell", lambda text, *ids: told.append(text))
+    clone, _ = patched(attention, model, "split")
+    for error in (torch.OutOfMemoryError("injected"), InterruptProcessingException()):
+        fails(clone, error)
+        with pytest.raises(type(error)):
+            sample(clone)
+    assert told == ["failed", "cancelled"]
+
+
+def fails(clone: Any, error: Exception) -> None:
+    """Its forward passes raise."""
+
+    def wrapper(*_: Any, **__: Any) -> Any:
+        raise error
+
+    clone.remove_wrappers_with_key("diffusion_model", "fails")
+    clone.add_wrapper_with_key("diffusion_model", "fails", wrapper)
+
+
+def test_easycache_is_put_back_before_a_pass_is_repeated(attention, model, host, backend) -> None:
+    """It counts the pass that failed, and writes over the input of one that it skips."""
+    calls = []
+
+    def fifth(*given: Any) -> Tensor:
+        calls.extend([1] if given[0].shape[2] != 200 else [])
+        return sdpa(*given) * (float("nan") if len(calls) == 5 else 1)
+
+    wrong = backend(fifth)
+    easy = host.nodes.NODE_CLASS_MAPPINGS["EasyCache"]
+    pictures = []
+    for wanted in ("PyTorch SDPA", wrong):
+        clone, made = patched(attention, model, wanted)
+        (cached,) = easy.execute(clone, 1.0, 0.15, 0.95, False).args
+        pictures.append(sample(cached, steps=6))
+    assert made.record.notes and pictures[0].equal(pictures[1])
+
+
+def test_a_compiled_or_trained_model_is_left_alone(attention, model, backend, monkeypatch) -> None:
+    import comfy.model_management
+
+    counted = Counted()
+    clone, made = patched(attention, model, backend(counted))
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.model_management, "in_training", True)
+        patch.setattr(attention.slicing, "compiled", lambda options: True)
+        assert sample(clone).equal(sample(model))
+    assert counted.calls == counted.tests == 0
+    assert list(made.record.notes) == [attention.COMPILED]
+
+
+def test_a_data_type_that_a_backend_does_not_take_is_told(attention, model, backend) -> None:
+    counted = Counted()
+    clone, made = patched(attention, model, backend(counted, dtypes=(torch.float16,)))
+    assert sample(clone).equal(sample(model)) and counted.calls == counted.tests == 0
+    assert list(made.record.notes) == [
+        "made up: it does not work with float32. PyTorch SDPA instead"
+    ]
+
+
+# ------------------------------------------------------------------------------ ComfyUI's own
+@pytest.fixture
+def own_attention(monkeypatch) -> Callable[..., None]:
+    """Makes another function ComfyUI's own, as its command line does."""
+    import comfy.ldm.modules.attention as theirs
+    import comfy.ldm.qwen_image.model as qwen
+
+    def put(attend: Callable[[Tensor], Tensor], knows_masks: bool = True) -> None:
+        @theirs.wrap_attn
+        def own(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Any = None, **more: Any) -> Any:
+            more.pop("_inside_attn_wrapper", None)
+            mask = mask if knows_masks else None
+            return attend(theirs.attention_pytorch(q, k, v, heads, mask, **more))
+
+        monkeypatch.setattr(theirs, "optimized_attention", own)
+        monkeypatch.setattr(qwen, "optimized_attention_masked", own)
+
+    return put
+
+
+def test_auto_replaces_comfyui_s_own_where_that_is_broken(attention, model, own_attention) -> None:
+    stock = sample(model)
+    own_attention(lambda out: out * float("nan"))
+    assert sample(model).isnan().all()  # the black picture
+    clone, made = patched(attention, model, "auto")
+    close(sample(clone), stock)
+    assert "ComfyUI's own" not in made.record.used
+    note = "ComfyUI's own: failed its self-test (gives NaN (one key in the last block)). Not used"
+    assert list(made.record.notes) == [note]
+    if list(made.record.used) == ["PyTorch SDPA"]:
+        assert made.record.exactness() == "exact"
+    clone, made = patched(attention, model, "ComfyUI's own")
+    assert sample(clone).isnan().all()
+    assert list(made.record.notes) == [note.replace("Not used", "Used all the same: it was chosen")]
+
+
+def test_comfyui_s_own_is_tested_with_the_mask_as_it_gets_it(
+    attention, model, own_attention
+) -> None:
+    """No key is left out for it: that would hide that it does not know masks."""
+    stock = sample(model, masked())
+    own_attention(lambda out: out, knows_masks=False)
+    clone, made = patched(attention, model, "auto")
+    close(sample(clone, masked()), stock)
+    (note,) = made.record.notes
+    assert note.startswith("ComfyUI's own: failed its self-test (ignores the mask")
+
+
+def test_pytorch_is_exact_up_to_rounding_where_comfyui_takes_another(
+    attention, model, own_attention
+) -> None:
+    own_attention(lambda out: out * (1 + 1e-6))
+    for wanted, relation in (("PyTorch SDPA", "exact up to rounding"), ("ComfyUI's own", "exact")):
+        clone, made = patched(attention, model, wanted)
+        sample(clone)
+        assert made.record.exactness() == relation and not made.record.notes
+
+
+def test_comfyui_s_own_is_not_trusted_at_work_either(
+    attention, model, parts, own_attention, monkeypatch
+) -> None:
+    """It passes the self-test, and is the fastest."""
+    stock = sample(model)
+    own_attention(lambda out: out if out.shape[2] == 200 else out * float("nan"))
+    timed(parts, monkeypatch, {"ComfyUI's own": 0.1})
+    clone, made = patched(attention, model, "auto")
+    close(sample(clone), stock)
+    (note,) = made.record.notes
+    assert note.startswith("ComfyUI's own: gave numbers that are not finite in a forward pass")
+
+
+def test_no_kernel_is_chosen_by_flags_while_several_gpus_compute(
+    attention, parts, monkeypatch
+) -> None:
+    """The flags are the process's: the other thread's model would see them."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    every = timed(parts, monkeypatch, {"SDPA flash": 0.1})
+    q = random(1, 30, 64)
+    for wanted in ("auto", "SDPA flash"):
+        options = attention_options(attention, wanted)
+        made = options.pop("made")
+        options["multigpu_thread_device"] = CUDA
+        attention_pytorch(q, q, q, 2, transformer_options=options)
+        assert "SDPA flash" not in [*made.record.used, *every]
+        (note,) = made.record.notes
+        assert "while several GPUs compute" in note
+        every.clear()
+        del options["multigpu_thread_device"]
+        attention_pytorch(q, q, q, 2, transformer_options=options)
+        assert "SDPA flash" in made.record.used
+        every.clear()
+
+
+def attention_options(attention: ModuleType, wanted: str) -> dict[str, Any]:
+    """transformer_options with a chain, and under "made" what is in it."""
+    options: dict[str, Any] = {}
+    made = attention.Attention(wanted)
+    attention.attention_override.put(options, attention.attention_override.BACKEND, made)
+    return {**options, "made": made}
+
+
 # ------------------------------------------------------------------------------ auto
 def test_auto_takes_the_fastest_that_is_clearly_faster(parts) -> None:
     fastest = parts.attention_health.fastest
-    assert fastest({"ComfyUI's own": 1.0, "a": 0.97, "b": 2.0}) == "ComfyUI's own"
-    assert fastest({"ComfyUI's own": 1.0, "a": 0.9, "b": 0.5}) == "b"
-    assert fastest({"ComfyUI's own": float("inf"), "a": 0.9}) == "a"
+    assert fastest({"own": 1.0, "a": 0.97, "b": 2.0}, "own") == "own"
+    assert fastest({"own": 1.0, "a": 0.9, "b": 0.5}, "own") == "b"
+    assert fastest({"a": 0.9}, "own") == "a"  # ComfyUI's own failed
+    assert fastest({}, "own") == "own"
 
 
 def timed(parts: SimpleNamespace, monkeypatch, seconds: dict[str, float]) -> list[str]:
@@ -452,10 +639,10 @@ def timed(parts: SimpleNamespace, monkeypatch, seconds: dict[str, float]) -> lis
     module = parts.attention_health
     whole = module._measure
 
-    def measure(calls: dict[str, Any]) -> dict[str, float]:
+    def measure(calls: dict[str, Any], device: torch.device) -> Any:
         every.extend(calls)
-        assert whole(calls).keys() == calls.keys()  # they do run
-        return {name: seconds.get(name, 1.0) for name in calls}
+        assert whole(calls, device).seconds.keys() == calls.keys()  # they do run
+        return module.Times({name: seconds.get(name, 1.0) for name in calls})
 
     monkeypatch.setattr(module, "_measure", measure)
     return every
@@ -464,18 +651,20 @@ def timed(parts: SimpleNamespace, monkeypatch, seconds: dict[str, float]) -> lis
 def test_auto_times_what_is_healthy_once(attention, model, parts, monkeypatch, backend) -> None:
     backend(broken_nan, "broken")
     backend(sdpa, "quantised one", quantised=0.1)
-    every = timed(parts, monkeypatch, {"split": 0.5, "quantised one": 0.1, "broken": 0.01})
+    known = {"SDPA flash": 0.5, "quantised one": 0.1, "broken": 0.01}
+    every = timed(parts, monkeypatch, known)
     clone, made = patched(attention, model, "auto")
     close(sample(clone), sample(model))
-    assert set(every) == set(ON_A_CPU) and list(made.record.used) == ["split"]
+    assert every == IN_AUTO and list(made.record.used) == ["SDPA flash"]
     assert made.record.line().startswith(
-        "auto: split (exact up to rounding) · at 512 keys: split 500 ms, "
+        "auto: SDPA flash (exact up to rounding) · at 512 keys, batch 2: "
+        "SDPA flash 500 ms, ComfyUI's own 1e+03 ms · error in the self-test: "
     )
     sample(clone)  # nothing more to time
-    assert len(every) == len(ON_A_CPU)
+    assert every == IN_AUTO
     clone, made = patched(attention, model, "auto, also quantised")
     close(sample(clone), sample(model))
-    assert every[len(ON_A_CPU) :] == ["quantised one"]
+    assert every == [*IN_AUTO, "quantised one"]
     assert list(made.record.used) == ["quantised one"]
     assert made.record.exactness() == "approximate"
 
@@ -504,15 +693,51 @@ def test_auto_without_memory_to_try_is_comfyui_s_own(attention, model, monkeypat
     assert made.record.times and not made.record.notes
 
 
-def test_a_candidate_without_memory_is_out(parts, attention, model, backend) -> None:
-    def act(call: int) -> None:
-        raise torch.OutOfMemoryError("injected by a test")
+@pytest.mark.parametrize(
+    ("error", "why", "lasts"),
+    [
+        (torch.OutOfMemoryError, "out of memory when it was timed", False),
+        (RuntimeError, "RuntimeError: too long", True),
+    ],
+    ids=["memory", "error"],
+)
+def test_a_candidate_that_fails_when_it_is_timed_is_told(
+    attention, model, backend, error, why, lasts
+) -> None:
+    """Out of memory may be over in the next run; the rest is remembered, and told again."""
 
-    backend(Counted(act))
+    def act(call: int) -> None:
+        if call == 1:
+            raise error("too long")
+
+    counted = Counted(act)
+    backend(counted)
     clone, made = patched(attention, model, "auto")
     close(sample(clone), sample(model))
-    (times,) = made.record.times.values()
-    assert times["made up"] == float("inf") and "made up" not in made.record.line()
+    note = f"made up: {why}. Not used"
+    assert list(made.record.notes) == [note] and counted.calls == 1
+    facts = json.loads(json.dumps(made.record.facts(), allow_nan=False))
+    (times,) = facts["milliseconds"]
+    assert times["made up"] is None and times["not_timed"] == {"made up": why}
+    assert times["chosen"] in made.record.used and times["ComfyUI's own"] > 0
+    sample(clone)
+    assert (counted.calls == 1) == lasts and list(made.record.notes) == [note] * lasts
+
+
+def test_kinds_of_calls_have_times_of_their_own(attention) -> None:
+    """Another number of queries than of keys; and with a mask."""
+    options = attention_options(attention, "auto")
+    made = options.pop("made")
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    q, k = random(1, 30, 64), random(1, 77, 64, seed=2)
+    hidden = torch.zeros(1, 1, 77)
+    hidden[..., 60:] = torch.finfo(hidden.dtype).min
+    for mask in (None, hidden):
+        attention_pytorch(q, k, k, 2, mask=mask, transformer_options=options)
+    line = made.record.line()
+    assert " · at 32 queries, 128 keys: " in line
+    assert " · at 32 queries, 128 keys, hidden keys: " in line
 
 
 def test_what_a_model_wants_precise_is_not_quantised(attention, parts, backend) -> None:
@@ -558,6 +783,41 @@ def test_a_model_with_attention_of_its_own_is_told(attention, model) -> None:
     clone.add_wrapper_with_key("diffusion_model", "own", lambda run, x, *a, **k: x * 0.5)
     sample(clone)
     assert list(made.record.notes) == [attention.NOT_ASKED]
+
+
+def test_one_that_answers_some_calls_itself_is_told(attention, model) -> None:
+    calls = []
+
+    def every_other(function: Any, *args: Any, **more: Any) -> Tensor:
+        calls.append(1)
+        return stock_attention(*args, **more) if len(calls) % 2 else function(*args, **more)
+
+    before = model.clone()
+    before.model_options["transformer_options"]["optimized_attention_override"] = every_other
+    clone, made = patched(attention, before, "split")
+    sample(clone)
+    assert (made.record.calls, len(calls)) == (CALLS // 2, CALLS)
+    assert list(made.record.notes) == [
+        "another node before this one computed 2 of 4 attention calls by itself"
+    ]
+
+
+def stock_attention(*args: Any, **more: Any) -> Tensor:
+    """ComfyUI's, whatever stands in its slot."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    return attention_pytorch(*args, **more)
+
+
+def test_a_second_choice_counts_beyond_an_override_that_holds_the_first(attention, model) -> None:
+    clone, first = patched(attention, model, "split")
+    slot = clone.model_options["transformer_options"]
+    before = slot["optimized_attention_override"]
+    slot["optimized_attention_override"] = lambda f, *a, **k: before(f, *a, **k)
+    again, second = patched(attention, clone, "sub-quadratic")
+    sample(again)
+    assert (first.record.calls, second.record.calls) == (0, CALLS)
+    assert not second.record.notes
 
 
 def test_a_second_choice_replaces_the_first(attention, model) -> None:
