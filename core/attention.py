@@ -14,7 +14,6 @@ no kernel with what runs on a GPU.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -246,15 +245,17 @@ def _what_is_wrong(found: Tensor, case: Case, allowed: float) -> str:
 
 
 # ------------------------------------------------------------------------------ time
-def median_seconds(
+def best_seconds(
     call: Callable[[], Tensor],
     repeats: int = 3,
     budget: float = 0.5,
     enough: float = math.inf,
     compiles: bool = True,
 ) -> float:
-    """Median time of a call, after one that warms up. Stops early once `budget` seconds went, and
-    after a call that took more than `enough`: that is too slow, however often it is repeated.
+    """Shortest time of a call, after one that warms up: what else the machine does only adds to it.
+
+    Stops early once `budget` seconds went, and after a call that took more than `enough`: that is
+    too slow, however often it is repeated.
 
     compiles: the first call may do more than the others, and its time says nothing; else a slow
     one is the last.
@@ -265,7 +266,7 @@ def median_seconds(
     taken: list[float] = []
     while len(taken) < repeats and sum(taken) < budget and max(taken, default=0.0) <= enough:
         taken.append(_seconds(call))
-    return statistics.median(taken)
+    return min(taken)
 
 
 def _seconds(call: Callable[[], Tensor]) -> float:

@@ -115,7 +115,7 @@ def _pack4(tensor: Tensor, parts: Sequence[Tensor]) -> None:
     scales.copy_(numbers.gather(-1, furthest).div_(-8))
     scale = scales.float()  # as it was rounded
     scale = torch.where(scale.abs() < TINY, TINY, scale)
-    scales.copy_(scale)
+    scales.copy_(torch.where(scale.isfinite(), scale, math.nan))  # what bounds do not hide
     low, high = numbers.div_(scale).round_().clamp_(-8, 7).to(torch.int8).chunk(2, -1)
     torch.bitwise_or(low & 15, high << 4, out=packed)
 
@@ -130,6 +130,8 @@ def _unpack4(parts: Sequence[Tensor], out: Tensor) -> None:
     torch.mul(packed >> 4, scales, out=halves[..., 1, :])
     if rotation is not None:
         out.copy_(numbers @ rotation)
+    if out.dtype == torch.float16:  # the error of a number next to the largest makes it infinite
+        out.clamp_(-torch.finfo(out.dtype).max, torch.finfo(out.dtype).max)
 
 
 _PLAIN = torch.contiguous_format

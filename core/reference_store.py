@@ -129,6 +129,11 @@ class KVStore:
             held["gpu"] += self._ring.nbytes
         return held
 
+    def unstage(self) -> None:
+        """Let go of what lies on the GPU beside a store in RAM: no pass is under way."""
+        if self._ring is not None:
+            self._ring.drop()
+
     def release(self) -> None:
         """Empty again."""
         self._blocks.clear()
@@ -148,7 +153,7 @@ class KVStore:
 
     def _drop(self, block: int) -> None:
         if self._ring is not None:
-            self._ring.drop()
+            self._ring.drop(wait=True)
         self._memory.give_back(self._blocks.pop(block).buffer)
 
     def _pack(self, entry: _Block, buffer: Tensor, key: Tensor, value: Tensor) -> None:
@@ -164,7 +169,7 @@ class KVStore:
             self._read(entry, staged, key, value)
         following = min((other for other in self._blocks if other > block), default=None)
         if following is None:
-            self._ring.drop()  # between two passes nothing is staged
+            self._ring.drop()  # it was the last one that is read in a pass
         else:
             self._ring.fetch(following, self._blocks[following].buffer)
 

@@ -19,7 +19,7 @@ import torch
 from comfy.model_management import InterruptProcessingException
 from torch import Tensor
 
-from ..core.attention import BIAS, Verdict, examine, mask_aware, median_seconds, tolerance
+from ..core.attention import BIAS, Verdict, best_seconds, examine, mask_aware, tolerance
 from .attention_backends import AS_COMFYUI, BACKENDS, Backend
 
 log = logging.getLogger("qwen_vram")
@@ -204,7 +204,7 @@ def _measure(calls: dict[str, Callable[[], Tensor]], device: torch.device) -> Ti
         enough = FAR_SLOWER * min(found.seconds.values(), default=math.inf)
         try:
             compiles = device.type != "cpu"
-            found.seconds[name] = median_seconds(call, enough=enough, compiles=compiles)
+            found.seconds[name] = best_seconds(call, enough=enough, compiles=compiles)
         except Exception as error:
             if isinstance(error, InterruptProcessingException):
                 raise

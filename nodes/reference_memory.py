@@ -40,6 +40,11 @@ NO_RAM = (
     "no room for the reference cache in RAM: it takes {need}, and {ram} are free. Set store_place "
     "to gpu or auto, or store_format to a smaller one."
 )
+NO_RAM_ALONE = (
+    "no room for the reference cache: it takes {need}, and {ram} of RAM are free, where the model "
+    "runs, too{most}. A smaller store_format, or fewer or smaller references, take less."
+)
+A_THIRD = "; auto takes a third of it at most"
 TIGHT = (
     "the reference cache takes {need} of the GPU, where {gpu} are to spare beside the weights: "
     "some of these are streamed from RAM"
@@ -176,7 +181,8 @@ def place_for(
     ram = mm.get_free_memory(torch.device("cpu"))
     if device.type == "cpu":
         if need * (SHARE if wanted == "auto" else 1) > ram:
-            return "", NO_RAM.format(need=size_text(need), ram=size_text(ram))
+            sizes = {"need": size_text(need), "ram": size_text(ram)}
+            return "", NO_RAM_ALONE.format(**sizes, most=A_THIRD if wanted == "auto" else "")
         return "ram", ONE_MEMORY if wanted == "gpu" else ""
     room = _room(model, device) - activations
     return _choose(wanted, need, room, room - model.model_size(), ram, device.type == "mps")

@@ -163,7 +163,13 @@ class Run:
         # A pass that only reuses writes nothing: one that fails is repeated with the same.
         slot.dirty = any(not group.reuse or group.threshold is not None for group in groups)
         seen = Seen()
-        output = token_reuse.forward(executor, arguments, options, groups, more, self.causal, seen)
+        try:
+            output = token_reuse.forward(
+                executor, arguments, options, groups, more, self.causal, seen
+            )
+        finally:
+            for group in groups:  # also where memory ran out: what lies in RAM is to stay
+                group.store.unstage()
         if not seen.blocks:  # EasyCache skipped the model
             slot.dirty = False
             return output

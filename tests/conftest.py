@@ -8,7 +8,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -111,6 +111,16 @@ def host(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ho
     from pack.tests.host import Host
 
     yield Host(comfyui, tmp_path_factory.mktemp("base"), ROOT)
+
+
+@pytest.fixture(scope="session")
+def fresh_pictures(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """What a process that has run nothing else makes of reference_cases.py. It takes a while:
+    tests that come before those that need it ask for it, so that nobody waits."""
+    from pack.tests.nodes.reference_cases import fresh_process
+
+    with fresh_process(comfyui, tmp_path_factory.mktemp("fresh"), ROOT) as read:
+        yield read
 
 
 @pytest.fixture

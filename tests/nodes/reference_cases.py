@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +13,17 @@ import numpy as np
 import torch
 from pack.tests.graphs import CLIP, LORA, UNET, VAE, encode, loader, node
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+START = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import conftest
+from pack.tests.nodes.reference_cases import write_expected
+write_expected(*map(Path, sys.argv[2:]))
+"""
 PICTURES = ("first.png", "second.png")
 SAMPLERS = ("sampler", "second")  # nodes whose latents are compared
 SETTINGS = {
@@ -84,6 +96,19 @@ def sampler(model: str, name: str = "", latent: str = "latent", **inputs: Any) -
     return node("KSampler", model=[model, 0], latent_image=[latent, 0], **wires, **options)
 
 
+def masked(**settings: Any) -> dict[str, Any]:
+    """An edit of the upper half of its picture. With `region`, the lower one is left out of steps
+    2 and 4."""
+    made = graph(**settings)
+    made["whole"] = node("SolidMask", value=0.0, width=64, height=64)
+    made["half"] = node("SolidMask", value=1.0, width=64, height=32)
+    joined = {"destination": ["whole", 0], "source": ["half", 0]}
+    made["mask"] = node("MaskComposite", **joined, x=0, y=0, operation="add")
+    made["masked"] = node("SetLatentNoiseMask", samples=["latent", 0], mask=["mask", 0])
+    made["sampler"] = sampler("cache", latent="masked", seed=1, sampler_name="euler")
+    return made
+
+
 def two_samplers() -> dict[str, Any]:
     """Of one model in one graph, with other texts and seeds."""
     made = {**graph(seed=3), **sides("make it red", "other ")}
@@ -130,6 +155,8 @@ CASES = {
     "two calls a step": graph(sampler_name="heun"),
     "another format": graph(store_format="int4"),
     "an area": area(),
+    "a mask": masked(),
+    "a region": masked(region=True, region_margin=0, region_threshold=9.0),
     "causal": graph(causal=True),
     "causal, and another picture": graph(picture=PICTURES[1], causal=True),
     "causal, and one more picture": graph(more=PICTURES[1], causal=True),
@@ -148,6 +175,31 @@ def write_pictures(base: Path) -> None:
 def latents(run: Any) -> dict[str, Tensor]:
     """What the samplers of a graph made, by their nodes."""
     return {name: run.outputs[name][0][0]["samples"] for name in SAMPLERS if name in run.outputs}
+
+
+@contextmanager
+def fresh_process(
+    comfyui: Path, base: Path, pack: Path
+) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """Begins at once, beside other tests; to ask for its latents waits for its end."""
+    arguments = [str(path) for path in (pack / "tests", comfyui, base, pack)]
+    found: dict[str, Tensor] = {}
+    with (base / "log.txt").open("w+") as log:
+        command = [sys.executable, "-c", START, *arguments]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=base)
+
+        def read() -> dict[str, Tensor]:
+            if not found:
+                code = process.wait(timeout=120)
+                assert code == 0, (base / "log.txt").read_text()[-3000:]
+                found.update(load_file(base / "expected.safetensors"))
+            return found
+
+        try:
+            yield read
+        finally:
+            process.kill()
+            process.wait()
 
 
 def write_expected(comfyui: Path, base: Path, pack: Path) -> None:

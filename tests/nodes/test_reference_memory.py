@@ -189,6 +189,10 @@ def test_on_the_cpu_it_is_ram_and_on_apples_there_is_one_memory(card: Card) -> N
     assert card.place("auto", 3, CPU) == ("ram", "") and card.place("auto", 3.1, CPU)[0] == ""
     place, why = card.place("gpu", 8, CPU)
     assert place == "ram" and "runs in RAM" in why
+    for wanted in ("auto", "gpu", "ram"):  # no other place would have room
+        place, why = card.place(wanted, 10, CPU)
+        assert place == "" and "Set store_place" not in why and "A smaller store_format" in why
+        assert ("a third" in why) == (wanted == "auto")
     card.free, card.ram = 16 * GB, 64 * GB
     assert card.place("auto", 5, MPS)[0] == "" and card.place("auto", 0.8, MPS) == ("gpu", "")
 

@@ -8,57 +8,27 @@ from __future__ import annotations
 
 import gc
 import itertools
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from pack.tests.conftest import ROOT
 from pack.tests.host import RunError
 from pack.tests.nodes.faults import transformer
 from pack.tests.nodes.reference_cases import CASES, latents, write_pictures
-from safetensors.torch import load_file
 from torch import Tensor
 
-START = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import conftest
-from pack.tests.nodes.reference_cases import write_expected
-write_expected(*map(Path, sys.argv[2:]))
-"""
 OTHERS = [name for name in CASES if name != "as it is"]
 PASS_OF_STEP_3 = 5  # two sides of CFG each: in step 2 and 3 references are reused
 
 
 @pytest.fixture(scope="module")
-def expected(comfyui: Path, tmp_path_factory: Any) -> Iterator[Callable[[], dict[str, Tensor]]]:
-    """What a fresh process makes of every case; it runs beside the first test."""
-    base = tmp_path_factory.mktemp("fresh")
-    arguments = [str(path) for path in (ROOT / "tests", comfyui, base, ROOT)]
-    log = (base / "log.txt").open("w+")
-    command = [sys.executable, "-c", START, *arguments]
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=base)
-    found: dict[str, Tensor] = {}
-
-    def read() -> dict[str, Tensor]:
-        if not found:
-            code = process.wait(timeout=120)
-            assert code == 0, (base / "log.txt").read_text()[-3000:]
-            found.update(load_file(base / "expected.safetensors"))
-        return found
-
-    yield read
-    process.kill()
-    process.wait()
-    log.close()
+def expected(fresh_pictures: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+    """What a fresh process makes of every case."""
+    return fresh_pictures
 
 
 class Watch:

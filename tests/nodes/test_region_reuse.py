@@ -14,9 +14,10 @@ from pack.demo.animals import Scene, draw
 from pack.demo.edit_graph import edit_graph
 from pack.tests.graphs import UNET, node
 from pack.tests.host import Host
-from pack.tests.nodes.slicing_models import SIDES, conditioning, random
+from pack.tests.nodes.slicing_models import conditioning, random
 from torch import Tensor
 
+SIDES = (28, 24)  # latent pixels
 REFERENCES = [random(1, 16, 1, 12, 10, seed=3), random(1, 16, 1, 8, 16, seed=4)]
 INSIDE = (slice(4, 14), slice(6, 20))  # of SIDES, in latent pixels
 ALWAYS = 1e9  # a threshold that everything is below
