@@ -36,8 +36,8 @@ def when_to_refresh() -> list[io.Input]:
             default=AUTO,
             tooltip=(
                 "When the reference pictures are computed again. auto: as suits the model and "
-                "the number of steps. first step: once. every n steps: see refresh_every. when "
-                "drifted: see drift_threshold."
+                "the number of steps. first step: once; the fastest, and the least exact. every n "
+                "steps: see refresh_every. when drifted: see drift_threshold."
             ),
         ),
         io.Int.Input(
@@ -91,7 +91,8 @@ def how_and_where_to_keep() -> list[io.Input]:
             default="auto",
             tooltip=(
                 "Where they are kept. gpu: in VRAM. ram: in the computer's memory, and "
-                "fetched block by block. auto: in VRAM where enough is free."
+                "fetched block by block. auto: in VRAM beside the whole model, or else in RAM, or "
+                "in the place of some weights."
             ),
         ),
     ]
