@@ -156,7 +156,9 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "kind", "reason"), BROKEN, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+    ("backend", "kind", "reason"), BROKEN, ids=lambda x: getattr(x, "__name__", str(x))[:40]
+)
 @pytest.mark.parametrize("allowed", [0.0, 0.12], ids=["exact", "quantised"])
 def test_a_broken_backend_is_found(backend, kind: str, reason: str, allowed: float) -> None:
     found = examine(backend, CPU, torch.bfloat16, 64, kind, allowed)
