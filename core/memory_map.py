@@ -32,6 +32,7 @@ OTHER_COLOURS = {
     "pack": "#7C5BB0",
     "stream_buffers": "#5D6FB8",
     "cast_buffers": "#5D6FB8",
+    "reference_cache": "#A64D79",
     "outputs": "#B07C5B",
     "unexplained": "#D64545",
     "smaller": "#8C8C8C",

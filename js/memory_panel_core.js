@@ -78,6 +78,7 @@ const WORDS = {
       other_processes: "其他进程", pack: "Qwen VRAM 的提示词缓存", context: "CUDA 上下文和库",
       others_at_start: "其他进程和驱动（ComfyUI 启动时）", outputs: "节点保留的结果",
       stream_buffers: "权重传输缓冲区（动态显存）", cast_buffers: "权重传输缓冲区",
+      reference_cache: "Qwen VRAM 的参考图缓存",
       allocator_live: "节点的张量", allocator_split: "分配器：碎片", allocator_cache: "分配器：缓存",
       process: "ComfyUI 的其余部分", rest: "其他进程、驱动和未能解释的部分",
       unknown: "空闲，或被其他程序占用（无法测量）", unexplained: "未能解释", free: "空闲",
@@ -163,7 +164,7 @@ const MODEL_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#
 const COLOURS = {
   other_processes: "#7A7A7A", rest: "#7A7A7A", others_at_start: "#7A7A7A", unknown: "#7A7A7A", process: "#A58F7A",
   context: "#9C9CB4", allocator_live: "#3E7C7B", allocator_split: "#C9B458", allocator_cache: "#8FB3B2", pack: "#7C5BB0",
-  stream_buffers: "#5D6FB8", cast_buffers: "#5D6FB8", outputs: "#B07C5B", unexplained: null, free: null, // drawn by their class
+  stream_buffers: "#5D6FB8", cast_buffers: "#5D6FB8", reference_cache: "#A64D79", outputs: "#B07C5B", unexplained: null, free: null, // drawn by their class
 };
 
 /** Gives every part its colour, one that is not in the table the next of a model. */

@@ -92,6 +92,6 @@ def test_a_latent_without_sides_is_made_no_smaller(host, model, what: str) -> No
 
 
 def test_tokens_of_latents_without_sides(host) -> None:
-    tokens = host.part("nodes.workload")._tokens
+    tokens = host.part("nodes.workload").tokens_of
     shapes = [(1, 64, 100), (1, 1, 5000), (2, 8), (1, 16, 4, 6), (1, 16, 3, 5, 4)]
     assert [tokens(torch.empty(shape, device="meta")) for shape in shapes] == [100, 5000, 1, 6, 18]

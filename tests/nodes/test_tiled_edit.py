@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -145,19 +144,6 @@ def test_one_tile_is_the_plain_chain_bit_for_bit(host, mode, guide, denoise) -> 
 
 
 # --------------------------------------------------------------------------------- any picture
-@pytest.fixture(scope="module", autouse=True)
-def forgotten(host: Host) -> Iterator[None]:
-    """Afterwards the host knows no model of these tests. Clones that failed on purpose end in a
-    cycle with their error; ComfyUI then keeps a dead entry for a model that still lives."""
-    from comfy import model_management
-
-    yield
-    host.executor.reset()
-    model_management.unload_all_models()
-    loaded = model_management.current_loaded_models
-    loaded[:] = [entry for entry in loaded if not entry.is_dead()]
-
-
 @pytest.fixture
 def hand_over(host, monkeypatch):
     """Make a graph whose picture, and inputs by name, are objects of the test.

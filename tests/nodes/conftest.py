@@ -1,0 +1,21 @@
+"""What holds for every module of tests that run in ComfyUI's process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from pack.tests.host import Host
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten(host: Host) -> Iterator[None]:
+    """Afterwards the host knows no model of the module's tests. Clones that failed on purpose end
+    in a cycle with their error; ComfyUI then keeps a dead entry for a model that still lives."""
+    from comfy import model_management
+
+    yield
+    host.executor.reset()
+    model_management.unload_all_models()
+    loaded = model_management.current_loaded_models
+    loaded[:] = [entry for entry in loaded if not entry.is_dead()]
