@@ -2,7 +2,7 @@
 
 The defaults of *auto* come from measurements on the embedded model, as PSNR of the picture against
 every step in full (benchmarks/RESULTS.md). Full steps are evenly spaced. With one reference that is
-modulated by timestep zero (2511), fewer that lie late, where sigma falls fast, were 3 dB better;
+modulated by timestep zero (2511), as many that lie late, where sigma falls fast, were 3 dB better;
 with two references they were 6 dB worse. References that are modulated by the step's own time
 (2509) drift from each step to the next, and need one full step more.
 """

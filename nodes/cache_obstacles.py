@@ -15,7 +15,6 @@ from .slicing import compiled
 from .token_reuse import BLOCK, is_stock
 from .transformer_options import Options, part_of
 
-KV_CACHE = "KV_Attn_Input"  # the class in ComfyUI's Flux KV Cache, which cannot be imported
 PATCHES = ("attn1_patch", "double_block", "post_input")  # those that this model calls
 Conds = dict[str, list[dict[str, Any]]]
 
@@ -96,7 +95,7 @@ def _patched(options: Options) -> str:
     """What of other nodes is in the blocks."""
     patches = options.get("patches", {})
     found = [(kind, patch) for kind in PATCHES for patch in patches.get(kind) or ()]
-    if any(type(patch).__name__ == KV_CACHE for _, patch in found):
+    if any(type(patch).__name__ == foreign.KV_CACHE for _, patch in found):
         return FLUX_CACHE
     if found:
         names = dict.fromkeys(

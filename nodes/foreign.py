@@ -11,6 +11,7 @@ from comfy.patcher_extension import WrappersMP
 CACHE = "easycache"  # in transformer_options: the state of ComfyUI's EasyCache and LazyCache
 KNOWN = (CACHE, "lazycache", "torch.compile")  # keys of ComfyUI's wrappers
 OWN = "qwen_vram."  # what keys of this pack begin with
+KV_CACHE = "KV_Attn_Input"  # the class in ComfyUI's Flux KV Cache, which cannot be imported
 AROUND_A_PASS = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
 AROUND_A_CALCULATION = (WrappersMP.CALC_COND_BATCH, *AROUND_A_PASS)
 AROUND_A_STEP = (WrappersMP.PREDICT_NOISE, *AROUND_A_CALCULATION)

@@ -32,7 +32,6 @@ log = logging.getLogger("qwen_vram")
 
 KEY = "qwen_vram.tiled_diffusion"
 KINDS = (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING, WrappersMP.CALC_COND_BATCH)
-KV_CACHE = "KV_Attn_Input"  # the class in ComfyUI's Flux KV Cache, which cannot be imported
 REMEMBERS = (
     "Tiled Diffusion: {} keeps what the model computed in one forward pass for the next one, which "
     "is another tile. Take that node out, or make tile_size larger than the picture."
@@ -62,7 +61,7 @@ def _require_no_memory(inner: dict[str, Any]) -> None:
     if foreign.cached(inner):
         raise ValueError(REMEMBERS.format("EasyCache"))
     every = (patch for kind in inner.get("patches", {}).values() for patch in kind)
-    if any(type(patch).__name__ == KV_CACHE for patch in every):
+    if any(type(patch).__name__ == foreign.KV_CACHE for patch in every):
         raise ValueError(REMEMBERS.format("Flux KV Cache"))
 
 
