@@ -54,10 +54,28 @@ def with_scales(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return scaled
 
 
+def wan_vae() -> torch.nn.Module:
+    """Of the published sizes."""
+    import comfy.ldm.wan.vae as vae
+
+    return vae.WanVAE(
+        dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
+        temperal_downsample=[False, True, True], dropout=0.0,
+    )  # fmt: skip
+
+
+def write_vae(path: Path) -> None:
+    """The VAE alone."""
+    with torch.device("meta"):
+        shapes = shapes_of(wan_vae())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    save_file(random_weights(shapes, torch.bfloat16, device), path)
+
+
 def write_all(models: Path, layers: int = LAYERS) -> None:
     """Write the files that are not there yet; a short transformer gets no text encoder."""
     import comfy.ldm.qwen_image.model as transformer
-    import comfy.ldm.wan.vae as vae
     import comfy.ops
     from comfy.text_encoders import llama
 
@@ -69,10 +87,7 @@ def write_all(models: Path, layers: int = LAYERS) -> None:
             num_layers=layers, dtype=torch.bfloat16, device="meta", operations=operations
         )
         text = llama.Qwen25_7BVLI({}, torch.bfloat16, "meta", operations)
-        wan = vae.WanVAE(
-            dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
-            temperal_downsample=[False, True, True], dropout=0.0,
-        )  # fmt: skip
+        wan = wan_vae()
     fp8 = torch.float8_e4m3fn
     for name, module, dtype in (
         (TRANSFORMER, dit, fp8),

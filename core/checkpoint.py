@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .shards import shards_of
+
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 
@@ -28,17 +30,21 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Tensor:
-    """dtype as safetensors spells it, and the shape."""
+    """dtype as safetensors spells it, the shape, and where its bytes lie."""
 
     dtype: str
     shape: tuple[int, ...]
+    # Where its bytes lie: the shard ("" for the header's own file), and from which byte on.
+    path: str = field(default="", compare=False)
+    start: int = field(default=0, compare=False)
+    bytes: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
 class Header:
-    """The table of contents of a safetensors file."""
+    """The table of contents of a safetensors file, or of all shards of a model."""
 
-    path: str
+    path: str  # of the first shard
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -48,6 +54,10 @@ class Header:
             if name in self.tensors:
                 return self.tensors[name].shape
         raise CheckpointError(f"{_name(self.path)} lacks the tensor {names[0]}.")
+
+    def paths(self) -> list[str]:
+        """The files that it speaks of."""
+        return sorted({tensor.path or self.path for tensor in self.tensors.values()})
 
     def count(self, prefix: str) -> int:
         """How many numbered blocks follow `prefix`."""
@@ -72,7 +82,37 @@ def _name(path: str) -> str:
 
 
 def read_header(path: str) -> Header:
-    """Read and check the header; the weights stay on disk. Raises CheckpointError, OSError."""
+    """Read and check the header; the weights stay on disk. Raises CheckpointError, OSError.
+
+    Of a shard: the headers of all shards as one.
+    """
+    paths = shards_of(path)
+    for shard in paths if len(paths) > 1 else ():
+        if not os.path.isfile(shard):
+            raise CheckpointError(
+                f"{_name(path)} is one of {len(paths)} files of a model, and {_name(shard)} is "
+                "not beside it; download that one too."
+            )
+    headers = [_read_one(shard) for shard in paths]
+    tensors = {usual_name(k): t for header in headers for k, t in header.tensors.items()}
+    metadata = {k: v for header in reversed(headers) for k, v in header.metadata.items()}
+    return Header(paths[0], {k: t for k, t in tensors.items() if k}, metadata)
+
+
+def usual_name(name: str) -> str:
+    """A tensor's name as ComfyUI has it; "" for what its text encoder has no use for.
+
+    Newer versions of transformers put one more word before the parts of Qwen2.5-VL.
+    """
+    if name.startswith("lm_head."):
+        return ""
+    for theirs, ours in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+        if name.startswith(theirs):
+            return ours + name[len(theirs) :]
+    return name
+
+
+def _read_one(path: str) -> Header:
     if not path.lower().endswith(SAFETENSORS_SUFFIXES):
         raise CheckpointError(
             f"{_name(path)} is not a .safetensors file; convert it, "
@@ -115,13 +155,18 @@ def parse_header(
             raise ValueError("it ends within its own header")
         table = json.loads(raw)
         metadata = table.pop("__metadata__", {})
-        tensors = {name: Tensor(t["dtype"], tuple(t["shape"])) for name, t in table.items()}
+        tensors = {name: _tensor(path, 8 + length, t) for name, t in table.items()}
         end = max((t["data_offsets"][1] for t in table.values()), default=0)
         return tensors, {str(k): str(v) for k, v in metadata.items()}, int(end)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{_name(path)} is not a readable safetensors file ({error}); download it again."
         ) from error
+
+
+def _tensor(path: str, base: int, row: dict[str, Any]) -> Tensor:
+    start, end = row["data_offsets"]
+    return Tensor(row["dtype"], tuple(row["shape"]), path, base + start, end - start)
 
 
 def _any(tensors: Iterable[str], *parts: str) -> bool:
@@ -226,7 +271,7 @@ def text_encoder_config(header: Header) -> dict[str, Any]:
     config: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
-        "intermediate_size": header.shape(f"{layer}mlp.gate_proj.weight")[0],
+        "intermediate_size": _outputs(header, f"{layer}mlp.gate_proj.weight", hidden),
         "num_hidden_layers": header.count("model.layers."),
         "num_attention_heads": header.shape(f"{layer}self_attn.q_proj.bias")[0] // TEXT_HEAD_DIM,
         "num_key_value_heads": header.shape(f"{layer}self_attn.k_proj.bias")[0] // TEXT_HEAD_DIM,
@@ -234,6 +279,12 @@ def text_encoder_config(header: Header) -> dict[str, Any]:
     if header.count("visual.blocks."):
         config["vision"] = _vision_config(header)
     return config
+
+
+def _outputs(header: Header, weight: str, inputs: int) -> int:
+    """Rows of a weight; bitsandbytes packs two 4-bit weights into a byte and drops the shape."""
+    shape = header.shape(weight)
+    return 2 * shape[0] // inputs if shape[1:] == (1,) else shape[0]
 
 
 def _token_table(header: Header) -> tuple[int, ...]:

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .shards import shards_of
+
 MAX_FILES_IN_DIRECTORY = 2000
 
 
@@ -50,7 +52,10 @@ def identify(path: str | os.PathLike[str]) -> list[FileIdentity]:
 
 
 def _companions(path: Path) -> list[FileIdentity]:
-    """Files that a loader opens beside the named one: GGUF encoders come with an mmproj file."""
+    """Files that a loader opens beside the named one: shards; GGUF encoders come with an mmproj."""
+    shards = [Path(p) for p in shards_of(str(path)) if Path(p) != path and os.path.isfile(p)]
+    if shards:
+        return [FileIdentity.of(p) for p in shards]
     if path.suffix.lower() != ".gguf":
         return []
     beside = sorted(path.parent.glob("*.gguf"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from .embedded import TEXT_ENCODER, TRANSFORMER, VAE
 from .environment import ROOT
 
+Options = Callable[[], dict[str, Any]]
 SHIFT = 3.1  # of ModelSamplingAuraFlow, as the official workflows set it
 
 
@@ -58,22 +60,26 @@ def _architectures() -> Any:
     )
     if spec is None:
         raise ImportError(f"{ROOT} holds no ComfyUI pack.")
-    sys.modules["qwen_vram_pack"] = importlib.util.module_from_spec(spec)
+    if "qwen_vram_pack" not in sys.modules:  # its layouts are known to ComfyUI by their classes
+        sys.modules["qwen_vram_pack"] = importlib.util.module_from_spec(spec)
     return importlib.import_module("qwen_vram_pack.nodes.architectures")
 
 
 class Artist:
     """The embedded model, ready to draw; call `import_comfyui` first."""
 
-    def __init__(self, models: Path) -> None:
+    def __init__(
+        self, models: Path, transformer: Options = dict, text_encoder: Options = dict
+    ) -> None:
+        """The options are those of nodes/architectures.py, asked for once it can be imported."""
         import nodes
         from comfy_extras import nodes_edit_model, nodes_model_advanced, nodes_qwen, nodes_sd3
 
         pack = _architectures()
-        transformer = pack.load_transformer(str(models / TRANSFORMER), {})
+        loaded = pack.load_transformer(str(models / TRANSFORMER), transformer())
         sampling = nodes_model_advanced.ModelSamplingAuraFlow()
-        self.model = sampling.patch_aura(transformer, SHIFT)[0]
-        self.clip = pack.load_text_encoder(str(models / TEXT_ENCODER), {})
+        self.model = sampling.patch_aura(loaded, SHIFT)[0]
+        self.clip = pack.load_text_encoder(str(models / TEXT_ENCODER), text_encoder())
         self.vae = pack.load_vae(str(models / VAE), None, "default")
         self.nodes, self.empty = nodes, nodes_sd3.EmptySD3LatentImage
         self.encode_edit = nodes_qwen.TextEncodeQwenImageEditPlus

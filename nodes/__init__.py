@@ -20,6 +20,7 @@ from . import (
     report,
     routes,
     sampler,
+    save_quantized,
     tiled_diffusion,
     tiled_edit,
     tiling,
@@ -40,6 +41,7 @@ NODES += tiling.NODES
 NODES += attention.NODES
 NODES += reference_cache.NODES
 NODES += early_exit.NODES
+NODES += save_quantized.NODES
 
 
 async def start() -> None:

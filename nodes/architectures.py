@@ -6,8 +6,10 @@ ordinary constructor arguments and hooks, so one path serves the 20 B checkpoint
 
 from __future__ import annotations
 
+import logging
 from typing import Any, TypeVar
 
+import comfy.hooks
 import comfy.model_detection
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -25,6 +27,12 @@ from comfy.text_encoders.hunyuan_video import llama_detect
 from ..core import checkpoint
 from ..core.shared import Loaded
 from ..core.sign_codes import sign_codes
+from . import finite_check
+from .quantized_loading import Weights, inputs_of, naming_the_file, read_weights
+from .quantized_ops import operations
+from .quantized_patcher import patcher_for
+
+log = logging.getLogger("qwen_vram")
 
 Handle = TypeVar("Handle", comfy.sd.CLIP, comfy.sd.VAE)
 
@@ -59,27 +67,51 @@ def load_transformer(
     """
     header = checkpoint.read_header(path)
     checkpoint.require(header, checkpoint.TRANSFORMER)
-    sd, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    prefix = checkpoint.transformer_prefix(header.tensors)
-    if prefix:
-        sd = comfy.utils.state_dict_prefix_replace(sd, {prefix: ""}, filter_keys=True)
-    sd, metadata = comfy.utils.convert_old_quants(sd, "", metadata=metadata)
-    config = comfy.supported_models.QwenImage(
-        comfy.model_detection.detect_unet_config(sd, "", metadata=metadata)
-    )
-    config.unet_config.update(checkpoint.transformer_config(header))
-    config.quant_config = comfy.utils.detect_layer_quantization(sd, "")
+    weights = read_weights(header, options, checkpoint.transformer_prefix(header.tensors) or "")
+    with naming_the_file(header):
+        config = transformer_config(header, weights)
     load_device = options.get("load_device", mm.get_torch_device())
-    set_dtypes(config, sd, options, load_device)
-    patcher_class = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     offload_device = options.get("offload_device", mm.unet_offload_device())
-    model = config.get_model(sd, "")
-    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    set_dtypes(config, weights.state, options, load_device)
+    if weights.ours:
+        compute_dtype = config.manual_cast_dtype or config.unet_config["dtype"]
+        config.custom_operations = operations(compute_dtype, False, load_device)
+    model = config.get_model(weights.state, "")
+    patcher = patcher_around(model, load_device, offload_device, weights.ours, disable_dynamic)
     if not mm.is_device_cpu(offload_device):
         model.to(offload_device)
-    model.load_model_weights(sd, "", assign=patcher.is_dynamic())
+    with naming_the_file(header):
+        model.load_model_weights(weights.state, "", assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_transformer, (path, options))
     return patcher
+
+
+def transformer_config(
+    header: checkpoint.Header, weights: Weights
+) -> comfy.supported_models.QwenImage:
+    """The host's configuration, with the dimensions of this file."""
+    found = comfy.model_detection.detect_unet_config(weights.state, "", metadata=weights.metadata)
+    config = comfy.supported_models.QwenImage(found)
+    config.unet_config.update(checkpoint.transformer_config(header))
+    config.unet_config["in_channels"] = inputs_of(weights.state, "img_in")
+    config.quant_config = comfy.utils.detect_layer_quantization(weights.state, "")
+    if weights.ours:
+        config.quant_config = {"mixed_ops": True}
+    return config
+
+
+def patcher_around(
+    model: torch.nn.Module,
+    load_device: torch.device,
+    offload_device: torch.device,
+    ours: bool,
+    disable_dynamic: bool,
+) -> ModelPatcher:
+    """The host's patcher, or this pack's for layers that its own operations compute."""
+    if ours:
+        return patcher_for(model, load_device, offload_device, disable_dynamic)
+    patcher = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    return patcher(model, load_device=load_device, offload_device=offload_device)
 
 
 def set_dtypes(
@@ -149,6 +181,12 @@ class AnySizeQwen25VLModel(comfy.sd1_clip.SDClipModel):
             model_options=model_options or {},
         )
 
+    def forward(self, tokens: Any) -> tuple[Any, ...]:
+        """As the host's, but a sentence where fp16 overflowed."""
+        encoded = super().forward(tokens)
+        finite_check.check_text(encoded[0], self.transformer.dtype)
+        return encoded
+
 
 def load_text_encoder(
     path: str, options: dict[str, Any], disable_dynamic: bool = False
@@ -160,31 +198,79 @@ def load_text_encoder(
     header = checkpoint.read_header(path)
     checkpoint.require(header, checkpoint.TEXT_ENCODER)
     config = checkpoint.text_encoder_config(header)
-    sd, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    sd, _ = comfy.utils.convert_old_quants(sd, model_prefix="", metadata=metadata)
+    weights = read_weights(header, options)
+    sd = weights.state
     if checkpoint.TOKEN_TABLE not in sd:  # then the file says that it is to be computed
         dtype = sd["model.norm.weight"].dtype
         sd[checkpoint.TOKEN_TABLE] = sign_codes(config["hidden_size"]).to(dtype)
     traits = llama_detect(sd)
     if "dtype" in options:  # the host's loader always takes what the file's norms have
         traits["dtype_llama"] = options["dtype"]
-    target = comfy.supported_models_base.ClipTarget(
-        qwen_image.QwenImageTokenizer, qwen_image.te(**traits)
-    )
     sized = {
         **options,
         "qwen25_7b_class": AnySizeQwen25VLModel,
         "qwen25_7b_model_config": config,
     }
-    clip = comfy.sd.CLIP(
+    target = comfy.supported_models_base.ClipTarget(
+        qwen_image.QwenImageTokenizer, qwen_image.te(**traits)
+    )
+    build = quantized_clip if weights.ours else host_clip
+    with naming_the_file(header):
+        clip = build(target, sd, sized, disable_dynamic)
+    clip.patcher.cached_patcher_init = (reload_text_encoder, (path, options))
+    return clip
+
+
+def host_clip(
+    target: comfy.supported_models_base.ClipTarget,
+    sd: dict[str, torch.Tensor],
+    options: dict[str, Any],
+    disable_dynamic: bool,
+) -> comfy.sd.CLIP:
+    """The host's own CLIP around the weights."""
+    return comfy.sd.CLIP(
         target,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         parameters=comfy.utils.calculate_parameters(sd),
         state_dict=[sd],
-        model_options=sized,
+        model_options=options,
         disable_dynamic=disable_dynamic,
     )
-    clip.patcher.cached_patcher_init = (reload_text_encoder, (path, options))
+
+
+def quantized_clip(
+    target: comfy.supported_models_base.ClipTarget,
+    sd: dict[str, torch.Tensor],
+    options: dict[str, Any],
+    disable_dynamic: bool,
+) -> comfy.sd.CLIP:
+    """A CLIP as comfy.sd.CLIP's constructor makes it, around this pack's patcher.
+
+    The constructor would hand its own patcher to the memory manager before it could be replaced.
+    """
+    load_device = options.get("load_device", mm.text_encoder_device())
+    offload_device = options.get("offload_device", mm.text_encoder_offload_device())
+    dtype = sd["model.norm.weight"].dtype
+    options = {**options, "custom_operations": operations(dtype, True, load_device)}
+    model = target.clip(device=offload_device, dtype=dtype, model_options=options)
+    if not all(mm.supports_cast(load_device, dt) for dt in model.dtypes):
+        load_device = offload_device
+    mm.archive_model_dtypes(model)
+    clip = comfy.sd.CLIP(no_init=True)
+    clip.cond_stage_model = model
+    clip.tokenizer = target.tokenizer(
+        embedding_directory=folder_paths.get_folder_paths("embeddings"), tokenizer_data={}
+    )
+    clip.patcher = patcher_for(model, load_device, offload_device, disable_dynamic)
+    clip.patcher.set_model_compute_dtype(torch.float32)  # to which the host's encoders upcast
+    clip.patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
+    clip.patcher.is_clip = True
+    clip.apply_hooks_to_conds = clip.layer_idx = None
+    clip.use_clip_schedule = False
+    clip.tokenizer_options = {}
+    missing, _ = clip.load_sd(sd)
+    if missing:
+        log.warning("%s", f"text encoder: missing {missing}")
     return clip
 
 

@@ -34,6 +34,11 @@ PACK_SOURCES = (
     *("core/checkpoint.py", "core/conditioning_codec.py", "core/sign_codes.py"),
     *("nodes/architectures.py", "nodes/conditioning.py", "nodes/encoding.py", "nodes/loaders.py"),
     *("nodes/image_edit.py", "nodes/edit_encoding.py", "nodes/pictures.py", "nodes/prefill.py"),
+    *("core/quantization.py", "core/quantized_layers.py", "core/layer_source.py"),
+    *("core/tensor_reader.py", "nodes/quantized_loading.py", "nodes/weight_choice.py"),
+    *("nodes/quantized_layouts.py", "nodes/quantized_ops.py", "nodes/shared_loader.py"),
+    *("core/bitsandbytes_formats.py", "core/host_formats.py", "core/quantized_entries.py"),
+    *("core/bitsandbytes_int8.py", "nodes/low_rank.py", "nodes/quantized_patcher.py"),
 )
 
 # Options that cannot change a number in a conditioning. Whatever is not listed is part of the key.
@@ -57,6 +62,7 @@ _ENVIRONMENT = (
 _LIBRARIES = (
     *("torch", "transformers", "tokenizers", "comfy-kitchen", "comfy-aimdo", "triton"),
     *("sageattention", "xformers", "flash-attn", "safetensors", "gguf"),
+    "bitsandbytes",
     *("av", "pillow", "numpy", "torchvision", "kornia", "spandrel"),  # what pictures go through
 )
 # The host's code between a checkpoint or a picture and a conditioning, as far as it is loaded.

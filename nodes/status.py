@@ -21,11 +21,18 @@ def shown(*outputs: Any, text: str, **facts: Any) -> io.NodeOutput:
     The node's id comes from the execution context: asking for the hidden input unique_id would
     put it into the cache key of this node and of everything behind it.
     """
-    context = get_executing_context()
-    server = PromptServer.instance
-    if context is not None and server.client_id is not None:
-        server.send_progress_text(text, context.node_id, server.client_id)
+    say(text)
     return io.NodeOutput(*outputs, ui={"qwen_vram": [{"text": text, **facts}]})
+
+
+def say(text: str) -> None:
+    """Show `text` on the node that runs now, if one does, until something else is shown."""
+    context = get_executing_context()
+    if context is None:
+        return
+    server = PromptServer.instance
+    if server.client_id is not None:
+        server.send_progress_text(text, context.node_id, server.client_id)
 
 
 def announce(node_id: str, **facts: Any) -> None:

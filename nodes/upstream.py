@@ -85,7 +85,7 @@ def class_facts(node_id: str, node: dict[str, Any]) -> ClassFacts:
     choices = frozenset(_choices(cls))
     if package == "qwen-vram":  # the files it names are its whole fingerprint
         neutral = getattr(cls, "NEUTRAL_INPUTS", frozenset())
-        return ClassFacts(package, None, neutral, choices, reads_again=True)
+        return ClassFacts(package, _decided(cls, node), neutral, choices, reads_again=True)
     host = package == "comfyui"
     fingerprint = fingerprint_of(cls, node)
     hazard = None if host else class_hazard(cls)
@@ -100,6 +100,17 @@ def class_facts(node_id: str, node: dict[str, Any]) -> ClassFacts:
         files_in_fingerprint=host and name in _BY_CONTENT and fingerprint is not None,
         changed_by=changed_by(cls) if host else frozenset(),
     )
+
+
+def _decided(cls: type, node: dict[str, Any]) -> Any:
+    """What one of our loaders makes of its values on this machine, if that is not in them."""
+    inputs = node["inputs"]
+    if not hasattr(cls, "decided") or any(is_link(value) for value in inputs.values()):
+        return None  # a linked choice is refused by core.graph_identity
+    try:
+        return cls.decided(**inputs) or None
+    except (OSError, ValueError) as error:
+        raise NotCacheable(f"{node['class_type']} cannot load: {error}") from error
 
 
 def changed_by(cls: type) -> frozenset[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +15,8 @@ from torch.utils._pytree import tree_iter
 class LiveBytes(TorchDispatchMode):
     """Counts the storages that operations make, until they die. `peak` is in bytes.
 
-    What an operator allocates inside itself, and hands to nobody, it does not see.
+    So too what torch.frombuffer makes of memory of our own, which torch allocates no more than it
+    dispatches. What an operator allocates inside itself, and hands to nobody, it does not see.
     """
 
     def __init__(self) -> None:
@@ -21,6 +24,25 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self.where = ""
         self._alive: set[int] = set()
+
+    def __enter__(self) -> LiveBytes:
+        """Begin."""
+        self._patch = patch.object(torch, "frombuffer", self._frombuffer(torch.frombuffer))
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """End."""
+        super().__exit__(*error)
+        self._patch.stop()
+
+    def _frombuffer(self, real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def frombuffer(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = real(*args, **kwargs)
+            self._count(tensor.untyped_storage(), "frombuffer")
+            return tensor
+
+        return frombuffer
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 
+import comfy.model_management
 import comfy.patcher_extension
 import psutil
 import torch
@@ -57,6 +58,7 @@ class Measure:
         finally:
             if cuda:
                 run["peak"] = torch.cuda.max_memory_allocated() - self.before
+                run["pinned"] = comfy.model_management.TOTAL_PINNED_MEMORY
 
     def step(self, executor, *args, **kwargs):
         """Around one evaluation with all its conds."""

@@ -94,6 +94,9 @@ def test_its_inputs_are_those_of_a_ksampler_and_three_more(host) -> None:
             assert mine[1].get(bound) == more[0].get(bound), (name, bound)
 
 
+FINITE_CHECK = "qwen_vram.finite_check"  # of the loader, whatever comes behind it
+
+
 def test_a_later_fitting_replaces_an_earlier_one(host) -> None:
     from comfy.patcher_extension import WrappersMP
 
@@ -110,7 +113,8 @@ def test_a_later_fitting_replaces_an_earlier_one(host) -> None:
     assert faults.raised == 1
     patched = host.executor.caches.outputs.get_local("again").outputs[0][0]
     for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
-        assert sum(len(found) for found in patched.wrappers[kind].values()) == 1
+        found = {k: len(w) for k, w in patched.wrappers[kind].items() if k != FINITE_CHECK}
+        assert sum(found.values()) == 1
     with blocks_fail(model, Faults({1, 2})):
         run = host.run(within(fitted(small())))
     assert latent(run).equal(stock) and run.status("sampler")["forward_passes_repeated"] == 2

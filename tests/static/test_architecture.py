@@ -14,6 +14,8 @@ HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "nodes", "folde
 HOST |= {"execution", "comfyui_version", "app", "latent_preview", "node_helpers"}
 CORE_MAY_USE = set(sys.stdlib_module_names) | {"torch", "safetensors"}
 OPTIONAL = {
+    "bitsandbytes_formats.py": "bitsandbytes",
+    "host_formats.py": "comfy_kitchen",
     "redis_tier.py": "redis",
     "memory_map.py": "PIL",
     "tile_plan.py": "PIL",
@@ -137,4 +139,5 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMAttention",
         "QwenVRAMReferenceCache",
         "QwenVRAMEarlyExit",
+        "QwenVRAMSaveQuantized",
     }
