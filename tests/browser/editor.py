@@ -182,8 +182,16 @@ class Editor:
 
     def run(self) -> Ran:
         """Presses Run and waits for the end."""
+        self.press_run()
+        return self.ran()
+
+    def press_run(self) -> None:
+        """Presses Run and waits for nothing."""
         self.page.evaluate("() => { window.qwenVramEvents.length = 0; }")
         self.page.get_by_test_id("queue-button").first.click()
+
+    def ran(self) -> Ran:
+        """Waits for the end of the run that was started last."""
         self.page.wait_for_function(FINISHED, arg=ENDS, timeout=60_000)
         events = self.page.evaluate("() => window.qwenVramEvents")
         self.page.wait_for_timeout(SETTLE_MS)
