@@ -24,6 +24,5 @@ def forgotten(host: Host) -> Iterator[None]:
     model_management.unload_all_models()
     loaded = model_management.current_loaded_models
     loaded[:] = [entry for entry in loaded if not entry.is_dead()]
-    gc.unfreeze()  # what an earlier module left may have become garbage
     gc.collect()
     gc.freeze()
