@@ -28,8 +28,16 @@ SERVERS_OF_THEIR_OWN = (
     "test_shared_by_redis.py",
 )
 
+# The in-process host takes half of all the time, so its modules are dealt out in parts, by the
+# first letters of their names: to one worker, which then starts ComfyUI once, or to both. Those
+# from "reference" on wait for a process that the ones before them have begun: they stay together.
+PARTS_OF_THE_HOST = ("", "o", "q", "report")
+
 # How long an example takes tells of the machine; the first one reads the sources of ComfyUI.
-settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# `--hypothesis-profile=thorough` tries more where a test does not say how many it needs.
+either = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("any", max_examples=30, **either)
+settings.register_profile("thorough", max_examples=500, **either)
 settings.load_profile("any")
 
 
@@ -52,19 +60,26 @@ from pack.demo import environment  # noqa: E402
 
 
 def group_of(nodeid: str) -> str:
-    """What runs in one worker: the tests that share ComfyUI in process, or the server; or a module.
+    """What runs in one worker: tests that share ComfyUI in process, or the server; or a module.
 
-    So each of the two starts once, and the rest goes to the worker that is free.
+    So the server starts once, the host once for each worker at most, and the rest goes to the
+    worker that is free.
     """
     module = nodeid.partition("::")[0]
-    _, room, *_ = module.split("/")
-    own = module.endswith(SERVERS_OF_THEIR_OWN)
-    return module if own else {**SHARED, "gpu": "gpu"}.get(room, module)
+    _, room, *_, file = module.split("/")
+    if module.endswith(SERVERS_OF_THEIR_OWN):
+        return module
+    group = {**SHARED, "gpu": "gpu"}.get(room, module)
+    if group != "host" or room == "demo":
+        return group
+    name = file.removeprefix("test_")
+    return f"host {sum(name >= first for first in PARTS_OF_THE_HOST)}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest, so that the workers end together."""
-    longest = ("host", "server", *SERVERS_OF_THEIR_OWN)
+    parts = [f"host {number + 1}" for number in range(len(PARTS_OF_THE_HOST))]
+    longest = [parts[0], "server", *parts[1:], "host", *SERVERS_OF_THEIR_OWN]
 
     def rank(item: pytest.Item) -> int:
         group = group_of(item.nodeid)

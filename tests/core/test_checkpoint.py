@@ -176,7 +176,7 @@ def test_a_whole_file_is_read_and_a_shortened_one_refused_with_its_sizes(tmp_pat
 
 
 @given(st.binary(max_size=64) | st.integers(0, 200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_damaged_files_get_one_sentence(tmp_path_factory: pytest.TempPathFactory, content) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
     save_file({"a": torch.zeros(30)}, path)

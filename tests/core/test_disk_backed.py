@@ -149,7 +149,7 @@ def test_a_picture_of_nothing_is_refused(tmp_path) -> None:
         empty((0, 5, 5, 3), tmp_path)
 
 
-@settings(max_examples=150)
+@settings(max_examples=40)
 @given(
     size=st.tuples(st.integers(1, 200), st.integers(1, 200)),
     smaller=st.tuples(st.integers(1, 220), st.integers(1, 220)),

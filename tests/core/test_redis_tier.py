@@ -146,7 +146,7 @@ def test_any_structure_goes_through_redis_unchanged(server, machine, tier, tmp_p
     count = iter(range(1000))
 
     @given(values)
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=40, deadline=None)
     def check(value: object) -> None:
         number = next(count)
         assert writer.put(key(number), codec.Entry(value, 1.5, {"text": "t"}, "cpu")) is None

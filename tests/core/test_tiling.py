@@ -97,7 +97,7 @@ def wholes(draw: Any) -> tuple[TileGrid, Tensor, int]:
 windows = st.sampled_from(list(WINDOWS))
 
 
-@settings(max_examples=150)
+@settings(max_examples=40)
 @given(whole=wholes(), window=windows, random=st.randoms(use_true_random=False))
 def test_blending_gives_back_what_was_cut_in_any_order(whole, window, random: Random) -> None:
     """Bit for bit, also in half precision. Corners and borders are part of it."""
@@ -110,7 +110,7 @@ def test_blending_gives_back_what_was_cut_in_any_order(whole, window, random: Ra
     assert torch.equal(blender.result(), picture.float())
 
 
-@settings(max_examples=150)
+@settings(max_examples=40)
 @given(grid=grids(), window=windows)
 def test_the_weights_sum_to_one_and_none_is_zero(grid, window) -> None:
     weights = Weights(grid, window)

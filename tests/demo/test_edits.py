@@ -35,7 +35,7 @@ def test_every_kind_of_edit_occurs() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_an_edit_changes_exactly_what_its_kind_names(rng) -> None:
     kind, before, after, texts = edits.scene_edit(rng, 3)
     found = changed(before, after)
@@ -50,7 +50,7 @@ def test_an_edit_changes_exactly_what_its_kind_names(rng) -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_an_instruction_names_the_new_value(rng) -> None:
     kind, before, after, texts = edits.scene_edit(rng, 2)
     new = {
@@ -67,7 +67,7 @@ def test_an_instruction_names_the_new_value(rng) -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_only_the_two_scenes_and_the_seed_decide(rng) -> None:
     state, own = rng.getstate(), random.getstate()
     first = edits.scene_edit(rng, 2)

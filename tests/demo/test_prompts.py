@@ -40,7 +40,7 @@ def test_a_word_inside_another_names_nothing() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_prompt_names_whatever_is_not_the_default(rng) -> None:
     scene = random_scene(rng)
     text = prompts.describe(rng, scene)
@@ -51,7 +51,7 @@ def test_a_prompt_names_whatever_is_not_the_default(rng) -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_prompt_names_nothing_that_is_not_there(rng) -> None:
     scene = random_scene(rng)
     text = prompts.describe(rng, scene)
@@ -65,7 +65,7 @@ def _whole(word: str) -> str:
 
 
 @given(SEEDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_seed_says_the_same_again_and_leaves_python_s_own_chance_alone(rng) -> None:
     state, own = rng.getstate(), random.getstate()
     first = prompts.scene_and_prompts(rng, 4)
@@ -75,7 +75,7 @@ def test_a_seed_says_the_same_again_and_leaves_python_s_own_chance_alone(rng) ->
 
 
 @given(SEEDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_prompts_are_clean_text(rng) -> None:
     scene = random_scene(rng)
     for text in (prompts.describe(rng, scene), prompts.held_out(rng, scene)):
@@ -108,7 +108,7 @@ def test_held_out_wordings_have_fixed_parts_that_training_never_says() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_held_out_wordings_name_everything_but_the_accent(rng) -> None:
     scene = random_scene(rng)
     text = prompts.held_out(rng, scene)

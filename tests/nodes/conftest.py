@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,11 @@ from pack.tests.host import Host
 @pytest.fixture(scope="module", autouse=True)
 def forgotten(host: Host) -> Iterator[None]:
     """Afterwards the host knows no model of the module's tests. Clones that failed on purpose end
-    in a cycle with their error; ComfyUI then keeps a dead entry for a model that still lives."""
+    in a cycle with their error; ComfyUI then keeps a dead entry for a model that still lives.
+
+    What is alive then stays: libraries that were imported on the way, above all. Tests and nodes
+    collect garbage thousands of times, which takes ten times as long if it looks at those too.
+    """
     from comfy import model_management
 
     yield
@@ -19,3 +24,5 @@ def forgotten(host: Host) -> Iterator[None]:
     model_management.unload_all_models()
     loaded = model_management.current_loaded_models
     loaded[:] = [entry for entry in loaded if not entry.is_dead()]
+    gc.collect()
+    gc.freeze()

@@ -50,8 +50,7 @@ def load(host, kind: str, name: str | None = None, **options):
 
 
 def live_weights(host, name: str) -> int:
-    """How many sets of weights of this class are in memory."""
-    gc.unfreeze()  # what was frozen by the host may be garbage by now
+    """How many sets of weights of this class are in memory: none was when objects were frozen."""
     gc.collect()
     return sum(type(o).__name__ == name for o in gc.get_objects() if isinstance(o, torch.nn.Module))
 

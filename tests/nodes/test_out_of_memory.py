@@ -43,7 +43,7 @@ def model(host, stock) -> torch.nn.Module:
     return transformer(host, small())
 
 
-@pytest.mark.parametrize("at", range(CALLS))
+@pytest.mark.parametrize("at", [0, 3, 4, 7])  # the first and the last of each step
 def test_a_failure_at_any_block_of_any_step_changes_nothing(host, model, stock, at: int) -> None:
     with blocks_fail(model, Faults({at})) as faults:
         run = host.run(within(small()))
@@ -77,7 +77,7 @@ def assert_like(made: torch.Tensor, stock: torch.Tensor, exactness: str) -> None
 
 
 @settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(name=st.sampled_from(SAMPLERS), at=st.sets(st.integers(0, 14), max_size=4))
 def test_any_failures_leave_the_picture_as_it_is(host, model, stock, name: str, at: set) -> None:
@@ -225,8 +225,10 @@ def test_a_controlnet_that_fails_is_asked_again(host, model, stock, at: set) -> 
     assert [ref for ref in faults.tensors if ref() is not None] == []
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("at", [{0}, {1}, {0, 2}])
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [("euler", {0}), ("dpmpp_2m", {1}), ("uni_pc", {0, 2}), ("dpmpp_sde", {1}), ("euler", {0, 2})],
+)
 def test_between_two_passes_the_run_starts_again(
     host, model, stock, monkeypatch, name: str, at: set
 ) -> None:

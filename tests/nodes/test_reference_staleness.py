@@ -130,9 +130,14 @@ def fail() -> None:
     raise KeyError("of another kind")
 
 
-@pytest.mark.parametrize("at", [1, 2, PASS_OF_STEP_3])
-@pytest.mark.parametrize(
-    ("act", "after"), [(interrupt, "as it is"), (interrupt, "another prompt"), (fail, "two sizes")]
+@pytest.mark.parametrize(  # either way to end, at each place, followed by each kind of run
+    ("act", "at", "after"),
+    [
+        (interrupt, 1, "as it is"),
+        (fail, 2, "another prompt"),
+        (interrupt, PASS_OF_STEP_3, "two sizes"),
+        (fail, PASS_OF_STEP_3, "as it is"),
+    ],
 )
 def test_a_run_that_ended_midway_leaves_nothing(
     going_on, watch, expected, act: Callable[[], None], at: int, after: str
@@ -150,8 +155,7 @@ def test_an_interrupt_within_the_second_of_two_runs(going_on, watch, expected) -
     assert_same({**found, **run(going_on, watch, "two sizes")}, expected())
 
 
-@pytest.mark.parametrize("at", [2, PASS_OF_STEP_3])
-@pytest.mark.parametrize("case", ["another picture", "two samplers"])
+@pytest.mark.parametrize(("case", "at"), [("another picture", 2), ("two samplers", PASS_OF_STEP_3)])
 def test_the_memory_manager_unloads_the_model_midway(
     going_on, watch, expected, at: int, case: str
 ) -> None:
