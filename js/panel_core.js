@@ -40,7 +40,7 @@ const WORDS = {
     redisOff: "关闭：没有设置地址", redisAway: "没有应答，原因见 ComfyUI 的日志",
     unknown: "无法测量",
     clearAll: "清除提示词缓存", clearUnused: "清除未使用超过", days: "天的条目",
-    everything: "全部删除", refresh: "刷新", unpin: "删除", noPins: "无",
+    everything: "全部删除，包括固定的输出", refresh: "刷新", unpin: "删除", noPins: "无",
     usedHere: "用于当前工作流", notHere: "否", lastUsed: "上次使用",
     totals: "累计数字", lists: (count) => `${count} 份提示词列表`,
     warmUp: "启动时预热用的工作流",
