@@ -172,7 +172,7 @@ test("a probe tells what it found, or why it did not try", () => {
 
 test("sizes are those of the report's texts", () => {
   assert.deepEqual([3.104e9, 2.5e8, -1.5e9, 0, null, "7"].map((size) => bytesText(size, en)),
-    ["3.10 GB", "250.0 MB", "−1.50 GB", "0 bytes", "not measurable", "not measurable"]);
+    ["3.10 GB", "250.0 MB", "−1.50 GB", "0 B", "not measurable", "not measurable"]);
 });
 
 // A clock that goes when it is told to.
