@@ -64,6 +64,11 @@ def test_the_speed_nodes_label_their_inputs_in_chinese(chinese: Editor) -> None:
     assert {t: {i: labels.get(i) for i in names[t]} for t, labels in shown.items()} == names
 
 
+def test_an_empty_text_field_says_its_chinese_name(chinese: Editor) -> None:
+    chinese.page.evaluate(PUT_DOWN, "QwenVRAMCachedTextEncode")
+    chinese.page.get_by_placeholder("文本", exact=True).first.wait_for()
+
+
 def test_choices_are_shown_in_chinese_and_saved_as_they_are(chinese: Editor) -> None:
     """On the canvas and in HTML nodes, in the node and in the list that it opens."""
     chinese.page.evaluate(PUT_DOWN, "QwenVRAMFit")
@@ -100,10 +105,10 @@ def test_the_panel_and_the_menu_speak_chinese(chinese: Editor) -> None:
 
 
 def menu_items(editor: Editor) -> set[str]:
-    """What ComfyUI's menu offers under Extensions, Qwen VRAM; it translates neither."""
+    """What ComfyUI's menu offers under Extensions, Qwen VRAM."""
     page = editor.page
     page.locator(".comfy-menu-button-wrapper").first.click()
-    page.get_by_role("menuitem", name="Extensions", exact=True).first.hover()
+    page.get_by_role("menuitem", name="扩展", exact=True).first.hover()
     page.get_by_role("menuitem", name="Qwen VRAM", exact=True).first.hover()
     page.wait_for_timeout(SETTLE_MS)
     screenshot(page, "menu_chinese")
