@@ -103,9 +103,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     logging.disable(logging.WARNING)
-    comfyui = environment.find_comfyui()
-    if comfyui is None:
-        raise SystemExit("ComfyUI was not found. Set COMFYUI_PATH.")
+    comfyui = environment.required_comfyui()
     rows: dict[Any, list[Any]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as base, torch.inference_mode():
         host = Host(comfyui, Path(base), ROOT)

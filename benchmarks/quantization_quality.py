@@ -211,10 +211,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if not options.table:
-        comfyui = environment.find_comfyui()
-        if comfyui is None:
-            raise SystemExit("ComfyUI was not found. Set COMFYUI_PATH.")
-        artist.import_comfyui(comfyui, cpu=True)
+        artist.import_comfyui(environment.required_comfyui(), cpu=True)
         measure(options)
     print(table(seen(options.out)))
 

@@ -295,10 +295,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    comfyui = environment.find_comfyui()
     if not options.table:
-        if comfyui is None:
-            raise SystemExit("ComfyUI was not found. Set COMFYUI_PATH.")
+        comfyui = environment.required_comfyui()
         with tempfile.TemporaryDirectory() as base, torch.inference_mode():
             measure(Host(comfyui, Path(base), ROOT), options)
     rows = seen(options.out)

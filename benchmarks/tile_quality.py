@@ -307,9 +307,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=2)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    comfyui = environment.find_comfyui()
-    if comfyui is None:
-        raise SystemExit("ComfyUI was not found. Set COMFYUI_PATH.")
+    comfyui = environment.required_comfyui()
     with tempfile.TemporaryDirectory() as base, torch.inference_mode():
         host = Host(comfyui, Path(base), ROOT)
         add_nodes(host)

@@ -5,23 +5,33 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .file_kinds import TEXT_ENCODER as TEXT_ENCODER
+from .file_kinds import TEXT_HEAD_DIM, TRANSFORMER, kind_among
+from .file_kinds import VAE as VAE
+from .file_kinds import transformer_prefix as transformer_prefix
 from .shards import shards_of
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 
-TRANSFORMER = "a Qwen-Image diffusion model"
-TEXT_ENCODER = "a Qwen2.5-VL text encoder"
-VAE = "a Qwen-Image (Wan 2.1) VAE"
-
 TOKEN_TABLE = "model.embed_tokens.weight"
-TEXT_HEAD_DIM = 128  # fixed in ComfyUI's Qwen2.5-VL for every size of model
 VISION_HEAD_DIM = 80
 VOCABULARY = 152064  # rows of Qwen2.5-VL's table
+
+GGUF = (
+    "a GGUF file, which Qwen VRAM does not open: open it with the loaders of ComfyUI-GGUF, Unet "
+    "Loader (GGUF) or CLIPLoader (GGUF), behind which the other nodes of Qwen VRAM work."
+)
+NOT_A_MODEL = "not a model; download the file itself."
+MIX_UPS = {  # by the first bytes of a file
+    b"GGUF": GGUF,
+    b"PK": "a PyTorch or zip file under another name; download the safetensors version.",
+    b"<": f"a web page, {NOT_A_MODEL}",
+    b"version ": f"a Git LFS pointer, {NOT_A_MODEL}",
+}
 
 
 class CheckpointError(ValueError):
@@ -114,6 +124,8 @@ def usual_name(name: str) -> str:
 
 def _read_one(path: str) -> Header:
     if not path.lower().endswith(SAFETENSORS_SUFFIXES):
+        if path.lower().endswith(".gguf"):
+            raise CheckpointError(f"{_name(path)} is {GGUF}")
         raise CheckpointError(
             f"{_name(path)} is not a .safetensors file; convert it, "
             "or download the safetensors version."
@@ -139,11 +151,9 @@ def _read_one(path: str) -> Header:
 
 
 def _tell_common_mix_ups(path: str, start: bytes) -> None:
-    for mark, what in ((b"<", "a web page"), (b"version ", "a Git LFS pointer")):
+    for mark, sentence in MIX_UPS.items():
         if start.startswith(mark):
-            raise CheckpointError(
-                f"{_name(path)} is {what}, not a model; download the file itself."
-            )
+            raise CheckpointError(f"{_name(path)} is {sentence}")
 
 
 def parse_header(
@@ -169,70 +179,19 @@ def _tensor(path: str, base: int, row: dict[str, Any]) -> Tensor:
     return Tensor(row["dtype"], tuple(row["shape"]), path, base + start, end - start)
 
 
-def _any(tensors: Iterable[str], *parts: str) -> bool:
-    return any(part in key for key in tensors for part in parts)
-
-
-def _is_text_encoder(tensors: dict[str, Tensor]) -> bool:
-    bias = tensors.get("model.layers.0.self_attn.k_proj.bias")
-    return bias is not None and bias.shape == (4 * TEXT_HEAD_DIM,)
-
-
-# First match wins; what we load comes right after LoRAs, which carry their base model's key names.
-KINDS: tuple[tuple[str, Callable[[dict[str, Tensor]], bool]], ...] = (
-    (
-        "a LoRA (it belongs in models/loras)",
-        lambda t: _any(t, ".lora_", "lora_unet_", ".lokr_", ".hada_"),
-    ),
-    (
-        "a ControlNet",
-        lambda t: _any(t, "controlnet_blocks.", "control_model.", "controlnet_x_embedder"),
-    ),
-    (TRANSFORMER, lambda t: transformer_prefix(t) is not None),
-    (TEXT_ENCODER, _is_text_encoder),
-    (VAE, lambda t: "decoder.head.0.gamma" in t and "encoder.conv1.weight" in t),
-    ("an SDXL checkpoint", lambda t: _any(t, "conditioner.embedders.1.")),
-    ("a Stable Diffusion checkpoint", lambda t: _any(t, "model.diffusion_model.input_blocks.")),
-    ("a Flux diffusion model", lambda t: _any(t, "double_blocks.0.img_attn.")),
-    (
-        "a Stable Diffusion or Flux VAE",
-        lambda t: _any(t, "decoder.up.0.block.0.", "decoder.up_blocks."),
-    ),
-    ("a CLIP text encoder", lambda t: _any(t, "text_model.encoder.layers.")),
-    ("a T5 text encoder", lambda t: _any(t, "encoder.block.0.layer.0.SelfAttention.")),
-    (
-        "a Llama or Qwen language model of another family",
-        lambda t: _any(t, "model.layers.0.self_attn."),
-    ),
-)
-
-
 def kind_of(header: Header) -> str:
     """Say in words what the file is, by the names and shapes of its tensors."""
-    for kind, matches in KINDS:
-        if matches(header.tensors):
-            return kind
-    first = next(iter(header.tensors), None)
-    return f"an unknown model (its first tensor is {first})" if first else "an empty file"
+    return kind_among(header.tensors).what
 
 
 def require(header: Header, expected: str) -> None:
-    """Raise CheckpointError, in one sentence, unless the file is of the `expected` kind."""
-    kind = kind_of(header)
-    if kind != expected:
-        raise CheckpointError(f"{_name(header.path)} is {kind}; this node needs {expected}.")
-
-
-def transformer_prefix(tensors: Iterable[str]) -> str | None:
-    """What stands before the transformer's key names ("" or an all-in-one file's prefix)."""
-    marks = ("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.norm_q.weight")
-    names = set(tensors)
-    for name in names:
-        if name.endswith(marks[0]):
-            prefix = name[: -len(marks[0])]
-            if all(prefix + mark in names for mark in marks):
-                return prefix
-    return None
+    """Raise CheckpointError unless the file is of the `expected` kind (TRANSFORMER, TEXT_ENCODER
+    or VAE): one sentence that says what it is and what to do with it."""
+    kind = kind_among(header.tensors)
+    if kind.what != expected:
+        raise CheckpointError(
+            f"{_name(header.path)} is {kind.what}, and this node needs {expected}: {kind.remedy}."
+        )
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:

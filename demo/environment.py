@@ -64,6 +64,14 @@ def find_comfyui() -> Path | None:
     return next((path for path in candidates if _is_comfyui(path)), None)
 
 
+def required_comfyui() -> Path:
+    """`find_comfyui` for a program that cannot go on without. Raises SetupError, SystemExit."""
+    found = find_comfyui()
+    if found is None:
+        raise SystemExit("ComfyUI was not found. Set COMFYUI_PATH.")
+    return found
+
+
 def comfyui_version(path: Path) -> tuple[int, ...]:
     """The version of a ComfyUI folder as numbers, empty if the folder does not tell."""
     file = path / "comfyui_version.py"

@@ -38,7 +38,7 @@ const WORDS = {
       `${name}: the largest free block of the allocator has ${largest}; ${size} lie in ${number} fragments smaller than 64 MB.`,
     noBlocks: (name, why) => `${name}: not measurable: ${why}`,
     noDevice: "There is no device with an allocator of torch.",
-    parts: {}, what: {}, why: {}, told: {},
+    parts: {}, details: {}, what: {}, why: {}, told: {},
   },
   zh: {
     title: "内存", running: "工作流正在运行。", idle: "没有工作流在运行。",
@@ -82,6 +82,19 @@ const WORDS = {
       allocator_live: "节点的张量", allocator_split: "分配器：碎片", allocator_cache: "分配器：缓存",
       process: "ComfyUI 的其余部分", rest: "其他进程、驱动和未能解释的部分",
       unknown: "空闲，或被其他程序占用（无法测量）", unexplained: "未能解释", free: "空闲",
+    },
+    // Sizes are written in the same way in both languages.
+    details: {
+      "Python, libraries, other results": "Python、库和其他结果",
+      "dynamic VRAM": "动态显存",
+      "as measured when ComfyUI started": "ComfyUI 启动时测得",
+      "and what other processes took since ComfyUI started": "包括 ComfyUI 启动后其他进程占用的部分",
+      "others have given back ([^,;]+) since": "其他进程之后归还了 $1",
+      "([^,;]+) more only mapped from the file": "另有 $1 仅由文件映射",
+      "([^,;]+) pinned": "锁页 $1",
+      "([^,;]+) of ([^,;]+) resident": "$1 / $2 在设备上",
+      "([^,;]+); its pages take ([^,;]+)": "$1；所在的页占用 $2",
+      "([^,;]+); it takes ([^,;]+)": "$1；占用 $2",
     },
     what: {
       "total memory": "总量", "memory in use": "已用量", "memory of this process by the driver's count": "驱动统计的本进程占用",
@@ -214,6 +227,18 @@ function nameOf({ name, device, kind }) {
   return kind === "cpu" ? text(name) : [text(device), text(name)].filter(Boolean).join(" - ");
 }
 
+/** What the server says of a part, in the user's language as far as there are words for it. */
+function detailText(value, { details }) {
+  const told = (piece) => {
+    const known = Object.keys(details).find((pattern) => new RegExp(`^${pattern}$`).test(piece));
+    return known && piece.replace(new RegExp(`^${known}$`), details[known]);
+  };
+  const whole = text(value);
+  const pieces = whole.split(/, |; /);
+  const known = told(whole) ?? (pieces.every(told) ? pieces.map(told).join("，") : undefined);
+  return known ?? whole;
+}
+
 /** A text of the server in the user's language, where there is one. */
 function worded(value, translations) {
   const given = text(value);
@@ -231,7 +256,7 @@ function partRow(part, { id, colour, scale }, words) {
   const bytes = count(part.bytes);
   const share = scale > 0 && bytes > 0 ? bytes / scale : 0;
   const label = words.parts[id] ?? text(part.label, id);
-  return { id, label, size: bytesText(bytes, words), share, colour, detail: text(part.detail) };
+  return { id, label, size: bytesText(bytes, words), share, colour, detail: detailText(part.detail, words) };
 }
 
 function useText(device, total, words) {

@@ -148,7 +148,7 @@ function figures(panel, report, pins, words) {
   );
   return [
     table([words.place, words.entries, words.size, words.bound], placeRows(report, locale()).map(placeRow)),
-    make("div", { className: "path", textContent: `${words.folder}: ${report.folder}` }),
+    make("div", { className: "path", textContent: words.folder(report.folder) }),
     table([words.time, words.hits, words.misses, words.saved], saved),
     make("div", { className: "path", textContent: words.counted }),
     pinTable(panel, pins, words),

@@ -4,7 +4,7 @@ import { secondsText, sizeText, wordsOf } from "./text_core.js";
 const WORDS = {
   en: {
     memory: "In memory", disk: "On disk", redis: "In Redis", now: "Since ComfyUI started",
-    total: "In total", pins: "Pinned outputs", folder: "Folder",
+    total: "In total", pins: "Pinned outputs", folder: (path) => `Folder: ${path}`,
     place: "Place", entries: "Entries", size: "Size", bound: "At most",
     time: "Period", hits: "Hits", misses: "Misses", saved: "Saved",
     redisOff: "off: no URL is set", redisAway: "does not answer; ComfyUI's log says why",
@@ -18,7 +18,8 @@ const WORDS = {
     unreachable: "ComfyUI does not answer. Start it, then press Refresh.",
     badDays: "Days must be a number from 0 to 36500.",
     nothing: "Nothing was there to remove.",
-    removed: "Removed", failed: "Could not be removed",
+    removed: (parts) => `Removed: ${parts}.`, failed: (names) => ` Could not be removed: ${names}.`,
+    held: (place, entries, size) => `${place}: ${entries} (${size})`, listed: ", ",
     redisLeft: "Redis does not answer: what it holds is still there. Remove again when it answers.",
     counted: "Hits also count nodes that ComfyUI asked for without running what follows them.",
     shared: "Redis and a shared folder are cleared for all machines that use them.",
@@ -34,13 +35,13 @@ const WORDS = {
   },
   zh: {
     memory: "内存", disk: "磁盘", redis: "Redis", now: "本次启动以来",
-    total: "累计", pins: "固定的输出", folder: "文件夹",
+    total: "累计", pins: "固定的输出", folder: (path) => `文件夹：${path}`,
     place: "位置", entries: "条目", size: "大小", bound: "上限",
     time: "时段", hits: "命中", misses: "未命中", saved: "节省",
     redisOff: "关闭：没有设置地址", redisAway: "没有应答，原因见 ComfyUI 的日志",
     unknown: "无法测量",
     clearAll: "清除提示词缓存", clearUnused: "清除未使用超过", days: "天的条目",
-    everything: "全部删除", refresh: "刷新", unpin: "删除", noPins: "无",
+    everything: "全部删除，包括固定的输出", refresh: "刷新", unpin: "删除", noPins: "无",
     usedHere: "用于当前工作流", notHere: "否", lastUsed: "上次使用",
     totals: "累计数字", lists: (count) => `${count} 份提示词列表`,
     warmUp: "启动时预热用的工作流",
@@ -48,7 +49,8 @@ const WORDS = {
     unreachable: "ComfyUI 没有应答。请启动它，然后按“刷新”。",
     badDays: "天数必须是 0 到 36500 之间的数。",
     nothing: "没有可删除的内容。",
-    removed: "已删除", failed: "无法删除",
+    removed: (parts) => `已删除：${parts}。`, failed: (names) => `无法删除：${names}。`,
+    held: (place, entries, size) => `${place}：${entries}（${size}）`, listed: "、",
     redisLeft: "Redis 没有应答：其中的内容仍然存在。请在它恢复后再清除一次。",
     counted: "命中次数也包括 ComfyUI 查询过、但其后续节点没有运行的节点。",
     shared: "Redis 和共享文件夹中的内容对所有使用它们的机器都会清除。",
@@ -121,13 +123,13 @@ export function removedText(removed, locale) {
     .filter((name) => removed[name]?.entries)
     .map((name) => {
       const { entries, bytes } = removed[name];
-      return `${words[name]}: ${countText(entries, locale)} (${sizeText(bytes)})`;
+      return words.held(words[name], countText(entries, locale), sizeText(bytes));
     });
   const pins = removed.pins?.entries ?? removed.deleted;
   const more = [pins && words.pin(pins), removed.lists && words.lists(removed.lists)];
   const all = [...tiers, ...more, removed.warm_up && words.warmUp, removed.totals && words.totals].filter(Boolean);
-  const done = all.length ? `${words.removed}: ${all.join(" · ")}.` : words.nothing;
-  const failed = removed.failed?.length ? ` ${words.failed}: ${removed.failed.join(", ")}.` : "";
+  const done = all.length ? words.removed(all.join(" · ")) : words.nothing;
+  const failed = removed.failed?.length ? words.failed(removed.failed.join(words.listed)) : "";
   const left = removed.redis?.state === "away" ? ` ${words.redisLeft}` : "";
   return done + failed + left;
 }

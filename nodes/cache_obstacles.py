@@ -18,7 +18,7 @@ from .transformer_options import Options, part_of
 PATCHES = ("attn1_patch", "double_block", "post_input")  # those that this model calls
 Conds = dict[str, list[dict[str, Any]]]
 
-NOT_QWEN = "the model is no Qwen-Image ({})"
+NOT_QWEN = "the model is not ComfyUI's own Qwen-Image ({})"
 REPLACED = "another node replaced the model's forward pass"
 NO_REFERENCES = "there are no reference pictures"
 WINDOWS = "context windows cut the picture's frames"

@@ -44,7 +44,7 @@ from ..core.slicing import slices
 from . import foreign
 
 KEY = "qwen_vram.slicing"
-NOT_QWEN = "The model is no Qwen-Image ({}): only Qwen-Image runs in slices."
+NOT_QWEN = "The model is not ComfyUI's own Qwen-Image ({}), and only that runs in slices."
 COMPILED = "The model runs under torch.compile, which slices would compile anew: it runs whole."
 TRAINING = "Training needs what slices write over: the model runs whole."
 REPLACED = "Another node replaced the {}: it runs whole."

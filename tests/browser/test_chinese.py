@@ -18,6 +18,24 @@ LABELS = """types => Object.fromEntries(types.map(type => {
     const labels = [...inputs, ...widgets].map(i => [i.name, i.label ?? i.localized_name]);
     return [type, Object.fromEntries(labels)];
 }))"""
+PUT_DOWN = """type => {
+    app.graph.clear();
+    const node = LiteGraph.createNode(type);
+    app.graph.add(node);
+    node.pos = [300, 300];
+    app.canvas.ds.reset();
+    app.canvas.draw(true, true);
+}"""
+SHOWN = "name => app.graph.nodes[0].widgets.find(w => w.name === name)._displayValue"
+PLACE = """name => {
+    const [node] = app.graph.nodes;
+    const { y } = node.widgets.find(w => w.name === name);
+    const at = [node.pos[0] + node.size[0] / 2, node.pos[1] + y + 10];
+    const box = app.canvas.canvas.getBoundingClientRect();
+    const [left, top] = app.canvas.ds.convertOffsetToCanvas(at);
+    return [box.left + left, box.top + top];
+}"""
+HTML_NODES = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
 TITLES = "types => Object.fromEntries(types.map(t => [t, LiteGraph.createNode(t)?.title]))"
 
 
@@ -46,6 +64,31 @@ def test_the_speed_nodes_label_their_inputs_in_chinese(chinese: Editor) -> None:
     assert {t: {i: labels.get(i) for i in names[t]} for t, labels in shown.items()} == names
 
 
+def test_an_empty_text_field_says_its_chinese_name(chinese: Editor) -> None:
+    chinese.page.evaluate(PUT_DOWN, "QwenVRAMCachedTextEncode")
+    chinese.page.get_by_placeholder("文本", exact=True).first.wait_for()
+
+
+def test_choices_are_shown_in_chinese_and_saved_as_they_are(chinese: Editor) -> None:
+    """On the canvas and in HTML nodes, in the node and in the list that it opens."""
+    chinese.page.evaluate(PUT_DOWN, "QwenVRAMFit")
+    assert chinese.page.evaluate(SHOWN, "policy") == "只允许精确（exact only）"
+    x, y = chinese.page.evaluate(PLACE, "policy")
+    chinese.page.mouse.click(x, y)
+    menu = chinese.page.locator(".litecontextmenu")
+    assert "允许近似（allow approximations）" in menu.inner_text()
+    screenshot(chinese.page, "choices_chinese")
+    menu.get_by_text("允许近似").click()
+    assert chinese.widgets(1)["policy"] == "allow approximations"
+    chinese.page.evaluate(HTML_NODES, True)
+    try:
+        chinese.page.get_by_text("允许近似（allow approximations）").first.wait_for()
+        screenshot(chinese.page, "choices_chinese_html")
+    finally:
+        chinese.page.evaluate(HTML_NODES, False)
+    assert chinese.problems == []
+
+
 def test_the_panel_and_the_menu_speak_chinese(chinese: Editor) -> None:
     panel = open_panel(chinese)
     screenshot(chinese.page, "panel_chinese")
@@ -62,10 +105,10 @@ def test_the_panel_and_the_menu_speak_chinese(chinese: Editor) -> None:
 
 
 def menu_items(editor: Editor) -> set[str]:
-    """What ComfyUI's menu offers under Extensions, Qwen VRAM; it translates neither."""
+    """What ComfyUI's menu offers under Extensions, Qwen VRAM."""
     page = editor.page
     page.locator(".comfy-menu-button-wrapper").first.click()
-    page.get_by_role("menuitem", name="Extensions", exact=True).first.hover()
+    page.get_by_role("menuitem", name="扩展", exact=True).first.hover()
     page.get_by_role("menuitem", name="Qwen VRAM", exact=True).first.hover()
     page.wait_for_timeout(SETTLE_MS)
     screenshot(page, "menu_chinese")

@@ -92,6 +92,25 @@ test("parts, findings and reasons that the server words are there in Chinese", (
   assert.equal(viewOf({ devices: [], findings: [{ ...finding, id: "constructor" }] }, "zh").findings[0].text, "Other ...");
 });
 
+test("what the server says of a part is told in Chinese, with its figures", () => {
+  const detail = (text, locale) => viewOf({ devices: [{ parts: [{ id: "a", detail: text }] }] }, locale).devices[0].rows[0].detail;
+  const told = {
+    "Python, libraries, other results": "Python、库和其他结果",
+    "2.00 GB more only mapped from the file, 1.0 MB pinned": "另有 2.00 GB 仅由文件映射，锁页 1.0 MB",
+    "1.00 GB of 2.00 GB resident": "1.00 GB / 2.00 GB 在设备上",
+    "1.00 GB; its pages take 1.03 GB": "1.00 GB；所在的页占用 1.03 GB",
+    "1.00 GB; it takes 1.03 GB": "1.00 GB；占用 1.03 GB",
+    "as measured when ComfyUI started; others have given back 1.0 MB since": "ComfyUI 启动时测得，其他进程之后归还了 1.0 MB",
+    "and what other processes took since ComfyUI started": "包括 ComfyUI 启动后其他进程占用的部分",
+    "dynamic VRAM": "动态显存",
+    "something new, 1.0 MB pinned": "something new, 1.0 MB pinned",
+  };
+  for (const [english, chinese] of Object.entries(told)) assert.deepEqual([detail(english, "zh"), detail(english, "en")], [chinese, english]);
+  const source = ["core/memory_report.py", "nodes/memory_sources.py"].map(read).join("");
+  for (const pattern of Object.keys(memoryWords("zh").details))
+    for (const piece of pattern.split("([^,;]+)")) assert.ok(source.includes(piece.replace(/^; /, "").trim()), pattern);
+});
+
 test("parts that overlap still fit into the bar", () => {
   const device = { ...REPORT.devices[0], total_bytes: 10e9, parts: [part("a", 8e9), part("b", 8e9)] };
   const [{ rows }] = viewOf({ devices: [device] }, "en").devices;
@@ -172,7 +191,7 @@ test("a probe tells what it found, or why it did not try", () => {
 
 test("sizes are those of the report's texts", () => {
   assert.deepEqual([3.104e9, 2.5e8, -1.5e9, 0, null, "7"].map((size) => bytesText(size, en)),
-    ["3.10 GB", "250.0 MB", "−1.50 GB", "0 bytes", "not measurable", "not measurable"]);
+    ["3.10 GB", "250.0 MB", "−1.50 GB", "0 B", "not measurable", "not measurable"]);
 });
 
 // A clock that goes when it is told to.
@@ -270,7 +289,7 @@ test("failures are told, asked less and less often, and forgotten", async () => 
 });
 
 test("words exist in both languages, and so do the texts of the tab", () => {
-  const keys = (value) => Object.entries(value).flatMap(([k, v]) => (typeof v === "object" && !["parts", "what", "why", "told"].includes(k) ? keys(v).map((x) => `${k}.${x}`) : [k]));
+  const keys = (value) => Object.entries(value).flatMap(([k, v]) => (typeof v === "object" && !["parts", "details", "what", "why", "told"].includes(k) ? keys(v).map((x) => `${k}.${x}`) : [k]));
   assert.deepEqual(keys(memoryWords("zh")), keys(en));
   for (const language of ["en", "zh"]) {
     const load = (name) => JSON.parse(read(`locales/${language}/${name}.json`));

@@ -114,7 +114,7 @@ test("what was removed is told, and what could not be", () => {
   assert.equal(removedText({ deleted: 1 }, "en"), "Removed: 1 pinned output.");
   const all = { ...removed, disk: none, lists: 2, totals: true };
   assert.equal(removedText(all, "en"), "Removed: 2 lists of prompts · the totals.");
-  assert.equal(removedText({ ...all, lists: 0 }, "zh"), "已删除: 累计数字.");
+  assert.equal(removedText({ ...all, lists: 0 }, "zh"), "已删除：累计数字。");
   const warmUp = { ...removed, disk: none, warm_up: true };
   assert.equal(removedText(warmUp, "en"), "Removed: the workflow for the warm-up at start.");
   assert.equal(removedText({ ...warmUp, warm_up: false }, "en"), panelWords("en").nothing);

@@ -12,7 +12,7 @@ const having = (pattern) => sources.filter(([, source]) => pattern.test(source))
 
 test("sizes are decimal", () => {
   assert.deepEqual([0, 999, 1500, 1.34e6, 268435456, 2.5e9, NaN].map(sizeText),
-    ["0 bytes", "999 bytes", "1.5 kB", "1.3 MB", "268.4 MB", "2.50 GB", "?"]);
+    ["0 B", "999 B", "1.5 kB", "1.3 MB", "268.4 MB", "2.50 GB", "?"]);
 });
 
 test("sizes, toasts and requests are made in one place", () => {

@@ -268,22 +268,26 @@ class TestWrongFiles:
             (
                 "DiffusionModel",
                 f"vae/{VAE}",
-                "is a Qwen-Image (Wan 2.1) VAE; this node needs a Qwen-Image diffusion model.",
+                "is a Qwen-Image (Wan 2.1) VAE, and this node needs a Qwen-Image diffusion model: put "
+                "it into models/vae and choose it in Load VAE (Qwen VRAM).",
             ),
             (
                 "DiffusionModel",
                 f"loras/{LORA}",
-                "is a LoRA (it belongs in models/loras); this node needs a Qwen-Image diffusion model.",
+                "is a LoRA, and this node needs a Qwen-Image diffusion model: put it into models/loras "
+                "and choose it in Load LoRA, behind a diffusion model.",
             ),
             (
                 "TextEncoder",
                 f"diffusion_models/{UNET}",
-                "is a Qwen-Image diffusion model; this node needs a Qwen2.5-VL text encoder.",
+                "is a Qwen-Image diffusion model, and this node needs a Qwen2.5-VL text encoder: put "
+                "it into models/diffusion_models and choose it in Load Diffusion Model (Qwen VRAM).",
             ),
             (
                 "VAE",
                 f"text_encoders/{CLIP}",
-                "is a Qwen2.5-VL text encoder; this node needs a Qwen-Image (Wan 2.1) VAE.",
+                "is a Qwen2.5-VL text encoder, and this node needs a Qwen-Image (Wan 2.1) VAE: put "
+                "it into models/text_encoders and choose it in Load Text Encoder (Qwen VRAM).",
             ),
         ],
     )
@@ -297,7 +301,7 @@ class TestWrongFiles:
         wrong = fresh.models / "diffusion_models" / "sdxl.safetensors"
         save_file({"conditioner.embedders.1.model.ln_final.weight": torch.ones(3)}, wrong)
         assert self.sentence(fresh, "DiffusionModel", wrong.name).startswith(
-            "sdxl.safetensors is an SDXL checkpoint;"
+            "sdxl.safetensors is an SDXL checkpoint, and this node needs"
         )
         wrong.unlink()
 

@@ -330,7 +330,10 @@ def test_another_model_is_left_alone(cache: ModuleType, model: Any) -> None:
         cache.__name__.replace("reference_cache", "cache_obstacles")
     )
     other = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1)))
-    assert obstacles.of_run(other, {}, {}, False) == "the model is no Qwen-Image (Linear)"
+    assert (
+        obstacles.of_run(other, {}, {}, False)
+        == "the model is not ComfyUI's own Qwen-Image (Linear)"
+    )
 
 
 # ------------------------------------------------------------------------------ causal

@@ -243,7 +243,7 @@ def test_each_device_has_its_own_plan(slicing) -> None:
 def test_only_a_qwen_image_can_be_sliced(slicing, load) -> None:
     model = load()
     model.model.diffusion_model = torch.nn.Linear(1, 1)
-    assert "no Qwen-Image (Linear)" in slicing.install(model, slicing.Plans())
+    assert "not ComfyUI's own Qwen-Image (Linear)" in slicing.install(model, slicing.Plans())
     assert model.get_wrappers("diffusion_model", slicing.KEY) == []
 
 

@@ -22,6 +22,9 @@ LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 PICTURE = re.compile(r"!\[[^\]]+\]\(([^)]+)\)")
 # In the frontend's translations these characters are syntax (vue-i18n); tooltips are taken raw.
 TRANSLATION_SYNTAX = set("{}@|")
+CATEGORY = re.compile(r'category="Qwen VRAM/(\w+)"')
+# What ComfyUI's frontend translates itself, and what is written the same in Chinese.
+HOSTS_CATEGORIES = {"loaders", "conditioning", "sampling", "vae"}
 STATUS_HEADINGS = ("## Status line\n", "## 状态行\n")
 
 
@@ -210,6 +213,37 @@ def test_translations_name_no_other_node_and_use_no_syntax(language: str) -> Non
         sockets = [*entry["inputs"].values(), *entry["outputs"].values()]
         names = [entry["display_name"], entry["description"], *(s["name"] for s in sockets)]
         assert not TRANSLATION_SYNTAX & set("".join(names))
+
+
+def test_every_category_of_nodes_has_a_chinese_name() -> None:
+    found = {category for path in SOURCES for category in CATEGORY.findall(path.read_text("utf-8"))}
+    english, chinese = (
+        json.loads((ROOT / "locales" / language / "main.json").read_text("utf-8"))["nodeCategories"]
+        for language in LANGUAGES
+    )
+    assert len(found) > 5 and found <= chinese.keys() | HOSTS_CATEGORIES
+    assert english == {name: name for name in chinese}  # ComfyUI looks names up in both
+    assert all(map(CHINESE.search, chinese.values()))
+
+
+@pytest.mark.parametrize("file", ["main", "settings", "commands"])
+def test_both_languages_have_the_same_keys(file: str) -> None:
+    english, chinese = (
+        dict(leaves(json.loads((ROOT / "locales" / name / f"{file}.json").read_text("utf-8"))))
+        for name in LANGUAGES
+    )
+    assert list(english) == list(chinese)
+    same = {key for key, text in chinese.items() if not CHINESE.search(text)}
+    assert {english[key] for key in same} <= {"Qwen VRAM", "native", "cudaMallocAsync"}
+
+
+def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The texts of a file of translations, each with the keys that lead to it."""
+    if isinstance(value, str):
+        yield path, value
+        return
+    for key, inner in value.items():
+        yield from leaves(inner, (*path, key))
 
 
 @pytest.mark.parametrize("name", READMES)
