@@ -73,8 +73,9 @@ def tables(page: str) -> list[tuple[list[str], str]]:
 
 
 def figures(row: str) -> list[str]:
-    """The numbers that a row shows: not those of links and code."""
-    return NUMBER.findall(re.sub(r"\]\([^)]*\)|<[^>]+>", "]", CODE.sub("", row)))
+    """The numbers that a row shows: not those of addresses, public threads and code."""
+    plain = re.sub(r"\[[^\]]*\]\(https?:[^)]*\)|<[^>]+>", "", CODE.sub("", row))
+    return NUMBER.findall(re.sub(r"\]\([^)]*\)", "]", plain))
 
 
 def measured_rows(page: str) -> list[tuple[str, set[str]]]:
