@@ -287,7 +287,7 @@ def test_what_runs_slowly_is_said_and_allowed(format, machine, said) -> None:
 
 
 # ------------------------------------------------------------------------- the table for people
-README = Path(__file__).resolve().parents[2]
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 AMD = {"name": "AMD", "vram_total": 16 * GIB, "vram_free": 15 * GIB}
 ROWS = {  # the first words of a row, in both languages: the machine with that much RAM
     ("RTX ", "RTX "): lambda ram: card(*RTX_4070, ram),
@@ -307,9 +307,9 @@ def cell(file: File, machine: Machine) -> str:
     return f"{name} {choice.preset}" if choice.preset else name
 
 
-@pytest.mark.parametrize(("name", "language"), [("README.md", 0), ("README.zh.md", 1)])
-def test_the_table_of_the_readme_is_what_auto_takes(name: str, language: int) -> None:
-    lines = (README / name).read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize(("name", "language"), [("formats.md", 0), ("zh/formats.md", 1)])
+def test_the_table_of_the_guide_is_what_auto_takes(name: str, language: int) -> None:
+    lines = (DOCS / name).read_text(encoding="utf-8").splitlines()
     for older in (RTX_3060, ("RTX 2060", (7, 5), 12)):  # the same row
         for file, ram in ((f, ram) for f in (FP8, BF16) for ram in (64, 32, 16)):
             assert cell(file, card(*older, ram)) == cell(file, card(*RTX_4070, ram))
