@@ -27,6 +27,7 @@ DETAILS = {  # 1, few lines, to 5, many
 }
 THINNEST = 1.0  # pixels of a line on the page: thinner ones would be grey
 STROKE = 1.5  # line widths: what is narrower is a stroke and no area
+DARK_STROKE = 3.5  # line widths: of dark ones, the outlines of a comic
 STROKE_AREA = 2.5  # squares of that width: smaller ones are corners and dots
 DARK = 30.0  # CIELAB lightness: small areas below it are black on the page, too
 PUPIL = 0.004  # of the picture: larger dark areas are there to be coloured
@@ -121,13 +122,13 @@ def _frame(lines: list[np.ndarray], width: int, height: int, line: float) -> lis
 # --------------------------------------------------------------------------------- what is drawn
 def _found(copy: np.ndarray, settings: PageSettings) -> _Lines:
     labels, lab = regions(copy, DETAILS[settings.detail])
-    narrow = STROKE * settings.line_width / 1000 * min(copy.shape[:2])
-    ink, dots, specks = _narrow_parts(labels, lab, narrow)
-    black = dots | _pupils(labels, lab)
+    line = settings.line_width / 1000 * min(copy.shape[:2])
+    ink, dots, specks = _narrow_parts(labels, lab, line)
+    black = dots | (_pupils(labels, lab) & ~ink)
     filled = [line for line in borders(black.astype(int)) if len(line) > 3]
     labels = _flooded(labels, ink | dots | specks)
     lines = borders(labels)
-    strokes = _strokes(ink, labels, narrow)
+    strokes = _strokes(ink, labels, STROKE * line)
     return _Lines([*lines, *strokes], filled, len(libraries().np.unique(labels)))
 
 
@@ -150,30 +151,31 @@ def _flooded(labels: np.ndarray, gone: np.ndarray) -> np.ndarray:
 
 
 def _narrow_parts(
-    labels: np.ndarray, lab: np.ndarray, narrow: float
+    labels: np.ndarray, lab: np.ndarray, line: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where regions are narrower than so many pixels: strokes, dark dots, other specks."""
+    """What of regions is about as narrow as a line (pixels): strokes, dark dots, other specks."""
     lib = libraries()
     np, ndimage = lib.np, lib.ndimage
+    whole = np.bincount(labels.ravel())  # of each region: its area, its lightness, its limit
+    lightness = np.bincount(labels.ravel(), lab[..., 0].ravel()) / np.maximum(whole, 1)
+    limit = line * np.where(lightness < DARK, DARK_STROKE, STROKE)
     inside = ndimage.distance_transform_edt(~_edge(labels)) + 0.5
-    wide = inside > narrow / 2
+    half = limit[labels] / 2
+    wide = inside > half
     none = np.zeros_like(wide)
     if not wide.any():
         return none, none, none
     distance, index = ndimage.distance_transform_edt(~wide, return_indices=True)
-    opened = (distance <= narrow / 2 + 1) & (labels[tuple(index)] == labels)
+    opened = (distance <= half + 1) & (labels[tuple(index)] == labels)
     parts = lib.label(np.where(opened, 0, labels + 1), background=0, connectivity=1)
-    count = int(parts.max()) + 1
-    area = np.bincount(parts.ravel(), minlength=count)
-    long = area >= STROKE_AREA * narrow**2
-    long[0] = False
-    whole = np.bincount(labels.ravel())  # a dot is narrow everywhere
-    owner = np.zeros(count, int)
+    area = np.bincount(parts.ravel())
+    owner = np.zeros(len(area), int)
     owner[parts.ravel()] = labels.ravel()
-    dot = (area == whole[owner]) & ~long
-    dot[0] = False
-    light = np.bincount(parts.ravel(), lab[..., 0].ravel(), count) / np.maximum(area, 1)
-    return long[parts], (dot & (light < DARK))[parts], (dot & (light >= DARK))[parts]
+    long = area >= STROKE_AREA * limit[owner] ** 2
+    dot = (area == whole[owner]) & ~long  # narrow everywhere
+    long[0] = dot[0] = False  # what is wide
+    dark = lightness[owner] < DARK
+    return long[parts], (dot & dark)[parts], (dot & ~dark)[parts]
 
 
 def _edge(labels: np.ndarray) -> np.ndarray:
