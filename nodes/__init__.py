@@ -8,9 +8,11 @@ from . import (
     boundary,
     clear,
     conditioning,
+    cute_animal,
     early_exit,
     environment,
     image_edit,
+    kind_words,
     loaders,
     pins,
     prefill,
@@ -42,6 +44,8 @@ NODES += attention.NODES
 NODES += reference_cache.NODES
 NODES += early_exit.NODES
 NODES += save_quantized.NODES
+NODES += kind_words.NODES
+NODES += cute_animal.NODES
 
 
 async def start() -> None:
