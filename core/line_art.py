@@ -27,8 +27,10 @@ DETAILS = {  # 1, few lines, to 5, many
 }
 THINNEST = 1.0  # pixels of a line on the page: thinner ones would be grey
 STROKE = 1.5  # line widths: what is narrower is a stroke and no area
+DARK_STROKE = 3.5  # line widths: of dark ones, the outlines of a comic
 STROKE_AREA = 2.5  # squares of that width: smaller ones are corners and dots
-DARK = 30.0  # CIELAB lightness: small areas below it are black on the page, too
+KNOT_AREA = 6  # squares of that width: larger places within strokes are areas
+DARK = 38.0  # CIELAB lightness: small areas below it are black on the page, too
 PUPIL = 0.004  # of the picture: larger dark areas are there to be coloured
 
 
@@ -81,7 +83,9 @@ def colouring_page(picture: Tensor, settings: PageSettings) -> Page:
     height, width = copy.shape[:2]
     line = max(THINNEST, settings.line_width / 1000 * min(height, width) * scale)
     lines = [*found.lines, *_frame(found.lines, width, height, line / scale)]
-    return Page(drawn(lines, found.dots, size, line, (scale, left, top)), found.areas)
+    return Page(
+        drawn(lines, found.dots, size, line, (scale, left, top), (width, height)), found.areas
+    )
 
 
 def size_of_page(picture: Tensor, paper: str) -> tuple[int, int]:
@@ -121,13 +125,13 @@ def _frame(lines: list[np.ndarray], width: int, height: int, line: float) -> lis
 # --------------------------------------------------------------------------------- what is drawn
 def _found(copy: np.ndarray, settings: PageSettings) -> _Lines:
     labels, lab = regions(copy, DETAILS[settings.detail])
-    narrow = STROKE * settings.line_width / 1000 * min(copy.shape[:2])
-    ink, dots, specks = _narrow_parts(labels, lab, narrow)
-    black = dots | _pupils(labels, lab)
+    line = settings.line_width / 1000 * min(copy.shape[:2])
+    ink, dots, specks = _narrow_parts(labels, lab, line)
+    black = dots | (_pupils(labels, lab) & ~ink)
     filled = [line for line in borders(black.astype(int)) if len(line) > 3]
     labels = _flooded(labels, ink | dots | specks)
     lines = borders(labels)
-    strokes = _strokes(ink, labels, narrow)
+    strokes = _strokes(ink, labels, STROKE * line)
     return _Lines([*lines, *strokes], filled, len(libraries().np.unique(labels)))
 
 
@@ -150,30 +154,49 @@ def _flooded(labels: np.ndarray, gone: np.ndarray) -> np.ndarray:
 
 
 def _narrow_parts(
-    labels: np.ndarray, lab: np.ndarray, narrow: float
+    labels: np.ndarray, lab: np.ndarray, line: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where regions are narrower than so many pixels: strokes, dark dots, other specks."""
+    """What of regions is about as narrow as a line (pixels): strokes, dark dots, other specks."""
     lib = libraries()
     np, ndimage = lib.np, lib.ndimage
+    whole = np.bincount(labels.ravel())  # of each region: its area, its lightness, its limit
+    lightness = np.bincount(labels.ravel(), lab[..., 0].ravel()) / np.maximum(whole, 1)
+    limit = line * np.where(lightness < DARK, DARK_STROKE, STROKE)
     inside = ndimage.distance_transform_edt(~_edge(labels)) + 0.5
-    wide = inside > narrow / 2
+    half = limit[labels] / 2
+    wide = inside > half
     none = np.zeros_like(wide)
     if not wide.any():
         return none, none, none
     distance, index = ndimage.distance_transform_edt(~wide, return_indices=True)
-    opened = (distance <= narrow / 2 + 1) & (labels[tuple(index)] == labels)
+    opened = (distance <= half + 1) & (labels[tuple(index)] == labels)
     parts = lib.label(np.where(opened, 0, labels + 1), background=0, connectivity=1)
-    count = int(parts.max()) + 1
-    area = np.bincount(parts.ravel(), minlength=count)
-    long = area >= STROKE_AREA * narrow**2
-    long[0] = False
-    whole = np.bincount(labels.ravel())  # a dot is narrow everywhere
-    owner = np.zeros(count, int)
+    area = np.bincount(parts.ravel())
+    owner = np.zeros(len(area), int)
     owner[parts.ravel()] = labels.ravel()
-    dot = (area == whole[owner]) & ~long
-    dot[0] = False
-    light = np.bincount(parts.ravel(), lab[..., 0].ravel(), count) / np.maximum(area, 1)
-    return long[parts], (dot & (light < DARK))[parts], (dot & (light >= DARK))[parts]
+    long = area >= STROKE_AREA * limit[owner] ** 2
+    dot = (area == whole[owner]) & ~long  # narrow everywhere
+    long[0] = dot[0] = False  # what is wide
+    dark = lightness[owner] < DARK
+    ink = long[parts] | _knots(opened, labels, long[parts], limit)
+    return ink, (dot & dark)[parts], (dot & ~dark)[parts]
+
+
+def _knots(
+    opened: np.ndarray, labels: np.ndarray, ink: np.ndarray, limit: np.ndarray
+) -> np.ndarray:
+    """The wider places of regions that are mostly strokes: where several of them meet."""
+    lib = libraries()
+    np = lib.np
+    parts = lib.label(np.where(opened, labels + 1, 0), background=0, connectivity=1)
+    area = np.bincount(parts.ravel())
+    owner = np.zeros(len(area), int)
+    owner[parts.ravel()] = labels.ravel()
+    whole = np.bincount(labels.ravel())
+    strokes = np.bincount(labels[ink], minlength=len(whole)) > whole / 2
+    knot = strokes[owner] & (area < KNOT_AREA * limit[owner] ** 2)
+    knot[0] = False
+    return knot[parts]
 
 
 def _edge(labels: np.ndarray) -> np.ndarray:

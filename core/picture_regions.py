@@ -20,6 +20,7 @@ LONGEST = 768  # pixels of the copy that is worked on, along its longer side
 SHORTEST = 32  # pixels of a side, of pictures that are taken
 LEVEL = 0.25  # step of the gradient, in CIELAB units a pixel: shallower dips are no basins
 GRAIN, GRAIN_REACH = 2.5, 12.0  # how much texture takes off an edge, and from how far (pixels)
+WEAKEST = 0.5  # power of the mean along a border: one that ends in a soft shade counts less
 PATCHES = 3  # times the edge that the smallest regions need, to be told from texture
 
 
@@ -110,8 +111,9 @@ def regions(copy: np.ndarray, detail: Detail) -> tuple[np.ndarray, np.ndarray]:
     height = slope * (detail.blur * (2 * lib.np.pi) ** 0.5)
     grain = lib.ndimage.gaussian_filter(abs(lab - blurred)[..., 0], GRAIN_REACH, mode="nearest")
     height = (height - GRAIN * grain).clip(min=0)
-    basins = lib.watershed(lib.np.round(slope / LEVEL).astype(lib.np.int32)) - 1
-    labels = _merged(basins.astype(lib.np.int32), height, blurred, detail)
+    basins = lib.watershed(lib.np.round(slope / LEVEL).astype(lib.np.int32)).astype(lib.np.int32)
+    basins -= basins.min()  # from 1, but 0 everywhere in a picture of one colour
+    labels = _merged(basins, height, blurred, detail)
     return labels, blurred
 
 
@@ -164,12 +166,12 @@ def _merged(basins: np.ndarray, height: np.ndarray, lab: np.ndarray, detail: Det
     area = np.bincount(flat).astype(np.float64)
     total = np.stack([np.bincount(flat, lab[..., i].ravel()) for i in range(3)], -1)
     names = np.arange(len(area))
-    pairs = _neighbours(basins, height)
+    pairs = _neighbours(basins, height**WEAKEST)
     least = detail.area * basins.size
     while len(pairs.first):
         mean = total / area[:, None]
         apart = np.sqrt(((mean[pairs.first] - mean[pairs.second]) ** 2).sum(-1))
-        edge = np.minimum(pairs.height / pairs.length, apart)
+        edge = np.minimum((pairs.height / pairs.length) ** (1 / WEAKEST), apart)
         small = np.minimum(area[pairs.first], area[pairs.second])
         # Small ones go first and to what is most like them; of the others only a weak edge.
         cost = np.where(small < least, edge * (small / least) ** 0.5 * 0.5, edge)

@@ -1,6 +1,6 @@
 """Where stickers lie on a sheet, and how each is drawn there.
 
-Each has a cell of its own: it is made so small, and moved so little, that its turned box stays in it.
+Each has a cell of its own, and is so small and moved so little that its turned box stays in it.
 """
 
 from __future__ import annotations
