@@ -140,4 +140,6 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMReferenceCache",
         "QwenVRAMEarlyExit",
         "QwenVRAMSaveQuantized",
+        "QwenVRAMKindWords",
+        "QwenVRAMCuteAnimalPrompt",
     }
