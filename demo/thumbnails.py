@@ -16,7 +16,7 @@ from .checkpoints import make_checkpoints
 from .conversion import to_api
 from .environment import ROOT, say
 from .server import Server
-from .serving import SCENE
+from .serving import PICTURES
 from .showcase import BASE, DemoError, has_accelerator, new_server
 from .substitutions import Prompt, substitute
 
@@ -24,7 +24,7 @@ OWN = BASE / "thumbnails"  # user and temporary files: what `make run` keeps is 
 SIZE = (640, 400)
 BAND, PADDING = 64, 12
 PAPER, INK, DARK, PILL = "#f6f3ec", "#1f2430", "#1f2430", "#ffd166"
-EDIT = "make it blue"
+EDIT, BEACH = "make it blue", "put it on the beach"
 # As the embedded model was taught, and without its random LoRA.
 AS_TAUGHT = {"cfg": 1.0, "strength_model": 0.0, "text": EDIT, "instruction": EDIT, "seed": 5}
 
@@ -34,7 +34,7 @@ class Recipe:
     """What to write into the inputs of a workflow, once for each run, and what to show of it."""
 
     runs: tuple[dict[str, Any], ...]
-    before: bool = False  # the picture that is edited comes first
+    before: str = ""  # one of the pictures of `make run`, which is edited; it comes first
     previews: bool = False  # also what is shown and not saved
 
 
@@ -42,6 +42,7 @@ def _drawing(text: str, **more: Any) -> dict[str, Any]:
     return {"positive": text, "negative": "", "strength_model": 0.0, "seed": 5, **more}
 
 
+PIG = "tiny_pig.png"
 TWICE = {"ImageScale": {"width": 384, "height": 384}, "PrimitiveBoolean": {"value": True}}
 RECIPES = {
     "cute_animal_for_kids": Recipe(({"strength_model": 0.0, "seed": 5, "cfg": 1.0},)),
@@ -54,15 +55,13 @@ RECIPES = {
     ),
     "qwen_image_2512_low_vram": Recipe(
         (
-            _drawing("a yellow duck with a red scarf in a meadow"),
-            _drawing("a yellow duck with a red scarf in a meadow", **TWICE),
+            _drawing("a pink pig with a blue scarf on the beach"),
+            _drawing("a pink pig with a blue scarf on the beach", **TWICE),
         )
     ),
-    "qwen_image_edit_2511": Recipe((AS_TAUGHT,), before=True),
-    "qwen_image_edit_fast": Recipe((AS_TAUGHT,), before=True, previews=True),
-    "qwen_image_edit_tiled": Recipe(
-        ({**AS_TAUGHT, "tile_size": 192, "overlap": 64},), before=True, previews=True
-    ),
+    "qwen_image_edit_2511": Recipe((AS_TAUGHT,), before=PIG),
+    "qwen_image_edit_fast": Recipe(({**AS_TAUGHT, "text": BEACH},), before=PIG),
+    "qwen_image_edit_tiled": Recipe((AS_TAUGHT,), before="tiny_photo.png", previews=True),
 }
 
 
@@ -82,13 +81,19 @@ def _write(prompt: Prompt, values: dict[str, Any]) -> None:
             inputs["text"] = values.get(side, inputs["text"])
 
 
+def drawn(name: str) -> Image.Image:
+    """One of the pictures of `make run`."""
+    scene, side = PICTURES[name]
+    return draw(scene, side, side)
+
+
 def pictures(server: Server, workflow: dict[str, Any], recipe: Recipe) -> list[Image.Image]:
     """What the workflow makes on the embedded model. Raises DemoError."""
     graph = substitute(to_api(workflow, server.get_json("/object_info")))
-    found = [draw(SCENE, 256, 256)] if recipe.before else []
+    found = [drawn(recipe.before)] if recipe.before else []
     for values in recipe.runs:
         prompt = json.loads(json.dumps(graph))
-        _write(prompt, values)
+        _write(prompt, {**values, "image": recipe.before} if recipe.before else values)
         result = server.submit(prompt)
         if result.status != "success":
             raise DemoError(f"ComfyUI ended the prompt with {result.status}: {result.error}")
@@ -137,7 +142,8 @@ def make(comfyui: Path, names: Sequence[str] = ()) -> None:
     make_checkpoints(comfyui, BASE / "models")
     for folder in (OWN, BASE / "input"):
         folder.mkdir(parents=True, exist_ok=True)
-    draw(SCENE, 256, 256).save(BASE / "input" / "example.png")  # which the edits begin with
+    for name in PICTURES:
+        drawn(name).save(BASE / "input" / name)
     cpu = not has_accelerator()
     folders = ["--user-directory", str(OWN), "--temp-directory", str(OWN)]
     with new_server(comfyui, cpu, "thumbnails", folders) as server:
