@@ -1,4 +1,4 @@
-"""The commands: demo (the default), setup, serve, quality, test, check and clean."""
+"""The commands: demo (the default), setup, serve, quality, thumbnails, test, check and clean."""
 
 from __future__ import annotations
 
@@ -57,6 +57,9 @@ def _options(command: str, rest: Sequence[str]) -> argparse.Namespace:
         parser.add_argument("--count", type=_several, default=240, metavar="N", help=wanted)
         parser.add_argument("--sheets", type=Path, metavar="DIR", help="draw contact sheets there")
         parser.add_argument("--models", type=Path, metavar="DIR", help="another model's folder")
+    elif command == "thumbnails":
+        parser.description = "Runs the bundled workflows and draws their thumbnails of the results."
+        parser.add_argument("name", nargs="*", help="workflows without .json (default: all)")
     elif command == "setup":
         parser.add_argument("--tests", action="store_true", help="also what the tests need")
     return parser.parse_args(rest)
@@ -129,6 +132,23 @@ def _quality(comfyui: Path, rest: Sequence[str]) -> int:
     return 0
 
 
+def _thumbnails(comfyui: Path, rest: Sequence[str]) -> int:
+    from .server import ServerError
+    from .showcase import DemoError
+    from .thumbnails import RECIPES, make
+
+    names = _options("thumbnails", rest).name
+    if unknown := [name for name in names if name not in RECIPES]:
+        print(f"No workflow {unknown[0]}; there are: {', '.join(RECIPES)}.", file=sys.stderr)
+        return 2
+    try:
+        make(comfyui, names)
+    except (DemoError, ServerError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
 def _test(comfyui: Path, rest: Sequence[str]) -> int:
     """All tests in two processes, or in this one those that are named."""
     if any(argument.startswith("tests") for argument in rest):
@@ -159,6 +179,7 @@ IN_VENV: dict[str, Callable[[Path, Sequence[str]], int]] = {
     "demo": _demo,
     "serve": _serve,
     "quality": _quality,
+    "thumbnails": _thumbnails,
     "test": _test,
     "check": _check,
 }
