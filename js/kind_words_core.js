@@ -3,7 +3,10 @@
 import { wordsOf } from "./text_core.js";
 
 const GROUP = ["Qwen VRAM", "Words for children"];
-const TITLE = { en: "Kind Words", zh: "友善词语" };
+const TITLE = {
+  en: "Kind Words",
+  zh: "友善词语",
+};
 
 /** As the settings dialog wants them; it shows the highest sortOrder first. */
 export const KIND_WORDS_SETTINGS = [
