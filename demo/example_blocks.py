@@ -16,9 +16,9 @@ HEADINGS = {"en": "## Example", "zh": "## 示例"}
 BLOCK = re.compile(r"(?m)^```json\n(\{.*\})\n```$")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 # Pixels of the classic canvas. Heights only keep the nodes apart: the editor makes its own.
-COLUMN, GAP, TITLE, SLOT, WIDGET, TEXT, STATUS, PREVIEW = 460, 60, 36, 22, 26, 120, 60, 290
+COLUMN, GAP, TITLE, SLOT, WIDGET, TEXT, STATUS, PREVIEW = 520, 60, 36, 22, 26, 120, 60, 290
 WIDTHS = {"QwenVRAMReport": 380, "QwenVRAMSampler": 340, "QwenVRAMTiledEdit": 400}
-LOADER_WIDTH, TEXT_WIDTH, USUAL_WIDTH = 400, 375, 300
+LOADER_WIDTH, TEXT_WIDTH, USUAL_WIDTH = 450, 375, 300
 
 Workflow = dict[str, Any]
 ObjectInfo = dict[str, Any]

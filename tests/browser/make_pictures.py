@@ -1,0 +1,231 @@
+"""Makes the pictures of the README: every node, and the whole editor, after a run.
+
+No test: `python -m demo pictures` runs it, for it needs the server and the browser of the tests.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+from pack.demo.animals import Scene, draw
+from pack.demo.example_blocks import to_workflow, write_page
+from pack.demo.examples import BY_MENU, EXAMPLES
+from pack.demo.server import Server
+from pack.tests.browser.editor import SETTLE_MS, Editor
+from pack.tests.browser.test_pins import menu, toast
+from pack.tests.browser.test_workflow import FORGET
+from pack.tests.conftest import ROOT
+from playwright.sync_api import Browser
+
+MEDIA = ROOT / "media"
+FRONT = ROOT / "workflows" / "cute_animal_for_kids.json"
+LANGUAGES = ("en", "zh")
+WIDTH, SHARPNESS = 320, 2  # of a picture of a node on the page, and pixels for each of the page's
+MARGIN, BADGES = 14, 34  # around a node and above its title, in units of the canvas
+LIMIT = 20_000  # bytes of a picture of a node
+LARGE = "large.png"  # cut into four tiles
+# What is run; what is shown are the numbers of the example.
+SMALL: dict[str, Any] = {"width": 256, "height": 256, "reference_size": "own size"}
+RUN_WITH: dict[str, dict[str, Any]] = {
+    "QwenVRAMTiledEdit": {"image": LARGE, "steps": 1},
+    "QwenVRAMTiledDiffusion": {"width": 2048, "height": 2048, "steps": 1},
+    "QwenVRAMSplitTiles": {"image": "tiles.png"},
+    "QwenVRAMMergeTiles": {"image": "tiles.png"},
+}
+# The second time the prompt is known.
+TWICE = ("QwenVRAMCachedTextEncode", "QwenVRAMCachedImageEditEncode")
+MENU_ITEMS = {"en": "Pin output (Qwen VRAM)", "zh": "固定输出 (Qwen VRAM)"}
+IS_PINNED = {"en": "is pinned (", "zh": "已固定"}
+TO_BE_PINNED = 3  # the node of that example
+
+PANELS = ("Comfy.Minimap.Visible", "Comfy.Graph.CanvasInfo", "Comfy.RightSidePanel.IsOpen")
+CLEAN = """async (ids) => {
+    for (const id of ids) await app.extensionManager.setting.set(id, false);
+}"""
+# The node at the left top of the free canvas, so wide that the picture has its width.
+PLACE = """async ([id, width, margin, above]) => {
+    const node = app.graph.getNodeById(id), { canvas } = app, { ds } = canvas;
+    canvas.deselectAll();
+    canvas.links_render_mode = LiteGraph.HIDDEN_LINK;  // those of other nodes would run behind it
+    ds.scale = width / (node.size[0] + 2 * margin);
+    const top = node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT - above;
+    const at = [90 / ds.scale, 130 / ds.scale];
+    ds.offset = [at[0] - node.pos[0] + margin, at[1] - top];
+    canvas.draw(true, true);
+    const height = (LiteGraph.NODE_TITLE_HEIGHT + above + node.size[1] + margin) * ds.scale;
+    const box = canvas.canvas.getBoundingClientRect();
+    return { x: box.left + 90, y: box.top + 130, width, height };
+}"""
+FIT = "() => app.extensionManager.command.execute('Comfy.Canvas.FitView')"
+
+
+@pytest.fixture(scope="module")
+def sharp(browser: Browser, official_names: Server) -> Iterator[Editor]:
+    """The editor as on a screen with small pixels, without panels."""
+    server = official_names
+    draw(Scene("bear", "brown", background="meadow"), 1536, 1536).save(
+        server.base / "input" / LARGE
+    )
+    draw(Scene("fox", "red", background="snow"), 512, 512).save(server.base / "input" / "tiles.png")
+    size = {"width": 1600, "height": 1500}
+    page = browser.new_page(viewport=size, device_scale_factor=SHARPNESS)
+    editor = Editor(page, server.url)
+    yield editor
+    page.close()
+
+
+def speak(editor: Editor, language: str, server: Server) -> None:
+    """Changes the language of the editor, as a user would in the settings."""
+    server.post_json("/api/settings/Comfy.Locale", language)
+    editor.start()
+    editor.page.evaluate(CLEAN, PANELS)
+    editor.page.evaluate("() => document.fonts.ready.then(() => null)")
+
+
+def run(editor: Editor, node_id: str) -> None:
+    """Runs the open example as RUN_WITH says, and shows its own numbers again."""
+    own = {str(i): dict(n["widgets"]) for i, n in editor.nodes().items()}
+    changed = {**SMALL, **RUN_WITH.get(node_id, {})}
+    editor.set_widgets({i: changed for i in own})
+    for _ in range(2 if node_id in TWICE else 1):
+        editor.page.evaluate(FORGET)
+        editor.page.wait_for_timeout(1000)
+        ran = editor.run()
+        assert ran.status == "execution_success", (node_id, ran.detail)
+    names = {name for name in changed if name != "$$node-text-preview"}
+    editor.set_widgets({i: {k: w[k] for k in names & w.keys()} for i, w in own.items()})
+    editor.page.wait_for_timeout(2 * SETTLE_MS)
+
+
+def shot(editor: Editor, clip: dict[str, float]) -> PIL.Image.Image:
+    """A part of the page."""
+    editor.page.wait_for_timeout(SETTLE_MS)
+    return PIL.Image.open(io.BytesIO(editor.page.screenshot(clip=clip))).convert("RGB")
+
+
+def write(picture: PIL.Image.Image, path: Path, limit: int = LIMIT) -> None:
+    """As WebP in the best quality that has no more bytes than the limit."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    width = WIDTH * SHARPNESS
+    if picture.width != width:
+        height = round(picture.height * width / picture.width)
+        picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    for quality in range(90, 20, -5):
+        content = io.BytesIO()
+        picture.save(content, "WEBP", quality=quality, method=6)
+        if len(content.getvalue()) <= limit:
+            break
+    path.write_bytes(content.getvalue())
+
+
+def of_node(editor: Editor, number: int) -> PIL.Image.Image:
+    """A node with its badges and the ends of its wires."""
+    clip = editor.page.evaluate(PLACE, [number, WIDTH, MARGIN, BADGES])
+    return shot(editor, clip)
+
+
+def of_menu(editor: Editor, language: str) -> PIL.Image.Image:
+    """The menu of the node that the example pins."""
+    clip = editor.page.evaluate(PLACE, [TO_BE_PINNED, WIDTH, MARGIN, BADGES])
+    editor.page.mouse.click(clip["x"] + 60, clip["y"] + 45, button="right")
+    item = editor.page.get_by_text(MENU_ITEMS[language], exact=True)
+    item.hover()
+    box = item.bounding_box()
+    assert box
+    picture = shot(editor, {**clip, "height": max(clip["height"], box["y"] + 60 - clip["y"])})
+    editor.page.keyboard.press("Escape")
+    return picture
+
+
+def of_pinned(editor: Editor, language: str) -> PIL.Image.Image:
+    """The node with its badge after it was pinned and run again."""
+    menu(editor, TO_BE_PINNED, MENU_ITEMS[language])
+    toast(editor, IS_PINNED[language])
+    assert editor.run().status == "execution_success"
+    return of_node(editor, TO_BE_PINNED)
+
+
+def of_warm_up(editor: Editor) -> PIL.Image.Image:
+    """The button in the action bar, and the message in the end."""
+    editor.set_widgets({str(i): SMALL for i in editor.nodes()})
+    editor.page.evaluate(FORGET)
+    editor.dismiss()
+    button = editor.page.locator(".qwen-vram-warm-up")
+    button.click()
+    message = editor.page.locator(".p-toast-message").first
+    message.wait_for(timeout=60_000)
+    editor.page.wait_for_timeout(2 * SETTLE_MS)
+    boxes = [button.bounding_box(), message.bounding_box()]
+    left = min(b["x"] for b in boxes if b) - MARGIN
+    top = min(b["y"] for b in boxes if b) - MARGIN
+    right = max(b["x"] + b["width"] for b in boxes if b) + MARGIN
+    bottom = max(b["y"] + b["height"] for b in boxes if b) + MARGIN
+    return shot(editor, {"x": left, "y": top, "width": right - left, "height": bottom - top})
+
+
+def picture_of(editor: Editor, node_id: str, language: str) -> PIL.Image.Image:
+    """What stands for a node after the example is open and has run."""
+    special: dict[str, Callable[[], PIL.Image.Image]] = {
+        "QwenVRAMPin": lambda: of_menu(editor, language),
+        "QwenVRAMPinned": lambda: of_pinned(editor, language),
+        "QwenVRAMWarmupSink": lambda: of_warm_up(editor),
+    }
+    if node_id in BY_MENU:
+        return special[node_id]()
+    number = next(i for i, n in editor.nodes().items() if n["type"] == node_id)
+    return of_node(editor, number)
+
+
+@pytest.mark.parametrize("node_id", EXAMPLES)
+def make_example(node_id: str, server: Server) -> None:
+    """Writes the example into the help pages of a node."""
+    info = server.get_json("/object_info")
+    for language in LANGUAGES:
+        write_page(node_id, language, EXAMPLES[node_id], info)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def make_nodes(sharp: Editor, official_names: Server, language: str, wanted: list[str]) -> None:
+    """Takes the picture of every node that is wanted."""
+    info = official_names.get_json("/object_info")
+    speak(sharp, language, official_names)
+    folder = MEDIA / "nodes" / ("" if language == "en" else language)
+    for node_id in wanted:
+        sharp.tidy()
+        sharp.open(to_workflow(EXAMPLES[node_id], info))
+        sharp.page.evaluate(CLEAN, PANELS)
+        run(sharp, node_id)
+        sharp.dismiss()
+        picture = picture_of(sharp, node_id, language)
+        write(picture, folder / f"{node_id}.webp")
+    speak(sharp, "en", official_names)
+
+
+@pytest.fixture
+def wanted() -> list[str]:
+    """All nodes."""
+    return list(EXAMPLES)
+
+
+def make_front(sharp: Editor, official_names: Server) -> None:
+    """Takes the picture on top of the README: the workflow for children, after a run."""
+    speak(sharp, "en", official_names)
+    sharp.page.set_viewport_size({"width": 1600, "height": 900})
+    sharp.open(json.loads(FRONT.read_text(encoding="utf-8")))
+    sharp.page.evaluate(CLEAN, PANELS)
+    sharp.shrink()
+    ran = sharp.run()
+    assert ran.status == "execution_success", ran.detail
+    sharp.open(json.loads(FRONT.read_text(encoding="utf-8")))
+    sharp.page.evaluate(FIT)
+    sharp.dismiss()
+    sharp.page.wait_for_timeout(2000)
+    picture = PIL.Image.open(io.BytesIO(sharp.page.screenshot())).convert("RGB")
+    picture = picture.resize((1600, 900), PIL.Image.Resampling.LANCZOS)
+    picture.save(MEDIA / "front.jpg", quality=85, optimize=True, progressive=True)
