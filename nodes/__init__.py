@@ -7,6 +7,7 @@ from . import (
     attention,
     boundary,
     clear,
+    colouring_page,
     conditioning,
     early_exit,
     environment,
@@ -21,6 +22,7 @@ from . import (
     routes,
     sampler,
     save_quantized,
+    sticker_sheet,
     tiled_diffusion,
     tiled_edit,
     tiling,
@@ -42,6 +44,8 @@ NODES += attention.NODES
 NODES += reference_cache.NODES
 NODES += early_exit.NODES
 NODES += save_quantized.NODES
+NODES += colouring_page.NODES
+NODES += sticker_sheet.NODES
 
 
 async def start() -> None:

@@ -7,11 +7,11 @@ import inspect
 import pytest
 
 
-@pytest.fixture(params=range(24))
+@pytest.fixture(params=range(26))
 def node(host, request):
     """Every node class of the loaded pack."""
     classes = host.part("nodes").NODES
-    assert len(classes) == 24  # one more node: one more parameter above
+    assert len(classes) == 26  # one more node: one more parameter above
     return classes[request.param]
 
 
