@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pack.demo.animals import Scene, draw
 from pack.demo.example_blocks import to_workflow, write_page
 from pack.demo.examples import BY_MENU, EXAMPLES
 from pack.demo.server import Server
-from pack.tests.browser.editor import SETTLE_MS, Editor
+from pack.tests.browser.editor import ENDS, FINISHED, SETTLE_MS, Editor
 from pack.tests.browser.test_pins import menu, toast
 from pack.tests.browser.test_workflow import FORGET
 from pack.tests.conftest import ROOT
@@ -28,15 +29,16 @@ FRONT = ROOT / "workflows" / "cute_animal_for_kids.json"
 LANGUAGES = ("en", "zh")
 WIDTH, SHARPNESS = 320, 2  # of a picture of a node on the page, and pixels for each of the page's
 MARGIN, BADGES = 14, 34  # around a node and above its title, in units of the canvas
+SLOWEST_MS = 600_000  # nine large tiles on a CPU
 LIMIT = 20_000  # bytes of a picture of a node
-LARGE = "large.png"  # cut into four tiles
+LARGE = "large.png"  # nine tiles of 256 pixels
 # What is run; what is shown are the numbers of the example.
 SMALL: dict[str, Any] = {"width": 256, "height": 256, "reference_size": "own size"}
 RUN_WITH: dict[str, dict[str, Any]] = {
-    "QwenVRAMTiledEdit": {"image": LARGE, "steps": 1},
-    "QwenVRAMTiledDiffusion": {"width": 2048, "height": 2048, "steps": 1},
-    "QwenVRAMSplitTiles": {"image": "tiles.png"},
-    "QwenVRAMMergeTiles": {"image": "tiles.png"},
+    "QwenVRAMTiledEdit": {"image": LARGE, "tile_size": 256, "overlap": 64, "steps": 4},
+    "QwenVRAMTiledDiffusion": {"width": 2048, "height": 2048, "steps": 1, "cfg": 1.0},
+    "QwenVRAMSplitTiles": {"image": LARGE},
+    "QwenVRAMMergeTiles": {"image": LARGE},
 }
 # The second time the prompt is known.
 TWICE = ("QwenVRAMCachedTextEncode", "QwenVRAMCachedImageEditEncode")
@@ -69,15 +71,20 @@ FIT = "() => app.extensionManager.command.execute('Comfy.Canvas.FitView')"
 def sharp(browser: Browser, official_names: Server) -> Iterator[Editor]:
     """The editor as on a screen with small pixels, without panels."""
     server = official_names
-    draw(Scene("bear", "brown", background="meadow"), 1536, 1536).save(
-        server.base / "input" / LARGE
-    )
-    draw(Scene("fox", "red", background="snow"), 512, 512).save(server.base / "input" / "tiles.png")
+    draw(Scene("bear", "brown", background="meadow"), 640, 640).save(server.base / "input" / LARGE)
     size = {"width": 1600, "height": 1500}
     page = browser.new_page(viewport=size, device_scale_factor=SHARPNESS)
     editor = Editor(page, server.url)
     yield editor
     page.close()
+
+
+def wanted() -> list[str]:
+    """The nodes that the command names, or all."""
+    named = os.environ.get("QWEN_VRAM_PICTURES", "").split()
+    if unknown := set(named) - EXAMPLES.keys():
+        pytest.fail(f"demo/examples.py has no node {', '.join(sorted(unknown))}.")
+    return named or list(EXAMPLES)
 
 
 def speak(editor: Editor, language: str, server: Server) -> None:
@@ -96,7 +103,9 @@ def run(editor: Editor, node_id: str) -> None:
     for _ in range(2 if node_id in TWICE else 1):
         editor.page.evaluate(FORGET)
         editor.page.wait_for_timeout(1000)
-        ran = editor.run()
+        editor.press_run()
+        editor.page.wait_for_function(FINISHED, arg=ENDS, timeout=SLOWEST_MS)
+        ran = editor.ran()
         assert ran.status == "execution_success", (node_id, ran.detail)
     names = {name for name in changed if name != "$$node-text-preview"}
     editor.set_widgets({i: {k: w[k] for k in names & w.keys()} for i, w in own.items()})
@@ -182,21 +191,21 @@ def picture_of(editor: Editor, node_id: str, language: str) -> PIL.Image.Image:
     return of_node(editor, number)
 
 
-@pytest.mark.parametrize("node_id", EXAMPLES)
-def make_example(node_id: str, server: Server) -> None:
-    """Writes the example into the help pages of a node."""
+def make_examples(server: Server) -> None:
+    """Writes the examples into the help pages."""
     info = server.get_json("/object_info")
-    for language in LANGUAGES:
-        write_page(node_id, language, EXAMPLES[node_id], info)
+    for node_id in wanted():
+        for language in LANGUAGES:
+            write_page(node_id, language, EXAMPLES[node_id], info)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def make_nodes(sharp: Editor, official_names: Server, language: str, wanted: list[str]) -> None:
+def make_nodes(sharp: Editor, official_names: Server, language: str) -> None:
     """Takes the picture of every node that is wanted."""
     info = official_names.get_json("/object_info")
     speak(sharp, language, official_names)
     folder = MEDIA / "nodes" / ("" if language == "en" else language)
-    for node_id in wanted:
+    for node_id in wanted():
         sharp.tidy()
         sharp.open(to_workflow(EXAMPLES[node_id], info))
         sharp.page.evaluate(CLEAN, PANELS)
@@ -205,12 +214,6 @@ def make_nodes(sharp: Editor, official_names: Server, language: str, wanted: lis
         picture = picture_of(sharp, node_id, language)
         write(picture, folder / f"{node_id}.webp")
     speak(sharp, "en", official_names)
-
-
-@pytest.fixture
-def wanted() -> list[str]:
-    """All nodes."""
-    return list(EXAMPLES)
 
 
 def make_front(sharp: Editor, official_names: Server) -> None:
