@@ -160,6 +160,39 @@ def _clear() -> Prompt:
     return there_and_back(clear, node("PreviewImage", images=link(5)))
 
 
+def _kind_words() -> Prompt:
+    return _numbered(
+        node("QwenVRAMKindWords", words="a bear with a gun"),
+        node("PreviewAny", source=link(1, 0)),
+        node("PreviewAny", source=link(1, 1)),
+    )
+
+
+def _cute_animal() -> Prompt:
+    graph = draw(node("QwenVRAMCuteAnimalPrompt", words="a little bear with a hat"))
+    graph["4"]["inputs"]["text"], graph["5"]["inputs"]["text"] = link(10, 0), link(10, 1)
+    graph["7"]["inputs"]["model"] = link(1)
+    return graph
+
+
+def _colouring_page() -> Prompt:
+    return _numbered(
+        node("LoadImage", image=PICTURE),
+        node("QwenVRAMColouringPage", image=link(1)),
+        node("PreviewImage", images=link(2)),
+    )
+
+
+def _sticker_sheet() -> Prompt:
+    return _numbered(
+        node("LoadImage", image=PICTURE),
+        node("QwenVRAMStickerSheet", image=link(1)),
+        node("PreviewImage", images=link(2, 0)),
+        node("JoinImageWithAlpha", image=link(2, 1), alpha=link(2, 2)),
+        node("PreviewImage", images=link(4)),
+    )
+
+
 def _on_model(class_type: str, **inputs: Any) -> dict[str, Any]:
     return node(class_type, model=link(1), **inputs)
 
@@ -189,6 +222,10 @@ EXAMPLES: dict[str, Prompt] = {
     "QwenVRAMEarlyExit": draw(_on_model("QwenVRAMEarlyExit"), _sampler("KSampler", steps=50)),
     "QwenVRAMReferenceCache": edit(_on_model("QwenVRAMReferenceCache")),
     "QwenVRAMSaveQuantized": _save_quantized(),
+    "QwenVRAMKindWords": _kind_words(),
+    "QwenVRAMCuteAnimalPrompt": _cute_animal(),
+    "QwenVRAMColouringPage": _colouring_page(),
+    "QwenVRAMStickerSheet": _sticker_sheet(),
 }
 # What cannot be seen in its own example: such a node is not added by hand.
 BY_MENU = ("QwenVRAMPin", "QwenVRAMPinned", "QwenVRAMWarmupSink")

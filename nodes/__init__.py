@@ -9,9 +9,11 @@ from . import (
     clear,
     colouring_page,
     conditioning,
+    cute_animal,
     early_exit,
     environment,
     image_edit,
+    kind_words,
     loaders,
     pins,
     prefill,
@@ -46,6 +48,8 @@ NODES += early_exit.NODES
 NODES += save_quantized.NODES
 NODES += colouring_page.NODES
 NODES += sticker_sheet.NODES
+NODES += kind_words.NODES
+NODES += cute_animal.NODES
 
 
 async def start() -> None:

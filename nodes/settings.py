@@ -64,6 +64,27 @@ def settings() -> Settings:
     )
 
 
+def words_for_children() -> list[list[str]]:
+    """What each user avoids and allows beside the list of Kind Words: two texts per user."""
+    names = ("QwenVRAM.KindWords.AlsoAvoid", "QwenVRAM.KindWords.AlwaysAllow")
+    return [[_text(stored, name) for name in names] for stored in _stored()]
+
+
+def locale() -> str:
+    """zh if the first user chose Chinese for the frontend, else en."""
+    everyone = _stored()
+    chosen = str(everyone[0].get("Comfy.Locale", "")) if everyone else ""
+    return "zh" if chosen.startswith("zh") else "en"
+
+
+def _text(stored: dict[str, Any], name: str) -> str:
+    value = stored.get(name, "")
+    if isinstance(value, str):
+        return value
+    _complain(name, value, "a text")
+    return ""
+
+
 def _number(stored: dict[str, Any], name: str, unit: int, usual: int) -> int:
     value = stored.get(f"QwenVRAM.Conditioning.{name}")
     if value is None:

@@ -103,8 +103,10 @@ def class_facts(node_id: str, node: dict[str, Any]) -> ClassFacts:
 
 
 def _decided(cls: type, node: dict[str, Any]) -> Any:
-    """What one of our loaders makes of its values on this machine, if that is not in them."""
+    """What one of our nodes makes of its values on this machine, if that is not in them."""
     inputs = node["inputs"]
+    if hasattr(cls, "beside_the_graph"):
+        return cls.beside_the_graph()
     if not hasattr(cls, "decided") or any(is_link(value) for value in inputs.values()):
         return None  # a linked choice is refused by core.graph_identity
     try:

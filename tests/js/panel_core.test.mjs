@@ -3,6 +3,7 @@ import { readdirSync, readFileSync } from "node:fs";
 import { test } from "node:test";
 import { ALLOCATOR_SETTINGS } from "../../js/allocator_core.js";
 import { CLEAR_SETTING } from "../../js/clear_core.js";
+import { KIND_WORDS_SETTINGS } from "../../js/kind_words_core.js";
 import {
   daysOf, panelWords, pinRows, placeRows, question, removedText, savedRows,
 } from "../../js/panel_core.js";
@@ -33,7 +34,7 @@ test("every setting is one that the server reads, in both languages", () => {
     assert.deepEqual(Object.keys(chinese.options ?? {}), (options ?? []).map((o) => o.text));
     for (const option of options ?? []) assert.ok(server.includes(`"${option.value}"`), option.value);
   }
-  const categories = [...SETTINGS, WARM_UP, ...ALLOCATOR_SETTINGS, CLEAR_SETTING, panelSetting(() => null)].flatMap((s) => s.category.slice(0, 2));
+  const categories = [...SETTINGS, WARM_UP, ...ALLOCATOR_SETTINGS, ...KIND_WORDS_SETTINGS, CLEAR_SETTING, panelSetting(() => null)].flatMap((s) => s.category.slice(0, 2));
   for (const language of ["en", "zh"]) {
     const known = Object.keys(locale(language, "main").settingsCategories);
     assert.deepEqual(known.sort(), [...new Set(categories)].sort());

@@ -1,0 +1,74 @@
+"""How a word can be written: its endings, digits for letters, letters drawn out or covered."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+
+_VOWELS = "aeiou"
+_DIGITS = {"0": "o", "1": "il", "3": "e", "4": "a", "5": "s", "7": "t", "8": "b", "9": "g"}
+_MOST_READINGS = 64  # of one word: "1111111111" stands for nothing
+_RUN = re.compile(r"(.)\1{2,}")
+_MARKS = re.compile(r"(?<=[a-z])[\u0300-\u036f]+")
+
+
+def folded(text: str, simplified: dict[int, str]) -> str:
+    """One form for what looks alike: width, case, accents, traditional and unseen characters.
+
+    `simplified` is a table for str.translate.
+    """
+    text = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
+    text = _MARKS.sub("", unicodedata.normalize("NFD", text))
+    text = unicodedata.normalize("NFC", text)
+    seen = (c for c in text if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f")
+    return "".join(seen).translate(simplified)
+
+
+def inflected(word: str) -> set[str]:
+    """An English word with its usual endings. Some of them are no words; they do no harm."""
+    stem, last = word[:-1], word[-1]
+    if last == "e":
+        return {word, f"{word}s", f"{word}d", f"{word}r", f"{word}rs", f"{stem}ing", f"{stem}ings"}
+    if last == "y" and stem[-1:] not in _VOWELS:
+        return {word, f"{word}ing", *(f"{stem}i{end}" for end in ("es", "ed", "er", "ers"))}
+    stems, plural = {word}, "es" if word.endswith(("s", "x", "z", "ch", "sh")) else "s"
+    if re.fullmatch(r"[^aeiou]*[aeiou][^aeiouwxy]", word):  # stab, stabbing
+        stems.add(word + last)
+    endings = ("ed", "er", "ers", "ing", "ings")
+    return {word, word + plural, *(s + e for s in stems for e in endings)}
+
+
+def readings(token: str) -> set[str]:
+    """What a run of letters and digits may be meant as: k1ll, kiiill, gun2 (lower case)."""
+    found = {token, token.strip("0123456789")} - {""}
+    return {r for t in found for lettered in _lettered(t) for r in _shortened(lettered)}
+
+
+def _lettered(token: str) -> Iterator[str]:
+    """Digits as the letters that they look like, where letters are in the majority."""
+    yield token
+    digits = sum(c.isdigit() for c in token)
+    if 0 < digits < len(token) - digits:
+        choices = itertools.product(*(_DIGITS.get(c, c) for c in token))
+        yield from ("".join(letters) for letters in itertools.islice(choices, _MOST_READINGS))
+
+
+def _shortened(token: str) -> Iterator[str]:
+    """Three and more of the same letter as two and as one."""
+    yield token
+    runs = _RUN.findall(token)
+    if runs:
+        for lengths in itertools.islice(itertools.product((1, 2), repeat=len(runs)), 16):
+            left = iter(lengths)
+            yield _RUN.sub(lambda run, n=left: run.group(1) * next(n), token)
+
+
+def covered(text: str, forms: Iterable[str]) -> Iterator[str]:
+    """Forms that a word with asterisks for some of its letters stands for: k*ll."""
+    for match in re.finditer(r"(?<![a-z0-9*])[a-z]+\*+[a-z]*(?![a-z0-9*])", text):
+        word = match.group()
+        if len(word) > 2 and word.count("*") * 2 <= len(word):
+            pattern = re.compile(word.replace("*", "[a-z]"))
+            yield from (form for form in forms if pattern.fullmatch(form))
