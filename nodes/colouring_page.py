@@ -40,36 +40,43 @@ class ColouringPage(io.ComfyNode):
                         "Where it is transparent it counts as white."
                     ),
                 ),
-                io.Float.Input(
-                    "line_width",
-                    default=6.0,
-                    min=1.0,
-                    max=50.0,
-                    step=0.5,
-                    tooltip=(
-                        "How thick lines are, in thousandths of the picture's shorter side; at "
-                        "least 1 pixel. 6 is about 1 mm on A4."
-                    ),
-                ),
-                io.Int.Input(
-                    "detail",
-                    default=3,
-                    min=1,
-                    max=5,
-                    tooltip="1: few lines, for small children. 5: also weak edges and small parts.",
-                ),
-                io.Combo.Input(
-                    "paper",
-                    options=[AS_PICTURE, *SHEETS],
-                    default=AS_PICTURE,
-                    tooltip=(
-                        "As large as the picture, or a sheet to print with 10 mm of white around. "
-                        "Lines are drawn in the size of the sheet and stay sharp."
-                    ),
-                ),
+                *cls.inputs_of_the_page(),
             ],
             outputs=[io.Image.Output()],
         )
+
+    @classmethod
+    def inputs_of_the_page(cls) -> list[io.Input]:
+        """How it is drawn."""
+        return [
+            io.Float.Input(
+                "line_width",
+                default=6.0,
+                min=1.0,
+                max=50.0,
+                step=0.5,
+                tooltip=(
+                    "How thick lines are, in thousandths of the picture's shorter side; at "
+                    "least 1 pixel. 6 is about 1 mm on A4."
+                ),
+            ),
+            io.Int.Input(
+                "detail",
+                default=3,
+                min=1,
+                max=5,
+                tooltip="1: few lines, for small children. 5: also weak edges and small parts.",
+            ),
+            io.Combo.Input(
+                "paper",
+                options=[AS_PICTURE, *SHEETS],
+                default=AS_PICTURE,
+                tooltip=(
+                    "As large as the picture, or a sheet to print with 10 mm of white around. "
+                    "Lines are drawn in the size of the sheet and stay sharp."
+                ),
+            ),
+        ]
 
     @classmethod
     def execute(cls, image: Tensor, line_width: float, detail: int, paper: str) -> io.NodeOutput:

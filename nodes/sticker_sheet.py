@@ -47,6 +47,7 @@ class StickerSheet(io.ComfyNode):
                     ),
                 ),
                 *cls.inputs_of_the_sheet(),
+                *cls.inputs_of_chance(),
             ],
             outputs=[
                 io.Image.Output(display_name="sheet"),
@@ -92,6 +93,12 @@ class StickerSheet(io.ComfyNode):
                 default=WHITE,
                 tooltip="The sheet's colour. On white a thin grey line shows where to cut.",
             ),
+        ]
+
+    @classmethod
+    def inputs_of_chance(cls) -> list[io.Input]:
+        """How much stickers differ."""
+        return [
             io.Float.Input(
                 "size_variation",
                 default=25.0,
