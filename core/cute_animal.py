@@ -21,13 +21,13 @@ class Look(NamedTuple):
 STYLES = {
     look.label: look
     for look in (
-        Look("storybook · 绘本", "children's book illustration", "儿童绘本插画"),
+        Look("storybook · 绘本", "storybook illustration", "儿童绘本插画"),
         Look("soft toy · 毛绒玩具", "plush soft toy", "毛绒玩偶质感"),
         Look("crayon · 蜡笔画", "wax crayon drawing", "蜡笔画"),
         Look("watercolour · 水彩", "soft watercolour painting", "柔和的水彩画"),
         Look("paper cut · 剪纸", "layered paper cut art", "层叠剪纸"),
         Look("clay · 黏土", "modelling clay figure", "彩色黏土"),
-        Look("flat sticker · 贴纸", "flat vector art, thick outlines", "扁平矢量插画，粗轮廓线"),
+        Look("flat sticker · 贴纸", "flat vector art, thick outlines", "扁平插画风格，粗线条"),
         Look("pixel · 像素画", "simple pixel art", "简单的像素画"),
     )
 }

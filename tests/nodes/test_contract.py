@@ -11,7 +11,7 @@ import pytest
 def node(host, request):
     """Every node class of the loaded pack."""
     classes = host.part("nodes").NODES
-    assert len(classes) == 26  # one more node: one more parameter above
+    assert len(classes) == 28  # one more node: one more parameter above
     return classes[request.param]
 
 

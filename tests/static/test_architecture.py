@@ -146,4 +146,6 @@ def test_released_node_ids_never_change() -> None:
         "QwenVRAMSaveQuantized",
         "QwenVRAMColouringPage",
         "QwenVRAMStickerSheet",
+        "QwenVRAMKindWords",
+        "QwenVRAMCuteAnimalPrompt",
     }
