@@ -17,8 +17,7 @@ BLOCK = re.compile(r"(?m)^```json\n(\{.*\})\n```$")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 # Pixels of the classic canvas. Heights only keep the nodes apart: the editor makes its own.
 COLUMN, GAP, TITLE, SLOT, WIDGET, TEXT, STATUS, PREVIEW = 520, 60, 36, 22, 26, 120, 60, 290
-WIDTHS = {"QwenVRAMReport": 380, "QwenVRAMSampler": 340, "QwenVRAMTiledEdit": 400}
-LOADER_WIDTH, TEXT_WIDTH, USUAL_WIDTH = 450, 375, 300
+LOADER_WIDTH, OUR_WIDTH, USUAL_WIDTH = 450, 390, 300  # so that names and status lines have room
 
 Workflow = dict[str, Any]
 ObjectInfo = dict[str, Any]
@@ -121,9 +120,9 @@ def _size(node: dict[str, Any], info: ObjectInfo) -> tuple[int, int]:
     shows = class_type.startswith(("Preview", "LoadImage"))
     height += SLOT * max(slots, len(info[class_type]["output"])) + (PREVIEW if shows else 0)
     height += STATUS if class_type.startswith("QwenVRAM") else 0
-    usual = LOADER_WIDTH if "Load" in class_type and not shows else USUAL_WIDTH
-    usual = TEXT_WIDTH if "Encode" in class_type and "Cached" in class_type else usual
-    return WIDTHS.get(class_type, usual), height
+    if class_type.startswith("QwenVRAMLoad"):
+        return LOADER_WIDTH, height
+    return OUR_WIDTH if class_type.startswith("QwenVRAM") else USUAL_WIDTH, height
 
 
 def _depths(graph: Prompt) -> dict[str, int]:
