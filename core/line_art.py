@@ -29,6 +29,7 @@ THINNEST = 1.0  # pixels of a line on the page: thinner ones would be grey
 STROKE = 1.5  # line widths: what is narrower is a stroke and no area
 DARK_STROKE = 3.5  # line widths: of dark ones, the outlines of a comic
 STROKE_AREA = 2.5  # squares of that width: smaller ones are corners and dots
+KNOT_AREA = 6  # squares of that width: larger places within strokes are areas
 DARK = 30.0  # CIELAB lightness: small areas below it are black on the page, too
 PUPIL = 0.004  # of the picture: larger dark areas are there to be coloured
 
@@ -82,7 +83,9 @@ def colouring_page(picture: Tensor, settings: PageSettings) -> Page:
     height, width = copy.shape[:2]
     line = max(THINNEST, settings.line_width / 1000 * min(height, width) * scale)
     lines = [*found.lines, *_frame(found.lines, width, height, line / scale)]
-    return Page(drawn(lines, found.dots, size, line, (scale, left, top)), found.areas)
+    return Page(
+        drawn(lines, found.dots, size, line, (scale, left, top), (width, height)), found.areas
+    )
 
 
 def size_of_page(picture: Tensor, paper: str) -> tuple[int, int]:
@@ -175,7 +178,25 @@ def _narrow_parts(
     dot = (area == whole[owner]) & ~long  # narrow everywhere
     long[0] = dot[0] = False  # what is wide
     dark = lightness[owner] < DARK
-    return long[parts], (dot & dark)[parts], (dot & ~dark)[parts]
+    ink = long[parts] | _knots(opened, labels, long[parts], limit)
+    return ink, (dot & dark)[parts], (dot & ~dark)[parts]
+
+
+def _knots(
+    opened: np.ndarray, labels: np.ndarray, ink: np.ndarray, limit: np.ndarray
+) -> np.ndarray:
+    """The wider places of regions that are mostly strokes: where several of them meet."""
+    lib = libraries()
+    np = lib.np
+    parts = lib.label(np.where(opened, labels + 1, 0), background=0, connectivity=1)
+    area = np.bincount(parts.ravel())
+    owner = np.zeros(len(area), int)
+    owner[parts.ravel()] = labels.ravel()
+    whole = np.bincount(labels.ravel())
+    strokes = np.bincount(labels[ink], minlength=len(whole)) > whole / 2
+    knot = strokes[owner] & (area < KNOT_AREA * limit[owner] ** 2)
+    knot[0] = False
+    return knot[parts]
 
 
 def _edge(labels: np.ndarray) -> np.ndarray:

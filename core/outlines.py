@@ -31,10 +31,10 @@ def borders(labels: np.ndarray) -> list[np.ndarray]:
     down[:-1, 1:-1] = labels[:, :-1] != labels[:, 1:]
     left, up = np.roll(right, 1, 1), np.roll(down, 1, 0)
     ways = np.stack([right, down, left, up], -1)
-    places = map(tuple, np.argwhere(ways.any(-1)).tolist())
+    there = ways.any(-1)
     next_to = {
-        (y, x): [(y + STEPS[i][0], x + STEPS[i][1]) for i in np.flatnonzero(ways[y, x])]
-        for y, x in places
+        (y, x): [(y + a, x + b) for (a, b), leads in zip(STEPS, flags, strict=True) if leads]
+        for (y, x), flags in zip(np.argwhere(there).tolist(), ways[there].tolist(), strict=True)
     }
     return [smooth(chain) for chain in chains(next_to)]
 
@@ -78,11 +78,13 @@ def drawn(
     size: tuple[int, int],
     line_width: float,
     place: tuple[float, float, float],
+    within: tuple[int, int],
 ) -> np.ndarray:
     """Black on white: (h, w) bytes of `size` = (width, height).
 
     `place` is the scale of the lines' coordinates, and where their origin comes to lie, in pixels;
-    `line_width` is in pixels. What is `filled` is drawn black inside, too.
+    `line_width` is in pixels. What is `filled` is drawn black inside, too. Nothing is drawn outside
+    of `within`, the width and height of the lines' own picture.
     """
     finer = 4 if max(size) <= 1024 else 2
     scale, left, top = (value * finer for value in place)
@@ -93,7 +95,11 @@ def drawn(
         pen.polygon([tuple(p) for p in (points * scale + (left, top) - 0.5).tolist()], fill=0)
     for points in lines:
         _stroke(pen, (points * scale + (left, top) - 0.5).tolist(), radius)
-    return libraries().np.asarray(sheet.reduce(finer))
+    far = (within[0] * scale + left, within[1] * scale + top)
+    inner = tuple(map(round, (left, top, *far)))
+    clipped = Image.new("L", sheet.size, 255)
+    clipped.paste(sheet.crop(inner), inner[:2])
+    return libraries().np.asarray(clipped.reduce(finer))
 
 
 def _stroke(pen: ImageDraw.ImageDraw, points: list[list[float]], radius: float) -> None:
