@@ -195,17 +195,23 @@ def _is_gap(gap: str) -> bool:
 def _is_spelled_apart(pieces: list[_Piece]) -> bool:
     """Whether these are pieces of one word rather than words: "k i ll" is, "pen is" is not.
 
-    It is if a piece without a vowel is among them, or if hyphens and the like join them, or three
-    and more pieces without spaces.
+    Single letters are. Others are if one of them has no vowel, or if hyphens and the like join
+    them, or if they are three and more without spaces; but not across a pause: "Sh, it sleeps".
     """
     texts, gaps = [piece.text for piece in pieces], [piece.gap for piece in pieces[1:]]
-    if any(any(c.isdigit() for c in text) for text in texts):
-        return all(len(text) == 1 for text in texts)
+    if all(len(text) == 1 for text in texts):
+        return True
+    if any(c.isdigit() for text in texts for c in text) or any(map(_is_pause, gaps)):
+        return False
     if any(not set("aeiouy") & set(text) for text in texts):
         return True
     if all(set(gap) <= set("-_*~·•") for gap in gaps):
         return True
     return len(gaps) > 1 and not any(c.isspace() for gap in gaps for c in gap)
+
+
+def _is_pause(gap: str) -> bool:
+    return any(c.isspace() for c in gap) and not (_ENDS | {"."}).isdisjoint(gap)
 
 
 def _dense(text: str) -> str:

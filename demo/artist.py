@@ -87,12 +87,16 @@ class Artist:
 
     @torch.inference_mode()
     def draw(
-        self, text: str, size: tuple[int, int] = (256, 256), settings: Settings = Settings()
+        self,
+        text: str,
+        size: tuple[int, int] = (256, 256),
+        settings: Settings = Settings(),
+        negative: str = "",
     ) -> np.ndarray:
         """(H, W, 3) bytes; `size` is width and height."""
         encode = self.nodes.CLIPTextEncode().encode
-        positive, negative = (encode(self.clip, words)[0] for words in (text, ""))
-        return self._sample(positive, negative, size, settings)
+        encoded = [encode(self.clip, words)[0] for words in (text, negative)]
+        return self._sample(*encoded, size, settings)
 
     @torch.inference_mode()
     def edit(self, text: str, picture: np.ndarray, settings: Settings = Settings()) -> np.ndarray:

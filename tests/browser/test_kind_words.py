@@ -1,0 +1,73 @@
+"""Kind Words in the editor: its example from the help page, its answer as a message, its settings."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from pack.tests.browser.editor import SETTLE_MS, Editor
+from pack.tests.browser.test_cache_panel import close_dialogs, open_panel, screenshot
+from pack.tests.conftest import ROOT
+
+EXAMPLE = re.compile(r"```json\n(\{.*?)\n```", re.S)
+PASTE = """text => {
+    const clipboardData = new DataTransfer();
+    clipboardData.setData('text/plain', text);
+    document.dispatchEvent(new ClipboardEvent('paste', { clipboardData, bubbles: true }));
+}"""
+FRIENDLY = {
+    "QwenVRAMKindWords.md": "Let us draw something friendly: a little bear with a balloon.",
+    "QwenVRAMKindWords/zh.md": "我们来画点友好的吧：一只拿着气球的小熊。",
+}
+
+
+def paste(editor: Editor, page: str) -> None:
+    """The example of a help page, as from the clipboard."""
+    text = (ROOT / "js" / "docs" / page).read_text(encoding="utf-8")
+    editor.page.evaluate(PASTE, EXAMPLE.search(text).group(1))
+    editor.page.wait_for_function("() => app.graph.nodes.length === 3")
+    editor.page.wait_for_timeout(SETTLE_MS)
+
+
+def messages(editor: Editor) -> list[str]:
+    """What the toasts say."""
+    return editor.page.locator(".p-toast-message").all_inner_texts()
+
+
+@pytest.mark.parametrize("page", FRIENDLY)
+def test_the_example_runs_and_the_answer_is_a_message(editor: Editor, page: str) -> None:
+    paste(editor, page)
+    assert editor.run().status == "execution_success"
+    (message,) = messages(editor)
+    assert message.splitlines() == ["Kind Words", FRIENDLY[page]]
+    screenshot(editor.page, f"kind_words_{page[-5:-3]}")
+    editor.set_widgets({"1": {"when_found": "stop"}})
+    editor.dismiss()
+    assert editor.run().status == "execution_success"
+    first = messages(editor)
+    editor.dismiss()
+    assert editor.run().executed == set()
+    assert messages(editor) == first != []  # ComfyUI kept the answer, and the child still gets it
+    editor.set_widgets({"1": {"words": "a bear with a hat"}})
+    editor.dismiss()
+    editor.run()
+    assert messages(editor) == [] and editor.problems == []
+
+
+@pytest.mark.parametrize("page", ["QwenVRAMCuteAnimalPrompt.md", "QwenVRAMCuteAnimalPrompt/zh.md"])
+def test_the_example_of_the_prompt_runs(editor: Editor, page: str) -> None:
+    paste(editor, page)
+    assert editor.run().executed == {1, 2, 3}
+    screenshot(editor.page, f"cute_animal_{page[-5:-3]}")
+    assert editor.problems == []
+
+
+def test_the_words_are_added_in_the_settings(editor: Editor) -> None:
+    open_panel(editor)
+    dialog = editor.page.get_by_role("dialog")
+    assert "Words for children" in dialog.inner_text()
+    for name in ("Also avoid", "Always allow"):
+        assert dialog.get_by_text(name, exact=True).count() == 1
+    dialog.get_by_text("Also avoid", exact=True).scroll_into_view_if_needed()
+    screenshot(editor.page, "kind_words_settings")
+    close_dialogs(editor.page)
