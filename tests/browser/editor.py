@@ -73,6 +73,11 @@ HARMLESS_404 = re.compile(r"/user\.css$|/api/userdata|/docs/\w+/en\.md$")
 HARMLESS_TEXT = ("ComfyApp graph accessed before initialization",)
 
 
+def top_level(node_id: str | int) -> int:
+    """The node of the workflow itself: one inside a subgraph has an id as "12:3"."""
+    return int(str(node_id).partition(":")[0])
+
+
 @dataclass(frozen=True)
 class Ran:
     """What the host's events said about one press of the Run button."""
@@ -195,7 +200,7 @@ class Editor:
         self.page.wait_for_function(FINISHED, arg=ENDS, timeout=60_000)
         events = self.page.evaluate("() => window.qwenVramEvents")
         self.page.wait_for_timeout(SETTLE_MS)
-        executed = {int(detail) for name, detail in events if name == "executing" and detail}
+        executed = {top_level(detail) for name, detail in events if name == "executing" and detail}
         cached = [detail["nodes"] for name, detail in events if name == "execution_cached"]
         status, detail = next(event for event in events if event[0] in ENDS)
-        return Ran(status, detail, executed, {int(i) for ids in cached for i in ids})
+        return Ran(status, detail, executed, {top_level(i) for ids in cached for i in ids})
