@@ -38,6 +38,12 @@ def _prompt(text: str) -> str:
     return text
 
 
+def _picture(text: str) -> str:
+    if text not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(PICTURES)}")
+    return text
+
+
 def _options(command: str, rest: Sequence[str]) -> argparse.Namespace:
     name = "python -m demo" + ("" if command == "demo" else f" {command}")
     parser = argparse.ArgumentParser(prog=name)
@@ -64,7 +70,7 @@ def _options(command: str, rest: Sequence[str]) -> argparse.Namespace:
             "real editor, after runs on the embedded model."
         )
         wanted = "examples, nodes or front (default: all, some 20 minutes)"
-        parser.add_argument("what", nargs="*", metavar="WHAT", choices=[[], *PICTURES], help=wanted)
+        parser.add_argument("what", nargs="*", metavar="WHAT", type=_picture, help=wanted)
         parser.add_argument("--only", nargs="+", default=[], metavar="NODE", help="of these nodes")
     elif command == "setup":
         parser.add_argument("--tests", action="store_true", help="also what the tests need")
