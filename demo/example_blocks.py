@@ -17,6 +17,7 @@ BLOCK = re.compile(r"(?m)^```json\n(\{.*\})\n```$")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 # Pixels of the classic canvas. Heights only keep the nodes apart: the editor makes its own.
 COLUMN, GAP, TITLE, SLOT, WIDGET, TEXT, STATUS, PREVIEW = 520, 60, 36, 22, 26, 120, 60, 290
+LONG_STATUS = {"QwenVRAMSaveQuantized": 50, "QwenVRAMTiledEdit": 40}  # more than two lines of it
 LOADER_WIDTH, OUR_WIDTH, USUAL_WIDTH = 450, 390, 300  # so that names and status lines have room
 
 Workflow = dict[str, Any]
@@ -120,6 +121,7 @@ def _size(node: dict[str, Any], info: ObjectInfo) -> tuple[int, int]:
     shows = class_type.startswith(("Preview", "LoadImage"))
     height += SLOT * max(slots, len(info[class_type]["output"])) + (PREVIEW if shows else 0)
     height += STATUS if class_type.startswith("QwenVRAM") else 0
+    height += LONG_STATUS.get(class_type, 0)
     if class_type.startswith("QwenVRAMLoad"):
         return LOADER_WIDTH, height
     return OUR_WIDTH if class_type.startswith("QwenVRAM") else USUAL_WIDTH, height

@@ -32,6 +32,7 @@ MARGIN, BADGES = 14, 34  # around a node and above its title, in units of the ca
 SLOWEST_MS = 600_000  # nine large tiles on a CPU
 LIMIT = 20_000  # bytes of a picture of a node
 LARGE = "large.png"  # nine tiles of 256 pixels
+PLAIN = "plain.png"  # can be cut out
 # What is run; what is shown are the numbers of the example.
 SMALL: dict[str, Any] = {"width": 256, "height": 256, "reference_size": "own size"}
 RUN_WITH: dict[str, dict[str, Any]] = {
@@ -40,6 +41,8 @@ RUN_WITH: dict[str, dict[str, Any]] = {
     "QwenVRAMTiledDiffusion": {"width": 2048, "height": 2048, "steps": 1, "cfg": 1.0},
     "QwenVRAMSplitTiles": {"image": LARGE},
     "QwenVRAMMergeTiles": {"image": LARGE},
+    "QwenVRAMColouringPage": {"image": PLAIN},
+    "QwenVRAMStickerSheet": {"image": PLAIN},
 }
 TWICE = ("QwenVRAMCachedTextEncode", "QwenVRAMCachedImageEditEncode")  # then the prompt is known
 MORE_TRIES, NOTICE_MS = 4, 8000  # so long the editor tells that the last run has ended
@@ -85,6 +88,7 @@ def sharp(browser: Browser, official_names: Server) -> Iterator[Editor]:
     """The editor as on a screen with small pixels, without panels."""
     server = official_names
     draw(Scene("bear", "brown", background="meadow"), 640, 640).save(server.base / "input" / LARGE)
+    draw(Scene("bear", "brown"), 640, 640).save(server.base / "input" / PLAIN)
     size = {"width": 1600, "height": 1500}
     page = browser.new_page(viewport=size, device_scale_factor=SHARPNESS)
     editor = Editor(page, server.url)
