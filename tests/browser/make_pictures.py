@@ -50,11 +50,16 @@ MENU_ITEMS = {"en": "Pin output (Qwen VRAM)", "zh": "固定输出 (Qwen VRAM)"}
 IS_PINNED = {"en": "is pinned (", "zh": "已固定"}
 TO_BE_PINNED = 3  # the node of that example
 
-FRONT_SIZE = {"width": 1600, "height": 850}
+FRONT_SIZE = {"width": 1600, "height": 900}
 FRONT_PART = (-40, -60, 3200)  # left, top and width in the graph: all but the notes at the left
 FRONT_LIMIT = 200_000
 
-PANELS = ("Comfy.Minimap.Visible", "Comfy.Graph.CanvasInfo", "Comfy.RightSidePanel.IsOpen")
+PANELS = (
+    "Comfy.Minimap.Visible",
+    "Comfy.Graph.CanvasInfo",
+    "Comfy.Graph.CanvasMenu",
+    "Comfy.RightSidePanel.IsOpen",
+)
 CLEAN = """async (ids) => {
     for (const id of ids) await app.extensionManager.setting.set(id, false);
 }"""
@@ -73,12 +78,19 @@ PLACE = """async ([id, width, margin, above]) => {
     return { x: box.left + 90, y: box.top + 130, width, height };
 }"""
 AWAY = "() => { app.canvas.ds.offset = [0, 9999]; app.canvas.draw(true, true); }"
+# In the only tab, under its name.
+ALONE = """async ([workflow, name]) => {
+    await app.loadGraphData(workflow, true, true, name);
+    const tabs = app.extensionManager.workflow;
+    for (const tab of [...tabs.openWorkflows])
+        if (tab !== tabs.activeWorkflow) await tabs.closeWorkflow(tab);
+}"""
 # Part of the graph over the width of the canvas.
 SHOW = """([x, y, width]) => {
     const { canvas } = app, { ds } = canvas, box = canvas.canvas.getBoundingClientRect();
     canvas.deselectAll();
     ds.scale = (box.width - 70) / width;
-    ds.offset = [70 / ds.scale - x, 75 / ds.scale - y];
+    ds.offset = [70 / ds.scale - x, 115 / ds.scale - y];
     canvas.draw(true, true);
 }"""
 
@@ -246,15 +258,16 @@ def make_front(sharp: Editor, official_names: Server) -> None:
     speak(sharp, "en", official_names)
     sharp.page.set_viewport_size(FRONT_SIZE)
     sharp.tidy()
-    sharp.open(json.loads(FRONT.read_text(encoding="utf-8")))
+    sharp.page.evaluate(ALONE, [json.loads(FRONT.read_text(encoding="utf-8")), FRONT.stem])
     sharp.page.evaluate(CLEAN, PANELS)
+    sharp.page.wait_for_timeout(SETTLE_MS)
     switch = next(i for i, n in sharp.nodes().items() if n["type"] == "PrimitiveBoolean")
     sharp.set_widgets({str(switch): {"value": False}})  # the embedded model has no such LoRA
     run(sharp, SMALL)
     sharp.set_widgets({str(switch): {"value": True}})
     sharp.dismiss()
     sharp.page.evaluate(SHOW, FRONT_PART)
-    sharp.page.wait_for_timeout(10 * SETTLE_MS)  # the state of the last run fades
+    sharp.page.wait_for_timeout(NOTICE_MS)
     picture = PIL.Image.open(io.BytesIO(sharp.page.screenshot())).convert("RGB")
     size = (FRONT_SIZE["width"], FRONT_SIZE["height"])
     picture = picture.resize(size, PIL.Image.Resampling.LANCZOS)
