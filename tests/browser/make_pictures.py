@@ -51,7 +51,7 @@ IS_PINNED = {"en": "is pinned (", "zh": "已固定"}
 TO_BE_PINNED = 3  # the node of that example
 
 FRONT_SIZE = {"width": 1600, "height": 900}
-FRONT_PART = (-40, -60, 3200)  # left, top and width in the graph: all but the notes at the left
+FRONT_PART = (-36, -60, 3190)  # left, top and width in the graph: all but the notes at the left
 FRONT_LIMIT = 200_000
 
 PANELS = (
@@ -89,8 +89,8 @@ ALONE = """async ([workflow, name]) => {
 SHOW = """([x, y, width]) => {
     const { canvas } = app, { ds } = canvas, box = canvas.canvas.getBoundingClientRect();
     canvas.deselectAll();
-    ds.scale = (box.width - 70) / width;
-    ds.offset = [70 / ds.scale - x, 115 / ds.scale - y];
+    ds.scale = (box.width - 58) / width;
+    ds.offset = [58 / ds.scale - x, 115 / ds.scale - y];
     canvas.draw(true, true);
 }"""
 
