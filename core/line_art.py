@@ -30,7 +30,7 @@ STROKE = 1.5  # line widths: what is narrower is a stroke and no area
 DARK_STROKE = 3.5  # line widths: of dark ones, the outlines of a comic
 STROKE_AREA = 2.5  # squares of that width: smaller ones are corners and dots
 KNOT_AREA = 6  # squares of that width: larger places within strokes are areas
-DARK = 30.0  # CIELAB lightness: small areas below it are black on the page, too
+DARK = 38.0  # CIELAB lightness: small areas below it are black on the page, too
 PUPIL = 0.004  # of the picture: larger dark areas are there to be coloured
 
 

@@ -214,11 +214,12 @@ def _told(stickers: Sequence[Sticker]) -> str:
     """What was cut out of the pictures, and which stayed whole."""
     cut = [f"{sticker.share:.0%}" for sticker in stickers if sticker.plain]
     whole = [str(n) for n, sticker in enumerate(stickers, start=1) if not sticker.plain]
+    shares = f"cut out {', '.join(cut)} of the picture"
     if not whole:
-        return f"cut out {', '.join(cut)} of the picture"
+        return shares
     which = "" if len(stickers) == 1 else f" {', '.join(whole)}"
     told = f"picture{which} kept whole: no plain background"
-    return f"cut out {', '.join(cut)}; {told}" if cut else told
+    return f"{shares}; {told}" if cut else told
 
 
 NODES = [StickerSheet]
