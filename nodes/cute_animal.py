@@ -40,6 +40,7 @@ class CuteAnimalPrompt(io.ComfyNode):
             io.String.Input(
                 "words",
                 multiline=True,
+                placeholder="What shall we draw? · 想画什么？",
                 default="",
                 tooltip="What to draw, in English or Chinese. It stands first in the prompt.",
             ),

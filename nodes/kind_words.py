@@ -67,6 +67,7 @@ class KindWords(io.ComfyNode):
             io.String.Input(
                 "words",
                 multiline=True,
+                placeholder="What shall we draw? · 想画什么？",
                 default="",
                 tooltip="What the child wants to see, in English or Chinese.",
             ),
@@ -96,6 +97,7 @@ class KindWords(io.ComfyNode):
             io.String.Input(
                 "also_avoid",
                 multiline=True,
+                placeholder="also avoid · 另外回避",
                 default="",
                 tooltip="More words and phrases to avoid: one per line, or between commas.",
                 advanced=True,
@@ -103,6 +105,7 @@ class KindWords(io.ComfyNode):
             io.String.Input(
                 "allowed",
                 multiline=True,
+                placeholder="allowed · 允许",
                 default="",
                 tooltip=(
                     "Words and phrases that are fine here though the list has them: one per line, "
