@@ -1,4 +1,4 @@
-"""The commands: demo (the default), setup, serve, quality, pictures, test, check and clean."""
+"""The commands: demo, setup, serve, quality, thumbnails, pictures, test, check and clean."""
 
 from __future__ import annotations
 
@@ -72,6 +72,9 @@ def _options(command: str, rest: Sequence[str]) -> argparse.Namespace:
         wanted = "examples, nodes or front (default: all, some 20 minutes)"
         parser.add_argument("what", nargs="*", metavar="WHAT", type=_picture, help=wanted)
         parser.add_argument("--only", nargs="+", default=[], metavar="NODE", help="of these nodes")
+    elif command == "thumbnails":
+        parser.description = "Runs the bundled workflows and draws their thumbnails of the results."
+        parser.add_argument("name", nargs="*", help="workflows without .json (default: all)")
     elif command == "setup":
         parser.add_argument("--tests", action="store_true", help="also what the tests need")
     return parser.parse_args(rest)
@@ -153,6 +156,23 @@ def _pictures(comfyui: Path, rest: Sequence[str]) -> int:
     return _call("pytest", script, "-o", "python_functions=make_", "-k", chosen)
 
 
+def _thumbnails(comfyui: Path, rest: Sequence[str]) -> int:
+    from .server import ServerError
+    from .showcase import DemoError
+    from .thumbnails import RECIPES, make
+
+    names = _options("thumbnails", rest).name
+    if unknown := [name for name in names if name not in RECIPES]:
+        print(f"No workflow {unknown[0]}; there are: {', '.join(RECIPES)}.", file=sys.stderr)
+        return 2
+    try:
+        make(comfyui, names)
+    except (DemoError, ServerError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
 def _test(comfyui: Path, rest: Sequence[str]) -> int:
     """All tests in two processes, or in this one those that are named."""
     if any(argument.startswith("tests") for argument in rest):
@@ -184,6 +204,7 @@ IN_VENV: dict[str, Callable[[Path, Sequence[str]], int]] = {
     "serve": _serve,
     "quality": _quality,
     "pictures": _pictures,
+    "thumbnails": _thumbnails,
     "test": _test,
     "check": _check,
 }

@@ -17,6 +17,7 @@ from .showcase import BASE, DemoError, has_accelerator, new_server
 WORKFLOWS = Path(__file__).with_name("workflows")
 OPENED = "qwen_image_2512_tiny"
 OTHERS = {  # what the others do
+    "cute_animal_for_kids_tiny": "draws for children, with a colouring page and stickers",
     "qwen_image_edit_tiny": "changes a picture",
     "qwen_image_edit_tiled_tiny": "changes a larger one by tiles",
     "qwen_image_edit_fast_tiny": "changes a picture in less time",

@@ -20,6 +20,7 @@ from pack.tests.static import test_workflows as bundled
 OFFERED = sorted(serving.WORKFLOWS.glob("*.json"))
 SWITCH = ("LoraLoaderModelOnly", "PrimitiveBoolean", "PrimitiveInt", "PrimitiveFloat")
 SWITCH += ("ComfySwitchNode",)
+NOTE = "MarkdownNote"
 SPEED = {"QwenVRAMReferenceCache", "QwenVRAMAttention", "QwenVRAMEarlyExit"}
 
 each_workflow = pytest.mark.parametrize("path", OFFERED, ids=lambda path: path.stem)
@@ -52,6 +53,14 @@ def test_it_names_the_embedded_model_and_no_download(path: Path) -> None:
 def test_drawing_is_the_bundled_workflow_without_its_switch() -> None:
     whole = types(ROOT / "workflows" / "qwen_image_2512.json")
     drawing = types(serving.WORKFLOWS / f"{serving.OPENED}.json")
+    del whole[NOTE], drawing[NOTE]
+    assert drawing == Counter({t: n for t, n in whole.items() if t not in SWITCH})
+
+
+def test_drawing_for_children_is_the_bundled_workflow_without_its_switch() -> None:
+    whole = types(ROOT / "workflows" / "cute_animal_for_kids.json")
+    drawing = types(serving.WORKFLOWS / "cute_animal_for_kids_tiny.json")
+    del whole[NOTE], drawing[NOTE]
     assert drawing == Counter({t: n for t, n in whole.items() if t not in SWITCH})
 
 
@@ -78,8 +87,8 @@ def test_offering_puts_them_into_the_panel_and_the_templates(tmp_path: Path) -> 
         assert [c.read_bytes() for c in copies] == [path.read_bytes() for path in OFFERED]
     for name in serving.OTHERS:
         editing = bundled.load(serving.WORKFLOWS / f"{name}.json")
-        (loader,) = (node for node in editing["nodes"] if node["type"] == "LoadImage")
-        assert (tmp_path / "input" / loader["widgets_values"][0]).is_file()
+        for loader in (node for node in editing["nodes"] if node["type"] == "LoadImage"):
+            assert (tmp_path / "input" / loader["widgets_values"][0]).is_file()
 
 
 def test_another_one_on_the_same_folder_is_found(tmp_path: Path) -> None:

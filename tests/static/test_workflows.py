@@ -14,10 +14,13 @@ import pytest
 from pack.tests.conftest import ROOT
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+SUBGRAPHS = sorted((ROOT / "subgraphs").glob("*.json"))
+FOR_THE_DEMO = sorted((ROOT / "demo" / "workflows").glob("*.json"))
 STOCK_NODES = {
     "CFGNorm",
     "ComfySwitchNode",
     "EmptySD3LatentImage",
+    "GetImageSize",
     "ImageScale",
     "ImageScaleToTotalPixels",
     "KSampler",
@@ -31,6 +34,7 @@ STOCK_NODES = {
     "PrimitiveBoolean",
     "PrimitiveFloat",
     "PrimitiveInt",
+    "PrimitiveStringMultiline",
     "SaveImage",
     "VAEDecode",
 }
@@ -41,7 +45,20 @@ THUMBNAIL_BYTES = 80_000
 TITLE_HEIGHT = 30
 Box = tuple[float, float, float, float]
 
-each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+CARDS = ("6", "8", "12", "16", "24")  # GB
+TITLE = re.compile(r"(?P<title>.+) · (?P<cards>\d+((, |、)\d+)*) GB")
+HAN = re.compile("[\u4e00-\u9fff]")
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def stem(path: Path) -> str:
+    """A file's name without its ending."""
+    return path.stem
+
+
+each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=stem)
+each_graph = pytest.mark.parametrize("path", [*WORKFLOWS, *SUBGRAPHS], ids=stem)
+each_with_notes = pytest.mark.parametrize("path", [*WORKFLOWS, *FOR_THE_DEMO], ids=stem)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -50,9 +67,23 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def nodes(workflow: dict[str, Any]) -> list[dict[str, Any]]:
-    """The nodes of a workflow and of its subgraphs."""
+    """The nodes of a workflow and of its subgraphs, without those that stand for a subgraph."""
     subgraphs = workflow.get("definitions", {}).get("subgraphs", [])
-    return [node for graph in (workflow, *subgraphs) for node in graph["nodes"]]
+    ids = {graph["id"] for graph in subgraphs}
+    every = [node for graph in (workflow, *subgraphs) for node in graph["nodes"]]
+    return [node for node in every if node["type"] not in ids]
+
+
+def notes(workflow: dict[str, Any]) -> list[tuple[str, str]]:
+    """Title and text of every note, in the order of the file."""
+    found = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    return [(note["title"], note["widgets_values"][0]) for note in found]
+
+
+def table(text: str) -> list[list[str]]:
+    """The rows of the table in a note."""
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows if "---" not in row[0]]
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -80,12 +111,9 @@ def test_there_are_workflows() -> None:
     assert WORKFLOWS
 
 
-@each_workflow
+@each_graph
 def test_every_node_is_known(path: Path) -> None:
-    workflow = load(path)
-    subgraphs = {g["id"] for g in workflow.get("definitions", {}).get("subgraphs", [])}
-    known = our_nodes() | STOCK_NODES | subgraphs
-    assert {n["type"] for n in nodes(workflow)} <= known
+    assert {n["type"] for n in nodes(load(path))} <= our_nodes() | STOCK_NODES
 
 
 @each_workflow
@@ -95,12 +123,12 @@ def test_it_has_a_thumbnail(path: Path) -> None:
     assert len(picture) < THUMBNAIL_BYTES
 
 
-@each_workflow
+@each_graph
 def test_it_contains_no_absolute_path(path: Path) -> None:
     assert [s for s in strings(load(path)) if ABSOLUTE_PATH.search(s)] == []
 
 
-@each_workflow
+@each_graph
 def test_every_model_file_has_a_link(path: Path) -> None:
     named = 0
     for node in nodes(load(path)):
@@ -138,3 +166,65 @@ def test_nothing_overlaps(path: Path) -> None:
     ]
     assert all(apart(a, b) for boxes in (groups, cards) for a, b in combinations(boxes, 2))
     assert all(apart(c, g) or within(c, g) for c, g in product(cards, groups))
+
+
+# ----------------------------------------------------------------------------------------- words
+@each_workflow
+def test_its_title_names_the_cards_in_both_languages(path: Path) -> None:
+    (title, text), (chinese_title, chinese) = notes(load(path))[:2]
+    named, named_in_chinese = TITLE.fullmatch(title), TITLE.fullmatch(chinese_title)
+    assert named and named_in_chinese
+    cards = NUMBER.findall(named["cards"])
+    assert NUMBER.findall(named_in_chinese["cards"]) == cards
+    assert set(cards) <= set(CARDS) and cards == sorted(cards, key=int)
+    assert text.startswith(f"# {title}\n") and chinese.startswith(f"# {chinese_title}\n")
+    assert HAN.search(chinese_title) and not HAN.search(title)
+
+
+@each_workflow
+def test_its_table_says_what_to_set_for_every_card_and_for_little_ram(path: Path) -> None:
+    (_, text), (_, chinese) = notes(load(path))[:2]
+    english, other = table(text), table(chinese)
+    assert (english[0][0], other[0][0]) == ("Your card", "你的显卡")
+    rows = [row[0] for row in english[1:]]
+    assert sorted(n for row in rows[:-1] for n in NUMBER.findall(row)) == sorted(CARDS)
+    assert rows[-1] == "16 GB of RAM"
+    assert [NUMBER.findall(row[0]) for row in english] == [NUMBER.findall(row[0]) for row in other]
+
+
+def test_together_they_are_for_every_card() -> None:
+    titles = [TITLE.fullmatch(notes(load(path))[0][0]) for path in WORKFLOWS]
+    assert {card for title in titles for card in NUMBER.findall(title["cards"])} == set(CARDS)
+
+
+@each_with_notes
+def test_its_notes_are_in_english_and_chinese_and_tell_the_same_figures(path: Path) -> None:
+    both = [note for note in notes(load(path)) if note[0] != "Files · 文件"]  # is in both
+    assert len(both) >= 2 and len(both) % 2 == 0
+    for (title, text), (chinese_title, chinese) in zip(both[::2], both[1::2], strict=True):
+        assert not HAN.search(title) and HAN.search(chinese_title)
+        assert len(HAN.findall(chinese)) > len(text) / 8
+        rows = zip(table(text), table(chinese), strict=True)
+        for row, other in rows:
+            assert sorted(NUMBER.findall(row[1])) == sorted(NUMBER.findall(other[1]))
+
+
+# -------------------------------------------------------------------------------------- subgraphs
+def test_there_are_subgraphs() -> None:
+    assert {path.stem for path in SUBGRAPHS} == {"Cute animal", "Qwen edit", "Qwen text to image"}
+
+
+@pytest.mark.parametrize("path", SUBGRAPHS, ids=stem)
+def test_a_subgraph_is_one_node_that_shows_what_is_to_be_set(path: Path) -> None:
+    workflow = load(path)
+    (node,), (inside,) = workflow["nodes"], workflow["definitions"]["subgraphs"]
+    assert node["type"] == inside["id"] and node["title"] == inside["name"] == path.stem
+    assert inside["category"] == "Qwen VRAM" and HAN.search(inside["description"])
+    assert "IMAGE" in [output["type"] for output in inside["outputs"]]
+    shown = {slot["name"] for slot in inside["inputs"]}
+    assert {"unet_name", "weight_dtype", "clip_name", "vae_name", "lora_name", "seed"} <= shown
+    links = {link["id"]: link for link in inside["links"]}
+    types = {n["id"]: n["type"] for n in inside["nodes"]}
+    for slot in inside["inputs"]:
+        assert {links[link]["origin_id"] for link in slot["linkIds"]} == {-10}
+        assert all(links[link]["target_id"] in types for link in slot["linkIds"])
