@@ -1,4 +1,4 @@
-"""The commands: demo (the default), setup, serve, quality, thumbnails, test, check and clean."""
+"""The commands: demo, setup, serve, quality, thumbnails, pictures, test, check and clean."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ KNOWN = (
     "night and room. English and Chinese."
 )
 
+PICTURES = ("examples", "nodes", "front")
 WORKERS = 2  # for the tests: one has ComfyUI in its process, the other drives a server
 
 
@@ -34,6 +35,12 @@ def _several(text: str) -> int:
 def _prompt(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError('it is empty; say what to draw, as "a red fox with a hat"')
+    return text
+
+
+def _picture(text: str) -> str:
+    if text not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(PICTURES)}")
     return text
 
 
@@ -57,6 +64,14 @@ def _options(command: str, rest: Sequence[str]) -> argparse.Namespace:
         parser.add_argument("--count", type=_several, default=240, metavar="N", help=wanted)
         parser.add_argument("--sheets", type=Path, metavar="DIR", help="draw contact sheets there")
         parser.add_argument("--models", type=Path, metavar="DIR", help="another model's folder")
+    elif command == "pictures":
+        parser.description = (
+            "Writes the examples into the help pages, and takes the pictures of the README in the "
+            "real editor, after runs on the embedded model."
+        )
+        wanted = "examples, nodes or front (default: all, some 20 minutes)"
+        parser.add_argument("what", nargs="*", metavar="WHAT", type=_picture, help=wanted)
+        parser.add_argument("--only", nargs="+", default=[], metavar="NODE", help="of these nodes")
     elif command == "thumbnails":
         parser.description = "Runs the bundled workflows and draws their thumbnails of the results."
         parser.add_argument("name", nargs="*", help="workflows without .json (default: all)")
@@ -132,6 +147,15 @@ def _quality(comfyui: Path, rest: Sequence[str]) -> int:
     return 0
 
 
+def _pictures(comfyui: Path, rest: Sequence[str]) -> int:
+    """Under pytest, because the pictures need the server and the browser of the tests."""
+    options = _options("pictures", rest)
+    os.environ["QWEN_VRAM_PICTURES"] = " ".join(options.only)
+    chosen = " or ".join(f"make_{what}" for what in options.what or PICTURES)
+    script = "tests/browser/make_pictures.py"
+    return _call("pytest", script, "-o", "python_functions=make_", "-k", chosen)
+
+
 def _thumbnails(comfyui: Path, rest: Sequence[str]) -> int:
     from .server import ServerError
     from .showcase import DemoError
@@ -179,6 +203,7 @@ IN_VENV: dict[str, Callable[[Path, Sequence[str]], int]] = {
     "demo": _demo,
     "serve": _serve,
     "quality": _quality,
+    "pictures": _pictures,
     "thumbnails": _thumbnails,
     "test": _test,
     "check": _check,
@@ -204,7 +229,7 @@ def main(arguments: Sequence[str]) -> int:
         if command == "clean":
             _clean()
             return 0
-        tests = command in ("test", "check") or getattr(options, "tests", False)
+        tests = command in ("pictures", "test", "check") or getattr(options, "tests", False)
         comfyui = ensure(tests)
         if command == "setup":
             say(f"ready, with ComfyUI in {comfyui}")

@@ -17,7 +17,7 @@ from pack.tests.static.test_workflows import TITLE_HEIGHT, Box, apart, within
 SHIPPED = sorted((ROOT / "workflows").glob("*.json"))
 TINY = sorted(serving.WORKFLOWS.glob("*.json"))
 DRAWN = """() => app.graph.nodes.map(n => ({
-    id: Number(n.id), title: n.title, box: [n.pos[0], n.pos[1], n.size[0], n.size[1]],
+    id: Number(n.id), title: n.title, box: [...n.pos, ...n.size].map(Math.round),
     red: Boolean(n.has_errors),
 }))"""
 LARGEST = """() => {
@@ -32,6 +32,15 @@ LOOK = """([scale, x, y]) => {
     app.canvas.setDirty(true, true);
 }"""
 SCALE, EDGE, BARS = 0.75, 30, 110  # of a screenshot; pixels around, and of the editor's own bars
+ROOM = (1200, 700)  # of the page
+
+
+def show_all(editor: Editor, room: tuple[float, float], scale: float | None = None) -> None:
+    """Moves the view so that the whole graph is in it: what is outside is not drawn at all."""
+    left, top, right, bottom = editor.page.evaluate(LARGEST)
+    scale = scale or min(room[0] / (right - left), room[1] / (bottom - top))
+    corner = (EDGE + BARS) / scale
+    editor.page.evaluate(LOOK, [scale, corner - left, corner - top])
 
 
 def photograph(editor: Editor, name: str) -> None:
@@ -44,7 +53,7 @@ def photograph(editor: Editor, name: str) -> None:
     width, height = ((b - a) * SCALE + 2 * EDGE for a, b in ((left, right), (top, bottom)))
     page.set_viewport_size({"width": int(width) + BARS, "height": int(height) + 2 * BARS})
     editor.dismiss()
-    page.evaluate(LOOK, [SCALE, (EDGE + BARS) / SCALE - left, (EDGE + BARS) / SCALE - top])
+    show_all(editor, (width, height), SCALE)
     page.wait_for_timeout(1000)
     page.screenshot(path=f"{folder}/{name}.png")
     page.set_viewport_size(usual)
@@ -75,6 +84,7 @@ def test_it_runs_to_its_end_and_looks_as_it_was_laid_out(editor: Editor, path: P
     assert editor.complaint() == ""
     if path in SHIPPED:
         editor.shrink()
+    show_all(editor, ROOM)
     ran = editor.run()
     assert ran.status == "execution_success", ran.detail
     assert editor.complaint() == ""

@@ -1,0 +1,277 @@
+"""Makes the pictures of the README: every node, and the whole editor, after a run.
+
+No test: `python -m demo pictures` runs it, for it needs the server and the browser of the tests.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+from pack.demo.animals import Scene, draw
+from pack.demo.example_blocks import to_workflow, write_page
+from pack.demo.examples import BY_MENU, EXAMPLES
+from pack.demo.server import Server
+from pack.tests.browser.editor import ENDS, FINISHED, SETTLE_MS, Editor
+from pack.tests.browser.test_pins import menu, toast
+from pack.tests.browser.test_workflow import FORGET
+from pack.tests.conftest import ROOT
+from playwright.sync_api import Browser
+
+MEDIA = ROOT / "media"
+FRONT = ROOT / "workflows" / "cute_animal_for_kids.json"
+LANGUAGES = ("en", "zh")
+WIDTH, SHARPNESS = 320, 2  # of a picture of a node on the page, and pixels for each of the page's
+MARGIN, BADGES = 14, 34  # around a node and above its title, in units of the canvas
+SLOWEST_MS = 600_000  # nine large tiles on a CPU
+LIMIT = 20_000  # bytes of a picture of a node
+LARGE = "large.png"  # nine tiles of 256 pixels
+PLAIN = "plain.png"  # can be cut out
+# What is run; what is shown are the numbers of the example.
+SMALL: dict[str, Any] = {"width": 256, "height": 256, "reference_size": "own size"}
+RUN_WITH: dict[str, dict[str, Any]] = {
+    "QwenVRAMLoadTextEncoder": {"cache": "off"},  # nothing asks for it where the text is known
+    "QwenVRAMTiledEdit": {"image": LARGE, "tile_size": 256, "overlap": 64, "steps": 4},
+    "QwenVRAMTiledDiffusion": {"width": 2048, "height": 2048, "steps": 1, "cfg": 1.0},
+    "QwenVRAMSplitTiles": {"image": LARGE},
+    "QwenVRAMMergeTiles": {"image": LARGE},
+    "QwenVRAMColouringPage": {"image": PLAIN},
+    "QwenVRAMStickerSheet": {"image": PLAIN},
+}
+TWICE = ("QwenVRAMCachedTextEncode", "QwenVRAMCachedImageEditEncode")  # then the prompt is known
+MORE_TRIES, NOTICE_MS = 4, 8000  # so long the editor tells that the last run has ended
+MENU_ITEMS = {"en": "Pin output (Qwen VRAM)", "zh": "固定输出 (Qwen VRAM)"}
+IS_PINNED = {"en": "is pinned (", "zh": "已固定"}
+TO_BE_PINNED = 3  # the node of that example
+
+FRONT_SIZE = {"width": 1600, "height": 900}
+FRONT_PART = (-36, -60, 3190)  # left, top and width in the graph: all but the notes at the left
+FRONT_LIMIT = 200_000
+
+PANELS = (
+    "Comfy.Minimap.Visible",
+    "Comfy.Graph.CanvasInfo",
+    "Comfy.Graph.CanvasMenu",
+    "Comfy.RightSidePanel.IsOpen",
+)
+CLEAN = """async (ids) => {
+    for (const id of ids) await app.extensionManager.setting.set(id, false);
+}"""
+# The node at the left top of the free canvas, so wide that the picture has its width.
+PLACE = """async ([id, width, margin, above]) => {
+    const node = app.graph.getNodeById(id), { canvas } = app, { ds } = canvas;
+    canvas.deselectAll();
+    canvas.links_render_mode = LiteGraph.HIDDEN_LINK;  // those of other nodes would run behind it
+    ds.scale = width / (node.size[0] + 2 * margin);
+    const top = node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT - above;
+    const at = [90 / ds.scale, 130 / ds.scale];
+    ds.offset = [at[0] - node.pos[0] + margin, at[1] - top];
+    canvas.draw(true, true);
+    const height = (LiteGraph.NODE_TITLE_HEIGHT + above + node.size[1] + margin) * ds.scale;
+    const box = canvas.canvas.getBoundingClientRect();
+    return { x: box.left + 90, y: box.top + 130, width, height };
+}"""
+AWAY = "() => { app.canvas.ds.offset = [0, 9999]; app.canvas.draw(true, true); }"
+# In the only tab, under its name.
+ALONE = """async ([workflow, name]) => {
+    await app.loadGraphData(workflow, true, true, name);
+    const tabs = app.extensionManager.workflow;
+    for (const tab of [...tabs.openWorkflows])
+        if (tab !== tabs.activeWorkflow) await tabs.closeWorkflow(tab);
+}"""
+# Part of the graph over the width of the canvas.
+SHOW = """([x, y, width]) => {
+    const { canvas } = app, { ds } = canvas, box = canvas.canvas.getBoundingClientRect();
+    canvas.deselectAll();
+    ds.scale = (box.width - 58) / width;
+    ds.offset = [58 / ds.scale - x, 115 / ds.scale - y];
+    canvas.draw(true, true);
+}"""
+
+
+@pytest.fixture(scope="module")
+def sharp(browser: Browser, official_names: Server) -> Iterator[Editor]:
+    """The editor as on a screen with small pixels, without panels."""
+    server = official_names
+    draw(Scene("bear", "brown", background="meadow"), 640, 640).save(server.base / "input" / LARGE)
+    draw(Scene("bear", "brown"), 640, 640).save(server.base / "input" / PLAIN)
+    size = {"width": 1600, "height": 1500}
+    page = browser.new_page(viewport=size, device_scale_factor=SHARPNESS)
+    editor = Editor(page, server.url)
+    yield editor
+    page.close()
+
+
+def wanted() -> list[str]:
+    """The nodes that the command names, or all."""
+    named = os.environ.get("QWEN_VRAM_PICTURES", "").split()
+    if unknown := set(named) - EXAMPLES.keys():
+        pytest.fail(f"demo/examples.py has no node {', '.join(sorted(unknown))}.")
+    return named or list(EXAMPLES)
+
+
+def speak(editor: Editor, language: str, server: Server) -> None:
+    """Changes the language of the editor, as a user would in the settings."""
+    server.post_json("/api/settings/Comfy.Locale", language)
+    editor.start()
+    editor.page.evaluate(CLEAN, PANELS)
+    editor.page.evaluate("() => document.fonts.ready.then(() => null)")
+
+
+def run(editor: Editor, changed: dict[str, Any], node_id: str = "", times: int = 1) -> None:
+    """Runs the open workflow with other values, and shows its own again.
+
+    A node must really have run: ComfyUI forgets its results a while after it was told to.
+    """
+    own = {str(i): dict(n["widgets"]) for i, n in editor.nodes().items()}
+    shown = {i for i, n in editor.nodes().items() if n["type"] == node_id}
+    editor.set_widgets({i: changed for i in own})
+    for _ in range(times + MORE_TRIES):
+        editor.page.evaluate(FORGET)
+        editor.page.wait_for_timeout(1000)
+        editor.press_run()
+        editor.page.wait_for_function(FINISHED, arg=ENDS, timeout=SLOWEST_MS)
+        ran = editor.ran()
+        assert ran.status == "execution_success", ran.detail
+        times -= not shown & ran.cached
+        if times <= 0:
+            break
+    editor.set_widgets({i: {k: w[k] for k in changed.keys() & w.keys()} for i, w in own.items()})
+    editor.page.wait_for_timeout(2 * SETTLE_MS)
+
+
+def shot(editor: Editor, clip: dict[str, float]) -> PIL.Image.Image:
+    """A part of the page."""
+    editor.page.wait_for_timeout(SETTLE_MS)
+    return PIL.Image.open(io.BytesIO(editor.page.screenshot(clip=clip))).convert("RGB")
+
+
+def write(picture: PIL.Image.Image, path: Path, limit: int = LIMIT) -> None:
+    """As WebP in the best quality that has no more bytes than the limit."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    width = WIDTH * SHARPNESS
+    if picture.width != width:
+        height = round(picture.height * width / picture.width)
+        picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    for quality in range(90, 20, -5):
+        content = io.BytesIO()
+        picture.save(content, "WEBP", quality=quality, method=6)
+        if len(content.getvalue()) <= limit:
+            break
+    path.write_bytes(content.getvalue())
+
+
+def of_node(editor: Editor, number: int) -> PIL.Image.Image:
+    """A node with its badges and the ends of its wires."""
+    clip = editor.page.evaluate(PLACE, [number, WIDTH, MARGIN, BADGES])
+    return shot(editor, clip)
+
+
+def of_menu(editor: Editor, language: str) -> PIL.Image.Image:
+    """The menu of the node that the example pins."""
+    clip = editor.page.evaluate(PLACE, [TO_BE_PINNED, WIDTH, MARGIN, BADGES])
+    editor.page.mouse.click(clip["x"] + 60, clip["y"] + 45, button="right")
+    item = editor.page.get_by_text(MENU_ITEMS[language], exact=True)
+    item.hover()
+    box = item.bounding_box()
+    assert box
+    picture = shot(editor, {**clip, "height": max(clip["height"], box["y"] + 60 - clip["y"])})
+    editor.page.keyboard.press("Escape")
+    return picture
+
+
+def of_pinned(editor: Editor, language: str) -> PIL.Image.Image:
+    """The node with its badge after it was pinned and run again."""
+    menu(editor, TO_BE_PINNED, MENU_ITEMS[language])
+    toast(editor, IS_PINNED[language])
+    assert editor.run().status == "execution_success"
+    return of_node(editor, TO_BE_PINNED)
+
+
+def of_warm_up(editor: Editor) -> PIL.Image.Image:
+    """The button in the action bar, and the message in the end."""
+    editor.set_widgets({str(i): SMALL for i in editor.nodes()})
+    editor.page.evaluate(AWAY)
+    editor.page.wait_for_timeout(NOTICE_MS)
+    editor.page.evaluate(FORGET)
+    editor.dismiss()
+    button = editor.page.locator(".qwen-vram-warm-up")
+    button.click()
+    message = editor.page.locator(".p-toast-message").first
+    message.wait_for(timeout=60_000)
+    editor.page.wait_for_timeout(2 * SETTLE_MS)
+    boxes = [button.bounding_box(), message.bounding_box()]
+    left = min(b["x"] for b in boxes if b) - MARGIN
+    top = min(b["y"] for b in boxes if b) - MARGIN
+    right = max(b["x"] + b["width"] for b in boxes if b) + MARGIN
+    bottom = max(b["y"] + b["height"] for b in boxes if b) + MARGIN
+    return shot(editor, {"x": left, "y": top, "width": right - left, "height": bottom - top})
+
+
+def picture_of(editor: Editor, node_id: str, language: str) -> PIL.Image.Image:
+    """What stands for a node after the example is open and has run."""
+    special: dict[str, Callable[[], PIL.Image.Image]] = {
+        "QwenVRAMPin": lambda: of_menu(editor, language),
+        "QwenVRAMPinned": lambda: of_pinned(editor, language),
+        "QwenVRAMWarmupSink": lambda: of_warm_up(editor),
+    }
+    if node_id in BY_MENU:
+        return special[node_id]()
+    number = next(i for i, n in editor.nodes().items() if n["type"] == node_id)
+    return of_node(editor, number)
+
+
+def make_examples(server: Server) -> None:
+    """Writes the examples into the help pages."""
+    info = server.get_json("/object_info")
+    for node_id in wanted():
+        for language in LANGUAGES:
+            write_page(node_id, language, EXAMPLES[node_id], info)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def make_nodes(sharp: Editor, official_names: Server, language: str) -> None:
+    """Takes the picture of every node that is wanted."""
+    info = official_names.get_json("/object_info")
+    speak(sharp, language, official_names)
+    folder = MEDIA / "nodes" / ("" if language == "en" else language)
+    for node_id in wanted():
+        sharp.tidy()
+        sharp.open(to_workflow(EXAMPLES[node_id], info))
+        sharp.page.evaluate(CLEAN, PANELS)
+        small = {**SMALL, **RUN_WITH.get(node_id, {})}
+        run(sharp, small, node_id, 2 if node_id in TWICE else 1)
+        sharp.dismiss()
+        picture = picture_of(sharp, node_id, language)
+        write(picture, folder / f"{node_id}.webp")
+    speak(sharp, "en", official_names)
+
+
+def make_front(sharp: Editor, official_names: Server) -> None:
+    """Takes the picture on top of the README: the workflow for children, after a run."""
+    speak(sharp, "en", official_names)
+    sharp.page.set_viewport_size(FRONT_SIZE)
+    sharp.tidy()
+    sharp.page.evaluate(ALONE, [json.loads(FRONT.read_text(encoding="utf-8")), FRONT.stem])
+    sharp.page.evaluate(CLEAN, PANELS)
+    sharp.page.wait_for_timeout(SETTLE_MS)
+    switch = next(i for i, n in sharp.nodes().items() if n["type"] == "PrimitiveBoolean")
+    sharp.set_widgets({str(switch): {"value": False}})  # the embedded model has no such LoRA
+    run(sharp, SMALL)
+    sharp.set_widgets({str(switch): {"value": True}})
+    sharp.dismiss()
+    sharp.page.evaluate(SHOW, FRONT_PART)
+    sharp.page.wait_for_timeout(NOTICE_MS)
+    picture = PIL.Image.open(io.BytesIO(sharp.page.screenshot())).convert("RGB")
+    size = (FRONT_SIZE["width"], FRONT_SIZE["height"])
+    picture = picture.resize(size, PIL.Image.Resampling.LANCZOS)
+    for quality in range(90, 50, -5):
+        picture.save(MEDIA / "front.jpg", quality=quality, optimize=True, progressive=True)
+        if (MEDIA / "front.jpg").stat().st_size < FRONT_LIMIT:
+            break
