@@ -34,6 +34,7 @@ WIRE = """(id) => {
     return Number(save.id);
 }"""
 TITLE = "id => app.graph.getNodeById(id).title"
+UNLINKED = "Missing Link ID when unpacking"
 UNPACK = """(id) => {
     app.graph.unpackSubgraph(app.graph.getNodeById(id));
 }"""
@@ -85,8 +86,11 @@ def test_it_is_placed_run_and_unpacked(editor: Editor, server: Server, path: Pat
     assert max(editor.picture(save)) == 256
     assert plain(editor.prompt()) == plain(to_api(editor.saved(), server.get_json("/object_info")))
 
+    assert editor.problems == []
+
     kinds = sorted(node["class_type"] for node in editor.prompt().values())
     editor.page.evaluate(UNPACK, node_id)
     assert sorted(node["class_type"] for node in editor.prompt().values()) == kinds
     assert inside["id"] not in {node["type"] for node in editor.nodes().values()}
-    assert editor.problems == []
+    # The frontend says so of every input that is a widget and not linked from outside.
+    assert {problem.partition(" (")[0] for problem in editor.problems} <= {UNLINKED}
