@@ -85,7 +85,6 @@ def test_it_is_placed_run_and_unpacked(editor: Editor, server: Server, path: Pat
     assert ran.status == "execution_success", ran.detail
     assert max(editor.picture(save)) == 256
     assert plain(editor.prompt()) == plain(to_api(editor.saved(), server.get_json("/object_info")))
-
     assert editor.problems == []
 
     kinds = sorted(node["class_type"] for node in editor.prompt().values())
