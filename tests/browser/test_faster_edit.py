@@ -9,7 +9,6 @@ import re
 from typing import Any
 
 import pytest
-from pack.demo import serving
 from pack.tests.browser.editor import Editor
 from pack.tests.browser.test_sampler import SAVED
 from pack.tests.browser.test_workflow import STATUS, ids_of
@@ -24,17 +23,6 @@ def fast() -> dict[str, Any]:
     """The bundled workflow."""
     path = ROOT / "workflows" / "qwen_image_edit_fast.json"
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("name", serving.OTHERS)
-def test_the_workflows_for_the_small_model_open_without_a_complaint(
-    editor: Editor, name: str
-) -> None:
-    path = serving.WORKFLOWS / f"{name}.json"
-    editor.open(json.loads(path.read_text(encoding="utf-8")))
-    assert editor.complaint() == ""
-    assert [n["type"] for n in editor.nodes().values() if not n["registered"] or n["errors"]] == []
-    assert editor.problems == []
 
 
 def test_a_run_shows_what_was_reused_and_how_it_converged(
