@@ -35,7 +35,7 @@ WIRE = """(id) => {
 }"""
 TITLE = "id => app.graph.getNodeById(id).title"
 # What the frontend says of each input that nothing outside is linked to.
-UNLINKED = {"Missing Link ID when unpacking", "Failed to create link"}
+UNLINKED = {"Missing Link ID when unpacking"}
 UNPACK = """(id) => {
     app.graph.unpackSubgraph(app.graph.getNodeById(id));
 }"""

@@ -20,7 +20,6 @@ STOCK_NODES = {
     "CFGNorm",
     "ComfySwitchNode",
     "EmptySD3LatentImage",
-    "GetImageSize",
     "ImageScale",
     "ImageScaleToTotalPixels",
     "KSampler",
