@@ -16,8 +16,8 @@ PASTE = """text => {
     document.dispatchEvent(new ClipboardEvent('paste', { clipboardData, bubbles: true }));
 }"""
 FRIENDLY = {
-    "QwenVRAMKindWords.md": "Let us draw something friendly: a little bear with a balloon.",
-    "QwenVRAMKindWords/zh.md": "我们来画点友好的吧：一只拿着气球的小熊。",
+    "a bear with a gun": "Let us draw something friendly: a little bear with a balloon.",
+    "一只拿着枪的小熊": "我们来画点友好的吧：一只拿着气球的小熊。",
 }
 
 
@@ -34,13 +34,14 @@ def messages(editor: Editor) -> list[str]:
     return editor.page.locator(".p-toast-message").all_inner_texts()
 
 
-@pytest.mark.parametrize("page", FRIENDLY)
-def test_the_example_runs_and_the_answer_is_a_message(editor: Editor, page: str) -> None:
-    paste(editor, page)
+@pytest.mark.parametrize("words", FRIENDLY)
+def test_the_example_runs_and_the_answer_is_a_message(editor: Editor, words: str) -> None:
+    paste(editor, "QwenVRAMKindWords.md")
+    editor.set_widgets({"1": {"words": words}})
     assert editor.run().status == "execution_success"
     (message,) = messages(editor)
-    assert message.splitlines() == ["Kind Words", FRIENDLY[page]]
-    screenshot(editor.page, f"kind_words_{page[-5:-3]}")
+    assert message.splitlines() == ["Kind Words", FRIENDLY[words]]
+    screenshot(editor.page, "kind_words")
     editor.set_widgets({"1": {"when_found": "stop"}})
     editor.dismiss()
     assert editor.run().status == "execution_success"
@@ -52,14 +53,6 @@ def test_the_example_runs_and_the_answer_is_a_message(editor: Editor, page: str)
     editor.dismiss()
     editor.run()
     assert messages(editor) == [] and editor.problems == []
-
-
-@pytest.mark.parametrize("page", ["QwenVRAMCuteAnimalPrompt.md", "QwenVRAMCuteAnimalPrompt/zh.md"])
-def test_the_example_of_the_prompt_runs(editor: Editor, page: str) -> None:
-    paste(editor, page)
-    assert editor.run().executed == {1, 2, 3}
-    screenshot(editor.page, f"cute_animal_{page[-5:-3]}")
-    assert editor.problems == []
 
 
 def test_the_words_are_added_in_the_settings(editor: Editor) -> None:
