@@ -15,7 +15,7 @@ from pack.demo.serving import offer_workflows
 from pack.demo.substitutions import MODEL_FILES
 from pack.tests.browser.editor import Editor
 from pack.tests.conftest import ROOT, missing
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 COMMANDS = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser", "chrome")
 PLACES = (
@@ -79,6 +79,7 @@ def official_names(server: Server) -> Server:
 def browser() -> Iterator[Browser]:
     """A headless Chromium."""
     chromium = find_chromium() or missing("Chromium or Chrome")
+    expect.set_options(timeout=20_000)  # milliseconds; a machine may be busy
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
         yield launched

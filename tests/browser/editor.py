@@ -197,7 +197,7 @@ class Editor:
 
     def ran(self) -> Ran:
         """Waits for the end of the run that was started last."""
-        self.page.wait_for_function(FINISHED, arg=ENDS, timeout=60_000)
+        self.page.wait_for_function(FINISHED, arg=ENDS, timeout=180_000)
         events = self.page.evaluate("() => window.qwenVramEvents")
         self.page.wait_for_timeout(SETTLE_MS)
         executed = {top_level(detail) for name, detail in events if name == "executing" and detail}

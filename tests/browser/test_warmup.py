@@ -71,7 +71,7 @@ def open_long(editor: Editor) -> None:
     """Open a graph whose warm-up takes seconds, and may be stopped in each of them."""
     graph = text_to_image(text=f"a fox {uuid.uuid4().hex}", size=640, steps=1)
     latent = "latent"
-    for number in range(40):
+    for number in range(24):
         graph[f"s{number}"] = copy.deepcopy(graph["sampler"])
         graph[f"s{number}"]["inputs"]["latent_image"] = [latent, 0]
         latent = f"s{number}"
