@@ -148,10 +148,10 @@ class WordList:
         words = tuple(piece.text for piece in pieces)
         if words in self.phrases:
             return self.phrases[words]
-        if not _is_spelled_apart(pieces) or _goes_on(every, first, last):
-            return None
-        made = sorted(reading for reading in readings("".join(words)) if reading in self.forms)
+        made = sorted(self.forms.keys() & readings("".join(words)))
         if not made or pieces[0].gap.endswith("'"):  # there is no "s hot" in "it's hot"
+            return None
+        if not _is_spelled_apart(pieces) or _goes_on(every, first, last):
             return None
         return self.forms[made[0]]
 
