@@ -27,8 +27,8 @@ CLEAR = 0.5  # alpha below which a picture is cut out already
 SHRUNK = 1.0  # pixels of the working copy: the background shines through at the very edge
 ROUNDED = 0.09  # of the shorter side: corners of a picture that stays whole
 GAP = 1.5  # borders: narrower bays and holes are closed
-NOT_PLAIN = "no plain background"
-NOTHING = "nothing stands out from the plain background"
+NOT_PLAIN = "kept whole: no plain background"
+NOTHING = "kept whole: nothing stands out from the plain background"
 
 
 class Sticker(NamedTuple):

@@ -224,7 +224,7 @@ def _told(stickers: Sequence[Sticker]) -> str:
     for why in (NOT_PLAIN, NOTHING):
         whole = [str(n) for n, sticker in enumerate(stickers, start=1) if sticker.whole == why]
         which = "" if len(stickers) == 1 else f" {', '.join(whole)}"
-        told += [f"picture{which} kept whole: {why}"] if whole else []
+        told += [f"picture{which} {why}"] if whole else []
     return "; ".join(told)
 
 
