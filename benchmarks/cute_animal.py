@@ -11,8 +11,9 @@ and the stickers). A part of a card is the real one with another process holding
 
 `run` goes on where it was stopped: a session whose last line is in the file is not run again, and
 with --seconds none is begun that would not end by then. --rehearse draws on the CPU with the
-embedded model: it shows that everything runs, and its figures mean nothing. The options that are
-not ours go to ComfyUI.
+embedded model: it shows that everything runs, and its figures mean nothing. It loads weights as
+stock does (`default`): on a CPU `auto` would keep them in bfloat16, and pictures with a LoRA would
+differ. The options that are not ours go to ComfyUI.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -129,13 +131,23 @@ def write_stock_encoder(models: Path) -> None:
 
 
 def _tiny(graph: graphs.Graph) -> graphs.Graph:
-    """A graph of either side on the embedded model."""
+    """A graph of either side on the embedded model, with weights as stock's loader takes them."""
     from demo.substitutions import substitute
 
     graph = substitute(graph)
+    for key in graphs.of_class(graph, graphs.LOADER):
+        graph[key]["inputs"]["weight_dtype"] = "default"
     for key in graphs.of_class(graph, "CLIPLoader"):
         graph[key]["inputs"]["clip_name"] = STOCK_ENCODER
     return graph
+
+
+def taken(graph: graphs.Graph, outputs: dict[str, Row]) -> Row | None:
+    """As what our loader took the transformer: dtype, layers by format, why. None for stock's."""
+    for key in graphs.of_class(graph, graphs.LOADER):
+        for facts in outputs.get(key, {}).get("qwen_vram", ()):
+            return {name: facts[name] for name in ("dtype", "formats", "why")}
+    return None
 
 
 def one(server: Server, gauge: Gauge, before: int, graph: graphs.Graph) -> Row:
@@ -152,6 +164,7 @@ def one(server: Server, gauge: Gauge, before: int, graph: graphs.Graph) -> Row:
         "ram": {k: v for k, v in peaks.items() if k != "VRAM"},
         "encoder loaded": any("Load" in c and "Encoder" in c or c == "CLIPLoader" for c in ran),
         "nodes": {k: round(v, 3) for k, v in result.seconds.items()},
+        "weights": taken(graph, result.outputs),
     }  # fmt: skip
     if result.images:
         pixels = PIL.Image.open(io.BytesIO(result.images[0].content)).tobytes()
@@ -244,7 +257,7 @@ def complete(rows: list[Row]) -> list[Row]:
 HEAD = (
     "card, GB", "side", "pictures made", "cold start to the first picture, s", "new prompt, s",
     "known prompt, s", "restart to a known prompt's picture, s", "encoder loaded after the restart",
-    "peak VRAM, GB", "peak RAM of its own + files, GB",
+    "peak VRAM, GB", "peak RAM of its own + files, GB", "transformer's weights",
 )  # fmt: skip
 
 
@@ -262,6 +275,13 @@ def from_start(rows: list[Row]) -> str:
     return f"{first['started'] + first['seconds']:.1f} ({first['started']:.1f} of it the start)"
 
 
+def weights(rows: list[Row]) -> str:
+    """What the transformer's weights were, each kind once."""
+    known = [facts for r in rows if (facts := r.get("weights"))]
+    kinds = dict.fromkeys(", ".join(sorted(f["formats"])) or f["dtype"] for f in known)
+    return " / ".join(kinds) or "as stock loads them"
+
+
 def line(card: int | None, side: str, rows: list[Row]) -> str:
     """One side of one card."""
     first = [r for r in rows if r["phase"] == "first"]
@@ -275,7 +295,7 @@ def line(card: int | None, side: str, rows: list[Row]) -> str:
         from_start(first), median(first, "new"), median(first, "known"), from_start(again),
         f"{sum(r['encoder loaded'] for r in known)} of {len(known)}",
         f"{max(vram) / 1e9:.2f}" if vram else "not measurable",
-        f"{ram[0]:.1f} + {ram[1]:.1f}",
+        f"{ram[0]:.1f} + {ram[1]:.1f}", weights(rows),
     ]  # fmt: skip
     return f"| {' | '.join(values)} |"
 
@@ -324,6 +344,8 @@ def main() -> None:
     elif options.command == "table":
         print(table(read(options.out)))
     else:
+        # As an exit, so that the server of the session ends, too.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
         options.base.mkdir(parents=True, exist_ok=True)
         run(options)
 

@@ -27,6 +27,7 @@ STOCK: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
 }  # fmt: skip
 SECOND_PART = ("QwenVRAMColouringPage", "QwenVRAMStickerSheet")  # nothing in stock does it
 OUTPUTS = ("SaveImage", "PreviewImage", "PreviewAny", "QwenVRAMClear", "QwenVRAMReport")
+LOADER = "QwenVRAMLoadDiffusionModel"
 WORDS, PROMPT = "QwenVRAMKindWords", "QwenVRAMCuteAnimalPrompt"
 
 

@@ -27,13 +27,16 @@ CLEAR = 0.5  # alpha below which a picture is cut out already
 SHRUNK = 1.0  # pixels of the working copy: the background shines through at the very edge
 ROUNDED = 0.09  # of the shorter side: corners of a picture that stays whole
 GAP = 1.5  # borders: narrower bays and holes are closed
+NOT_PLAIN = "kept whole: no plain background"
+NOTHING = "kept whole: nothing stands out from the plain background"
 
 
 class Sticker(NamedTuple):
     """One picture, and two shapes by their distance in pixels of the working copy, inside below 0.
 
     picture: (H, W, 3); `shape` and `edge`: (h, w), the animal and the white edge's outline, with
-    `pad` pixels around the working copy. `share`: of the picture that was cut out, 0..1.
+    `pad` pixels around the working copy. `share`: of the picture that was cut out, 0..1. `whole`:
+    why the picture stays whole, `NOT_PLAIN` or `NOTHING`; empty if it was cut out.
     """
 
     picture: Tensor
@@ -41,7 +44,7 @@ class Sticker(NamedTuple):
     edge: np.ndarray
     pad: int
     share: float
-    plain: bool
+    whole: str
 
     @property
     def box(self) -> tuple[int, int, int, int]:
@@ -54,16 +57,16 @@ class Sticker(NamedTuple):
 def cut_out(picture: Tensor, border: float) -> Sticker:
     """The sticker of a picture (H, W, 1, 3 or 4); `border` in thousandths of its shorter side.
 
-    A picture with alpha is cut by that; one without a plain background stays whole. Raises
+    A picture with alpha is cut by that; one without a plain background, or with nothing on it that
+    is large enough, stays whole. Raises
     ValueError for pictures that cannot be used, ImportError without scikit-image.
     """
     np = libraries().np
     colours = rgb(picture)
     copy = working_copy(colours)
-    animal = _by_alpha(picture)
+    animal, whole = _by_alpha(picture), ""
     if animal is None:
-        animal = _before_plain(copy)
-    plain = animal is not None
+        animal, whole = _before_plain(copy)
     width = border / 1000 * min(copy.shape[:2])
     pad = int(width * (1 + GAP)) + 8
     if animal is None:
@@ -72,7 +75,7 @@ def cut_out(picture: Tensor, border: float) -> Sticker:
         shape = _smoothed(_distance(np.pad(animal, pad)), 1.0) + SHRUNK
     edge = _edge(shape, width)
     share = 1.0 if animal is None else float(animal.mean())
-    return Sticker(colours, shape, edge, pad, share, plain)
+    return Sticker(colours, shape, edge, pad, share, whole)
 
 
 # --------------------------------------------------------------------------------- what is animal
@@ -85,8 +88,8 @@ def _by_alpha(picture: Tensor) -> np.ndarray | None:
     return there if LEAST <= there.mean() < 1 else None
 
 
-def _before_plain(copy: np.ndarray) -> np.ndarray | None:
-    """(h, w) bool, or None where the background is not plain."""
+def _before_plain(copy: np.ndarray) -> tuple[np.ndarray | None, str]:
+    """(h, w) bool and an empty text, or None and why nothing can be cut out."""
     np = libraries().np
     labels, lab = regions(copy, REGIONS)
     area = np.bincount(labels.ravel())
@@ -99,9 +102,9 @@ def _before_plain(copy: np.ndarray) -> np.ndarray | None:
     at_edge = along[(along > 0) & like].sum() / len(ring)
     background |= _holes(labels, lab, mean, background)
     animal = _without_crumbs(~background)
-    if at_edge < PLAIN_EDGE or not LEAST <= animal.mean() <= MOST:
-        return None
-    return animal
+    if at_edge < PLAIN_EDGE or animal.mean() > MOST:
+        return None, NOT_PLAIN
+    return (None, NOTHING) if animal.mean() < LEAST else (animal, "")
 
 
 def _holes(

@@ -49,6 +49,7 @@ BACKGROUNDS = {
         Look("as the words say · 按文字", "", ""),
     )
 }
+# More ("gentle smile") was measured: of 40 pictures of the embedded model 32 were right, not 35.
 ALWAYS = Look("", "cute, round lines, big eyes, friendly", "可爱，圆润的线条，大眼睛，友善")
 
 # The same for every run and in both languages, so that it is encoded once for ever.

@@ -21,6 +21,7 @@ DRAW_SOMETHING_KIND, STOP = "draw something kind", "stop"
 WHEN_FOUND = (DRAW_SOMETHING_KIND, STOP)
 ALSO_AVOIDED = "words to avoid"  # the category of what people add
 LONGEST_ENTRY, MOST_ENTRIES = 60, 1000
+LONGEST_TEXT = 2000  # characters of a child's words: a wish, no book
 
 SUBJECT = {"en": "a little bear with a balloon", "zh": "一只拿着气球的小熊"}
 FOUND = {"en": "Let us draw something friendly: {}.", "zh": "我们来画点友好的吧：{}。"}
@@ -40,7 +41,7 @@ _MOST_PIECES = 16  # that a word is spelled apart into
 _WIDEST_GAP = 3  # characters between two of them
 # Read once as separators, and once as the letters that they look like.
 _SYMBOLS = str.maketrans({"@": "a", "$": "s", "€": "e", "!": "i", "|": "l"})
-_SYMBOL_IN_WORD = re.compile(r"[@$€](?=[a-z])|(?<=[a-z])[@$€]|(?<=[a-z])[!|](?=[a-z])")
+_SYMBOL_IN_WORD = re.compile(r"[@$€]+(?=[a-z])|(?<=[a-z])[@$€]+|(?<=[a-z])[!|]+(?=[a-z])")
 
 
 class Verdict(NamedTuple):
@@ -133,23 +134,26 @@ class WordList:
             for last in range(first, min(first + _MOST_PIECES, len(pieces))):
                 if last > first and not _is_gap(pieces[last].gap):
                     break
-                category = self._category(pieces[first : last + 1])
+                category = self._category(pieces, first, last)
                 if category and not any(a <= first and last <= b for a, b in harmless):
                     found.append(category)
         return found
 
-    def _category(self, pieces: list[_Piece]) -> str | None:
-        """Of what these pieces make together, if they make a word or phrase of the list."""
+    def _category(self, every: list[_Piece], first: int, last: int) -> str | None:
+        """Of what some pieces make together, if they make a word or phrase of the list."""
+        pieces = every[first : last + 1]
         if len(pieces) == 1:
             known = (self._of_one(reading) for reading in sorted(readings(pieces[0].text)))
             return next((category for category in known if category), None)
         words = tuple(piece.text for piece in pieces)
         if words in self.phrases:
             return self.phrases[words]
-        made = sorted(reading for reading in readings("".join(words)) if reading in self.forms)
+        made = sorted(self.forms.keys() & readings("".join(words)))
         if not made or pieces[0].gap.endswith("'"):  # there is no "s hot" in "it's hot"
             return None
-        return self.forms[made[0]] if _is_spelled_apart(pieces) else None
+        if not _is_spelled_apart(pieces) or _goes_on(every, first, last):
+            return None
+        return self.forms[made[0]]
 
     def _of_one(self, word: str) -> str | None:
         return self.forms.get(word) or self.phrases.get((word,))
@@ -208,6 +212,19 @@ def _is_spelled_apart(pieces: list[_Piece]) -> bool:
     if all(set(gap) <= set("-_*~·•") for gap in gaps):
         return True
     return len(gaps) > 1 and not any(c.isspace() for gap in gaps for c in gap)
+
+
+def _goes_on(pieces: list[_Piece], first: int, last: int) -> bool:
+    """Whether single letters are only a part of such a run: there is no "h e l l" in "h e l l o".
+
+    A letter that is a word by itself, a or I, may be one.
+    """
+    if any(len(piece.text) > 1 for piece in pieces[first : last + 1]):
+        return False
+    before = pieces[first - 1].text if first and pieces[first].gap == pieces[last].gap else ""
+    after = pieces[last + 1] if last + 1 < len(pieces) else _Piece("", "")
+    neighbours = (before, after.text if after.gap == pieces[last].gap else "")
+    return any(len(n) == 1 and n.isalpha() and n not in "ai" for n in neighbours)
 
 
 def _is_pause(gap: str) -> bool:
@@ -311,8 +328,12 @@ def judge(
 
     `instead` is drawn in place of what the list avoids; empty: a subject of the pack, in the
     language of the words. `language` is that of an answer to an empty box. Raises ValueError for
-    a choice or an `instead` that cannot be used.
+    a choice or an `instead` that cannot be used, and for words that are no wish but a book.
     """
+    if len(words) > LONGEST_TEXT:
+        raise ValueError(
+            f"words has {len(words)} characters; {LONGEST_TEXT} are possible. Write a shorter wish."
+        )
     if when_found not in WHEN_FOUND:
         raise ValueError(f"when_found is {when_found!r}: choose {' or '.join(WHEN_FOUND)}.")
     if known.find(instead):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import unicodedata
@@ -34,23 +35,24 @@ def inflected(word: str) -> set[str]:
     if last == "y" and stem[-1:] not in _VOWELS:
         return {word, f"{word}ing", *(f"{stem}i{end}" for end in ("es", "ed", "er", "ers"))}
     stems, plural = {word}, "es" if word.endswith(("s", "x", "z", "ch", "sh")) else "s"
-    if re.fullmatch(r"[^aeiou]*[aeiou][^aeiouwxy]", word):  # stab, stabbing
+    if re.fullmatch(r"(?:.*[^aeiou])?[aeiou][^aeiouwxy]", word):  # stab, kidnap: kidnapping
         stems.add(word + last)
     endings = ("ed", "er", "ers", "ing", "ings")
     return {word, word + plural, *(s + e for s in stems for e in endings)}
 
 
-def readings(token: str) -> set[str]:
+@functools.lru_cache(maxsize=4096)  # the same pieces come again and again in a text
+def readings(token: str) -> frozenset[str]:
     """What a run of letters and digits may be meant as: k1ll, kiiill, gun2 (lower case)."""
     found = {token, token.strip("0123456789")} - {""}
-    return {r for t in found for lettered in _lettered(t) for r in _shortened(lettered)}
+    return frozenset(r for t in found for lettered in _lettered(t) for r in _shortened(lettered))
 
 
 def _lettered(token: str) -> Iterator[str]:
-    """Digits as the letters that they look like, where letters are in the majority."""
+    """Digits as the letters that they look like, where letters are half of it or more."""
     yield token
     digits = sum(c.isdigit() for c in token)
-    if 0 < digits < len(token) - digits:
+    if 0 < digits <= len(token) - digits:
         choices = itertools.product(*(_DIGITS.get(c, c) for c in token))
         yield from ("".join(letters) for letters in itertools.islice(choices, _MOST_READINGS))
 

@@ -102,7 +102,7 @@ def _areas(areas: Sequence[int]) -> str:
     if max(areas) == 1:
         return "no lines found: try more detail"
     counts = ", ".join(map(str, areas[:8])) + (", ..." if len(areas) > 8 else "")
-    return f"{counts} areas to colour"
+    return f"about {counts} areas to colour"  # narrow ones may be closed by the lines
 
 
 NODES = [ColouringPage]

@@ -10,7 +10,7 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..core.cut_out import Sticker, cut_out
+from ..core.cut_out import NOT_PLAIN, NOTHING, Sticker, cut_out
 from ..core.paper import AS_PICTURE, SHEETS
 from ..core.stickers import Layout, drawn_on, places, single
 from .disk import new_picture
@@ -46,6 +46,7 @@ class StickerSheet(io.ComfyNode):
                         "alpha is cut by that."
                     ),
                 ),
+                *cls.inputs_of_the_places(),
                 *cls.inputs_of_the_sheet(),
                 *cls.inputs_of_chance(),
             ],
@@ -57,8 +58,8 @@ class StickerSheet(io.ComfyNode):
         )
 
     @classmethod
-    def inputs_of_the_sheet(cls) -> list[io.Input]:
-        """How it is laid out."""
+    def inputs_of_the_places(cls) -> list[io.Input]:
+        """How many there are, and their edge."""
         return [
             io.Int.Input(
                 "columns", default=3, min=1, max=20, tooltip="How many stickers side by side."
@@ -81,6 +82,12 @@ class StickerSheet(io.ComfyNode):
                     "shorter side."
                 ),
             ),
+        ]
+
+    @classmethod
+    def inputs_of_the_sheet(cls) -> list[io.Input]:
+        """What they lie on."""
+        return [
             io.Combo.Input(
                 "paper",
                 options=[AS_PICTURE, *SHEETS],
@@ -91,7 +98,7 @@ class StickerSheet(io.ComfyNode):
                 "background",
                 options=list(BACKGROUNDS),
                 default=WHITE,
-                tooltip="The sheet's colour. On white a thin grey line shows where to cut.",
+                tooltip="The sheet's colour. On each of them a thin grey line shows where to cut.",
             ),
         ]
 
@@ -212,14 +219,13 @@ def _counted(count: int) -> str:
 
 def _told(stickers: Sequence[Sticker]) -> str:
     """What was cut out of the pictures, and which stayed whole."""
-    cut = [f"{sticker.share:.0%}" for sticker in stickers if sticker.plain]
-    whole = [str(n) for n, sticker in enumerate(stickers, start=1) if not sticker.plain]
-    shares = f"cut out {', '.join(cut)} of the picture"
-    if not whole:
-        return shares
-    which = "" if len(stickers) == 1 else f" {', '.join(whole)}"
-    told = f"picture{which} kept whole: no plain background"
-    return f"{shares}; {told}" if cut else told
+    cut = [f"{sticker.share:.0%}" for sticker in stickers if not sticker.whole]
+    told = [f"cut out {', '.join(cut)} of the picture"] if cut else []
+    for why in (NOT_PLAIN, NOTHING):
+        whole = [str(n) for n, sticker in enumerate(stickers, start=1) if sticker.whole == why]
+        which = "" if len(stickers) == 1 else f" {', '.join(whole)}"
+        told += [f"picture{which} {why}"] if whole else []
+    return "; ".join(told)
 
 
 NODES = [StickerSheet]

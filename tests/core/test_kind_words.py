@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pack.core.kind_words import (
     ALSO_AVOIDED,
     DRAW_SOMETHING_KIND,
+    LONGEST_TEXT,
     MOST_ENTRIES,
     STOP,
     SUBJECT,
@@ -92,6 +93,16 @@ a unicorn with rainbow hair
 a happy sloth hanging from a branch
 a squirrel hides an acorn under dead leaves
 a cock-a-doodle-doo rooster wakes everyone
+a water pistol and a toy gun
+an ugly bug meets a horny toad
+an ox and an ass in a stable
+a murder of crows, rolling a six-sided die
+a killer robot with a dead battery
+a cat shoots a penalty and is shooting a ball
+a wine red scarf and a devil mask
+H-E-L-L-O kitty
+h e l l o
+a blue tit on a mushroom
 一只戴帽子的小熊
 穿裙子的小兔子在雪地里跳舞
 小猫在草地上追蝴蝶
@@ -137,6 +148,21 @@ a cock-a-doodle-doo rooster wakes everyone
 小蜗牛背着房子
 老虎妈妈抱着小老虎
 月亮上的兔子
+大笨蛋小熊
+红酒色的裙子和红缨枪
+火枪手猫
+小蝌蚪的变态
+小猪滚蛋糕
+提高个人质量，女人质疑
+蚊子弹走了
+改变态度
+用剪刀和刀叉，穿着冰刀
+石头剪刀布
+去死海玩，笑死了
+妈妈的帽子，我妈的围巾
+小鸡巴士
+粉白相间的裙子和白粉色的蝴蝶结
+体操你会做吗
 """.strip().splitlines()
 
 
@@ -155,7 +181,7 @@ def test_ordinary_wishes_pass(prompt) -> None:
 def test_every_entry_is_found_in_its_category(category) -> None:
     lists = LIST["categories"][category]
     english, emoji = lists["en"] + lists["en_as_written"], LIST["emoji"].get(category, [])
-    sentences = [f"a bear, {w}!" for w in english] + [f"小熊{w}呢" for w in lists["zh"] + emoji]
+    sentences = [f"a bear, {w}!" for w in english] + [f"小熊：{w}呢" for w in lists["zh"] + emoji]
     assert [s for s in sentences if category not in KNOWN.find(s)] == []
 
 
@@ -186,10 +212,46 @@ def test_every_harmless_phrase_passes_and_hides_nothing_beside_it() -> None:
         "k\u00edll",
         "self-harm",
     ]
+    + ["kidnapped", "kidnapping", "kidnapper", "shitty", "AK-47", "AK 47", "ak47", "ki11", "a$$"]
+    + ["cut herself", "hurts himself", "hang yourself", "k i l l", "🔪", "💀", "☠️", "傻B"]
     + ["手*枪", "杀 人", "杀.人", "殺人", "手槍", "屍體", "三Ｋ党", "💣", "🖕🏽", "杀kill熊"],
 )
 def test_other_ways_to_write_them(word) -> None:
     assert KNOWN.find(word) and KNOWN.find(f"a bear {word} a cat") and KNOWN.find(f"小熊,{word},猫")
+
+
+@pytest.mark.parametrize(
+    ("english", "chinese"),
+    [
+        ("a bear with a knife", "拿着刀的小熊"),
+        ("a dead kitten", "死了的小猫"),
+        ("the kitten died", "小猫死了"),
+        ("a bear without clothes", "没穿衣服的小熊"),
+        ("he strips naked", "他脱光了"),
+        ("she undresses", "她脱衣服"),
+        ("a bare bottom", "光屁股"),
+        ("a bloody bear", "带血的小熊"),
+        ("blood all over", "满身血"),
+        ("dog shit", "狗屎"),
+        ("fuck you", "操你妈"),
+        ("a cunt", "傻b"),
+        ("a penis", "鸡巴"),
+        ("shitty", "妈的"),
+        ("a glass of wine", "一杯葡萄酒"),
+        ("strangle a kitten", "掐小猫"),
+        ("open fire", "开炮"),
+        ("killed by a bomb", "炸死"),
+        ("bitten to death", "咬死"),
+        ("hangs himself", "吊死"),
+        ("jumps off a bridge", "跳河"),
+        ("to slaughter a pig", "屠宰小猪"),
+        ("heroin", "白粉"),
+        ("nigger", "黑鬼"),
+        ("kidnapped", "绑架"),
+    ],
+)
+def test_what_is_found_in_one_language_is_found_in_the_other(english, chinese) -> None:
+    assert KNOWN.find(english) and KNOWN.find(chinese)
 
 
 gaps = st.sampled_from([" ", ".", "-", " . ", "_", "*", "..", "·", "~"])
@@ -231,8 +293,11 @@ def test_any_text_is_read(text) -> None:
 
 def test_a_long_text_takes_no_time() -> None:
     start = time.process_time()
-    KNOWN.find("a b c 1 1 1 k@ll!!! 小熊*** " * 200)
-    assert time.process_time() - start < 5
+    for text in ("a b c 1 1 1 k@ll!!! 小熊*** " * 80, "a " * LONGEST_TEXT):
+        KNOWN.find(text)
+    assert time.process_time() - start < 3
+    with pytest.raises(ValueError, match="words has 2001 characters; 2000 are possible"):
+        judge("a" * 2001, STOP, "", KNOWN)
 
 
 # ---------------------------------------------------------------------------------- the answers
@@ -281,8 +346,8 @@ def test_entries_stand_on_lines_or_between_commas(text) -> None:
 
 
 def test_added_words_are_found_with_their_endings_and_only_then() -> None:
-    mine = word_list(("spider", "squid game", "gta 5", "哥斯拉", "☠", "蛇"))
-    for text in ("two Spiders", "s.p.i.d.e.r", "squid games", "GTA 5", "大哥斯拉", "☠️", "一条蛇"):
+    mine = word_list(("spider", "squid game", "gta 5", "哥斯拉", "🎃", "蛇"))
+    for text in ("two Spiders", "s.p.i.d.e.r", "squid games", "GTA 5", "大哥斯拉", "🎃", "一条蛇"):
         assert mine.find(text) == (ALSO_AVOIDED,), text
         assert not KNOWN.find(text)
     assert not mine.find("a squid plays a game")
@@ -290,7 +355,7 @@ def test_added_words_are_found_with_their_endings_and_only_then() -> None:
 
 def test_allowed_words_pass_and_the_others_stay() -> None:
     mine = word_list((), ("zombie", "gun", "nightmare before christmas", "啤酒"))
-    for text in ("toy guns", "g.u.n", "the Nightmare before Christmas", "一杯啤酒"):
+    for text in ("big guns", "g.u.n", "the Nightmare before Christmas", "一杯啤酒"):
         assert KNOWN.find(text) and not mine.find(text), text
     for text in ("gunshot", "a nightmare", "啤酒和白酒", "pistol"):
         assert mine.find(text), text

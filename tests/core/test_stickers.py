@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pack.core.cut_out import Sticker, cut_out
+from pack.core.cut_out import NOT_PLAIN, NOTHING, Sticker, cut_out
 from pack.core.stickers import Layout, Place, drawn_on, places, single, turned_box
 from pack.demo.animals import Scene, draw
 from PIL import Image, ImageDraw
@@ -33,6 +33,13 @@ def ring(ground: tuple[int, int, int] = (235, 230, 220)) -> Tensor:
     return picture(image.resize((400, 400), Image.Resampling.LANCZOS))
 
 
+def speck() -> Tensor:
+    """A small blue square on white."""
+    image = torch.ones(256, 256, 3)
+    image[120:140, 120:140] = torch.tensor([0.1, 0.2, 0.8])
+    return image
+
+
 def inside(sticker: Sticker) -> np.ndarray:
     """Where the animal is, in the working copy."""
     pad = sticker.pad
@@ -46,7 +53,7 @@ def bear() -> Sticker:
 
 # ------------------------------------------------------------------------------ what is cut
 def test_the_animal_is_cut_as_the_renderer_drew_it(bear: Sticker) -> None:
-    assert bear.plain
+    assert not bear.whole
     drawn = np.asarray(draw(BEAR, 768, 768)).astype(int)
     animal = abs(drawn - drawn[2, 2]).max(-1) > 20
     found = inside(bear)
@@ -56,7 +63,7 @@ def test_the_animal_is_cut_as_the_renderer_drew_it(bear: Sticker) -> None:
 
 def test_a_hole_that_shows_the_background_is_no_animal() -> None:
     sticker = cut_out(ring(), BORDER)
-    assert sticker.plain and not inside(sticker)[384, 384]
+    assert not sticker.whole and not inside(sticker)[384, 384]
     colours, mask = single(sticker, sticker.box)
     middle = tuple(side // 2 for side in mask.shape)
     assert (colours[middle] == 1).all() and mask[middle] == 0  # white, and part of the sticker
@@ -76,16 +83,19 @@ def test_gradients_and_shadows_are_background() -> None:
     blue = (ring()[..., 2:] - ring()[..., :1] > 0.2).float()
     soft = torch.lerp(shade[..., None] * ground, ring(), blue)
     found = cut_out(soft, BORDER)
-    assert found.plain and found.share == pytest.approx(math.pi * (0.25**2 - 0.125**2), rel=0.06)
+    assert not found.whole and found.share == pytest.approx(
+        math.pi * (0.25**2 - 0.125**2), rel=0.06
+    )
 
 
 def test_no_plain_background_keeps_the_picture_with_round_corners() -> None:
     scene = Scene("bear", "blue", "none", "standing", "room", jitter=3)
     sticker = cut_out(picture(draw(scene, 256, 256)), BORDER)
-    assert not sticker.plain and sticker.share == 1
+    assert sticker.whole == NOT_PLAIN and sticker.share == 1
     found = inside(sticker)
     assert found[384, 2] and found[2, 384] and found[766, 384] and not found[2, 2]
-    assert cut_out(torch.full((64, 64, 3), 0.5), BORDER).plain is False
+    for image in (torch.full((64, 64, 3), 0.5), speck()):  # all of one colour; below 1 %
+        assert cut_out(image, BORDER).whole == NOTHING
 
 
 def test_a_picture_with_alpha_is_cut_by_it() -> None:
@@ -93,7 +103,7 @@ def test_a_picture_with_alpha_is_cut_by_it() -> None:
     alpha[64:192, 32:224] = 1
     noise = torch.rand(256, 256, 3, generator=torch.Generator().manual_seed(0))
     sticker = cut_out(torch.cat([noise, alpha], -1), BORDER)
-    assert sticker.plain and sticker.share == pytest.approx(0.375, rel=0.02)
+    assert not sticker.whole and sticker.share == pytest.approx(0.375, rel=0.02)
 
 
 def test_a_single_sticker_has_colours_a_white_edge_and_nothing_around(bear: Sticker) -> None:

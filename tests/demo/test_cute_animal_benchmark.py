@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,28 @@ def test_a_node_without_a_stock_counterpart_is_named() -> None:
         cute_animal_graphs.stock(graph, texts)
 
 
+def test_the_weights_are_those_that_the_loader_says() -> None:
+    facts = {"text": "t", "dtype": "bfloat16", "formats": {"int8": 3}, "why": "card", "bytes": 1}
+    outputs = {"unet": {"qwen_vram": [facts]}, "save": {"images": []}}
+    told = {"dtype": "bfloat16", "formats": {"int8": 3}, "why": "card"}
+    assert cute_animal.taken(whole(), outputs) == told
+    assert cute_animal.weights([{"weights": told}, {"weights": None}]) == "int8"
+    assert cute_animal.taken(cute_animal_graphs.stock(whole(), texts), outputs) is None
+
+
+def test_a_terminated_run_ends_by_an_exit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["x", "run", str(tmp_path), str(tmp_path / "out"), "--rehearse"]
+    )
+    monkeypatch.setattr(cute_animal, "run", lambda _: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            cute_animal.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture
 def options(tmp_path: Path) -> Namespace:
     """As of a rehearsal."""
@@ -105,6 +128,7 @@ def test_it_goes_on_where_it_was_stopped_and_counts_no_picture_twice(
                 **cell, "number": number, "kind": kind, "status": "success", "seconds": 2.0,
                 "started": 3.0, "vram": None, "ram": {"RssAnon": 10**9}, "encoder loaded": True,
                 "pixels": f"{cell['phase']}{number}",
+                "weights": {"dtype": "int8", "formats": {}, "why": "w"} if cell["side"] == "ours" else None,
             }  # fmt: skip
         yield {**cell, "end": True, "took": 10.0}
 
@@ -124,6 +148,7 @@ def test_it_goes_on_where_it_was_stopped_and_counts_no_picture_twice(
     assert len(pictures) == 2 * (3 + 3) < sum("number" in row for row in rows)
     table = cute_animal.table(rows)
     assert "| CPU, rehearsal | ours | 6 of 6 | 5.0 (3.0 of it the start) | 2.00 | 2.00 |" in table
+    assert "| int8 |" in table and "| as stock loads them |" in table
     assert "not measurable" in table and table.endswith("pixel by pixel: 6 of 6.")
 
 

@@ -92,6 +92,11 @@ def test_one_picture_without_plain_background_says_so(module: ModuleType) -> Non
     noise = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
     *_, text = run(module, noise, columns=1, rows=1, background="cream")
     assert text == "1 sticker, 1240 x 1754 pixels; picture kept whole: no plain background"
+    *_, text = run(module, torch.cat([noise, torch.ones_like(noise)]), columns=1, rows=1)
+    assert text.endswith(
+        "; picture 1 kept whole: no plain background; "
+        "picture 2 kept whole: nothing stands out from the plain background"
+    )
 
 
 def test_the_sheet_has_the_colour_asked_for(module: ModuleType) -> None:
