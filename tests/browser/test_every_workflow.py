@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ SHOWS = {  # by the words of demo/thumbnails.py
 }
 COLOURS = {"cute_animal_page": 2}  # of a page: black and white; of all other pictures:
 MANY_COLOURS = 200
+STATUS, TILES = "$$node-text-preview", re.compile(r"(\d+) of (\d+) tiles edited")
 SOURCE = "id => app.graph.getNodeById(id).imgs[0].src"
 DRAWN = """() => app.graph.nodes.map(n => ({
     id: Number(n.id), title: n.title, box: [...n.pos, ...n.size].map(Math.round),
@@ -141,8 +143,10 @@ def test_it_draws_what_is_asked_for_and_looks_as_it_was_laid_out(
         check_pictures(editor, server, workflow, path.stem)
     if path.stem == "qwen_image_edit_tiled":
         (edit,) = (n["id"] for n in workflow["nodes"] if n["type"] == "QwenVRAMTiledEdit")
-        text = editor.widgets(edit)[STATUS]
-        assert int(TILES.search(text)[1]) > 1, text
+        widgets = editor.widgets(edit)
+        done = TILES.match(widgets[STATUS])
+        assert widgets["guide"] and done, widgets
+        assert int(done[1]) >= 1 and int(done[2]) > 1
     check_layout(workflow, editor.page.evaluate(DRAWN))
     photograph(editor, path.stem)
     assert editor.problems == []
