@@ -22,7 +22,7 @@ from .substitutions import Prompt, substitute
 
 OWN = BASE / "thumbnails"  # user and temporary files: what `make run` keeps is left alone
 SIZE = (640, 400)
-BAND, PADDING = 64, 12
+BAND, PADDING, QUALITY = 64, 12, 88
 PAPER, INK, DARK, PILL = "#f6f3ec", "#1f2430", "#1f2430", "#ffd166"
 EDIT, BEACH = "make it blue", "put it on the beach"
 # As the embedded model was taught, and without its random LoRA.
@@ -44,8 +44,13 @@ def _drawing(text: str, **more: Any) -> dict[str, Any]:
 
 PIG = "tiny_pig.png"
 TWICE = {"ImageScale": {"width": 384, "height": 384}, "PrimitiveBoolean": {"value": True}}
+# A bear without a scarf has no neck: this model leaves a gap there.
+SCARF = {
+    "PrimitiveStringMultiline": {"value": "a little bear with a red scarf"},
+    **{"strength_model": 0.0, "seed": 5, "cfg": 1.0},
+}
 RECIPES = {
-    "cute_animal_for_kids": Recipe(({"strength_model": 0.0, "seed": 5, "cfg": 1.0},)),
+    "cute_animal_for_kids": Recipe((SCARF,)),
     "qwen_image_2512": Recipe(
         (
             _drawing("a small blue bunny with glasses in the snow"),
@@ -152,5 +157,5 @@ def make(comfyui: Path, names: Sequence[str] = ()) -> None:
             workflow = json.loads(path.read_text(encoding="utf-8"))
             images = pictures(server, workflow, RECIPES[name])
             target = path.with_suffix(".jpg")
-            compose(images, *cards_of(workflow)).save(target, quality=88, optimize=True)
+            compose(images, *cards_of(workflow)).save(target, quality=QUALITY, optimize=True)
             say(f"{target.name}: {len(images)} pictures")

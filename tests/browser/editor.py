@@ -35,7 +35,8 @@ TO_PROMPT = "async () => JSON.parse(JSON.stringify((await app.graphToPrompt()).o
 SET_WIDGETS = """(values) => {
     for (const [id, inputs] of Object.entries(values))
         for (const widget of app.graph.getNodeById(id).widgets ?? [])
-            if (widget.name in inputs) widget.value = inputs[widget.name];
+            if (widget.name in inputs && !Array.isArray(inputs[widget.name]))  // a link
+                widget.value = inputs[widget.name];
 }"""
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 FINISHED = "(ends) => window.qwenVramEvents.some(([name]) => ends.includes(name))"

@@ -125,7 +125,7 @@ def test_a_lost_pin_is_told_in_words_and_on_its_node(editor: Editor, ready, serv
     menu(editor, positive, "Pin output (Qwen VRAM)")
     toast(editor, "is pinned (")
     panel = open_panel(editor)
-    title = "Positive prompt · Cached Text Encode"
+    title = "Positive prompt · 正面提示词"
     row = panel.get_by_role("row").filter(has_text=title)
     panel.get_by_text("Last used").scroll_into_view_if_needed()
     screenshot(editor.page, "panel_pins")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 
+import numpy as np
 import pytest
 from pack.demo import thumbnails
 from pack.tests.conftest import ROOT
@@ -25,6 +27,29 @@ def test_it_names_the_cards_and_fits(path) -> None:
     assert sheet.size == Image.open(path.with_suffix(".jpg")).size == thumbnails.SIZE
     band = sheet.crop((0, thumbnails.SIZE[1] - thumbnails.BAND, *thumbnails.SIZE))
     assert (255, 0, 0) not in {colour for _, colour in band.getcolors(100_000)}
+
+
+def band(image: Image.Image) -> np.ndarray:
+    """The lower part of a thumbnail, with the title and the cards."""
+    box = (0, thumbnails.SIZE[1] - thumbnails.BAND, *thumbnails.SIZE)
+    return np.asarray(image.convert("RGB").crop(box), dtype=int)
+
+
+def as_file(title: str, cards: str) -> Image.Image:
+    """A thumbnail of nothing, as it would be saved."""
+    file = io.BytesIO()
+    sheet = thumbnails.compose([Image.new("RGB", (300, 300), "white")], title, cards)
+    sheet.save(file, "JPEG", quality=thumbnails.QUALITY)
+    return Image.open(file)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_band_of_the_file_tells_the_title_and_cards_of_its_note(path) -> None:
+    title, cards = thumbnails.cards_of(json.loads(path.read_text(encoding="utf-8")))
+    saved = band(Image.open(path.with_suffix(".jpg")))
+    assert np.abs(saved - band(as_file(title, cards))).max() < 48, "make the thumbnails again"
+    other = cards.replace("12", "10")
+    assert np.abs(saved - band(as_file(title, other))).max() > 96
 
 
 def test_the_text_goes_to_the_side_of_the_prompt_and_links_stay() -> None:

@@ -43,6 +43,8 @@ ABSOLUTE_PATH = re.compile(r"^(/|~|[A-Za-z]:[\\/]|\\\\)|/(home|Users|root|worksp
 THUMBNAIL_BYTES = 80_000
 TITLE_HEIGHT = 30
 Box = tuple[float, float, float, float]
+# ComfyUI draws no text where it would be smaller than 8 of its 14 px: a scale of 0.571.
+READABLE, WINDOW = 0.58, (1600, 950)
 
 CARDS = ("6", "8", "12", "16", "24")  # GB
 TITLE = re.compile(r"(?P<title>.+) · (?P<cards>\d+((, |、)\d+)*) GB")
@@ -167,7 +169,27 @@ def test_nothing_overlaps(path: Path) -> None:
     assert all(apart(c, g) or within(c, g) for c, g in product(cards, groups))
 
 
+@each_with_notes
+def test_it_opens_where_its_note_and_first_group_can_be_read(path: Path) -> None:
+    workflow = load(path)
+    scale, (left, top) = (workflow["extra"]["ds"][key] for key in ("scale", "offset"))
+    assert scale >= READABLE
+    note = next(n for n in workflow["nodes"] if n["type"] == "MarkdownNote")
+    for x, y, width, height in ([*note["pos"], *note["size"]], workflow["groups"][0]["bounding"]):
+        seen = min(y + height, y + 400)  # a tall group goes on below
+        assert (x + left) * scale > 0 and (y + top) * scale > 0
+        assert (x + width + left) * scale < WINDOW[0] and (seen + top) * scale < WINDOW[1]
+
+
 # ----------------------------------------------------------------------------------------- words
+@each_with_notes
+def test_titles_are_in_both_languages(path: Path) -> None:
+    workflow = load(path)
+    given = [group["title"] for group in workflow["groups"]]
+    given += [n["title"] for n in workflow["nodes"] if n["type"] != "MarkdownNote" and "title" in n]
+    assert [title for title in given if not HAN.search(title)] == []
+
+
 @each_workflow
 def test_its_title_names_the_cards_in_both_languages(path: Path) -> None:
     (title, text), (chinese_title, chinese) = notes(load(path))[:2]
@@ -222,6 +244,10 @@ def test_a_subgraph_is_one_node_that_shows_what_is_to_be_set(path: Path) -> None
     assert "IMAGE" in [output["type"] for output in inside["outputs"]]
     shown = {slot["name"] for slot in inside["inputs"]}
     assert {"unet_name", "weight_dtype", "clip_name", "vae_name", "lora_name", "seed"} <= shown
+    named = {
+        slot["name"]: slot.get("label", "") for slot in inside["inputs"] if slot["type"] != "IMAGE"
+    }
+    assert [name for name, label in named.items() if not HAN.search(label)] == []
     links = {link["id"]: link for link in inside["links"]}
     types = {n["id"]: n["type"] for n in inside["nodes"]}
     for slot in inside["inputs"]:
