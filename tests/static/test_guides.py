@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pack.core.cute_animal import BACKGROUNDS, PALETTES, STYLES, positive
 from pack.tests.conftest import ROOT
 
 READMES = ("README.md", "README.zh.md")
@@ -173,6 +174,19 @@ def test_every_guide_is_in_both_languages_with_the_same_parts(guide: str) -> Non
     assert shape[0] == shape[1]
     ranks = [re.findall(r"^#+ ", page, flags=re.MULTILINE) for page in (english, chinese)]
     assert ranks[0] == ranks[1]
+
+
+@each_page
+def test_a_chinese_page_speaks_of_the_menu_as_it_is_shown(path: Path) -> None:
+    chinese = path.parent.name == "zh" or ".zh." in path.name
+    assert not (chinese and re.search("Extensions [›>]", text(path)))
+
+
+def test_the_children_s_guide_has_a_prompt_as_the_node_writes_it() -> None:
+    looks = [next(iter(kind)) for kind in (STYLES, PALETTES, BACKGROUNDS)]
+    for guide, words in (("", "a little bear with a hat"), ("zh/", "一只戴帽子的小熊")):
+        wanted = positive(words, *looks)
+        assert f"  {wanted}\n" in text(ROOT / "docs" / f"{guide}children.md")
 
 
 def test_no_chinese_guide_is_left_over() -> None:
