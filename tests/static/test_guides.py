@@ -318,7 +318,17 @@ def test_the_tests_run_by_the_command_of_the_readme_on_the_floor_and_the_newest(
     assert "| `make test` |" in text(ROOT / name)
     floor = re.search(r'requires-comfyui = ">=([\d.]+)"', text(ROOT / "pyproject.toml"))[1]
     assert job["strategy"]["matrix"]["comfyui"] == [f"v{floor}", "newest"]
+    assert "newest" in job["continue-on-error"]  # until it has run
     assert job["env"]["CI"] and job["env"]["COMFYUI_PATH"].endswith("/ComfyUI")
+
+
+def test_what_is_published_has_passed_the_tests() -> None:
+    steps = jobs("publish.yml")
+    (tests,) = (name for name, job in steps.items() if "tests.yml" in job.get("uses", ""))
+    assert steps[tests]["uses"] == "./.github/workflows/tests.yml"
+    assert tests in steps["publish"]["needs"] and "always()" not in steps["publish"]["if"]
+    # YAML 1.1 reads the key `on` as true.
+    assert "workflow_call" in yaml.safe_load(text(ROOT / ".github/workflows/tests.yml"))[True]
 
 
 @pytest.mark.parametrize("name", ["tests.yml", "publish.yml"])
@@ -330,6 +340,6 @@ def test_a_github_workflow_may_write_only_what_it_must(name: str) -> None:
     assert all(
         "@" in step["uses"]
         for job in whole["jobs"].values()
-        for step in job["steps"]
+        for step in job.get("steps", [])
         if "uses" in step
     )
