@@ -81,7 +81,7 @@ def texts(words: str, style: str, palette: str, **more: Any) -> tuple[str, str]:
 
 
 def write_files(models: Path) -> None:
-    """Random checkpoints of the official sizes (28 GB), and a LoRA of Lightning's (2.4 GB)."""
+    """Random checkpoints of the official sizes (30 GB), and a LoRA of Lightning's (2.4 GB)."""
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     sys.argv = ["full_size_checkpoints", str(models)]
     full_size_checkpoints.main()

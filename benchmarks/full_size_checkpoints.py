@@ -1,13 +1,13 @@
-"""Writes random checkpoints with the official files' names, keys, shapes and dtypes (28 GB).
+"""Writes random checkpoints with the official files' names, keys, shapes and dtypes (30 GB).
 
 Time and memory depend on shapes and dtypes, not on values, so these stand in for the real files
-where those cannot be had. Usage: python -m benchmarks.full_size_checkpoints MODELS_DIRECTORY
-[LAYERS], with COMFYUI_PATH set. Values are drawn on the GPU where there is one. LAYERS: a
-transformer with so many of its 60 blocks, and no text encoder, for tests.
+where those cannot be had. Usage: COMFYUI_PATH=... python -m benchmarks.full_size_checkpoints
+MODELS_DIRECTORY [LAYERS]. Values are drawn on the GPU where there is one.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -103,8 +103,30 @@ def write_all(models: Path, layers: int = LAYERS) -> None:
         print(f"{name}: {path.stat().st_size / 1e9:.2f} GB", flush=True)
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    line = argparse.ArgumentParser(
+        prog="python -m benchmarks.full_size_checkpoints",
+        description="Writes random checkpoints with the official names, keys, shapes and dtypes: "
+        "30 GB (transformer 20.4, text encoder 9.0, VAE 0.25). Files that are there stay. "
+        "Needs COMFYUI_PATH, the folder of ComfyUI.",
+    )
+    line.add_argument("models", type=Path, metavar="MODELS_DIRECTORY", help="BASE/models")
+    line.add_argument(
+        "layers",
+        nargs="?",
+        type=int,
+        default=LAYERS,
+        metavar="LAYERS",
+        help=f"a transformer with so many of its {LAYERS} blocks, and no text encoder, for tests",
+    )
+    return line
+
+
 if __name__ == "__main__":
+    arguments = parser().parse_args()
+    if "COMFYUI_PATH" not in os.environ:
+        sys.exit("Set COMFYUI_PATH to the folder of ComfyUI: its code has the shapes.")
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
-    target, layers = Path(sys.argv[1]), [int(number) for number in sys.argv[2:]]
-    del sys.argv[1:]
-    write_all(target, *layers)
+    del sys.argv[1:]  # ComfyUI reads them
+    write_all(arguments.models, arguments.layers)

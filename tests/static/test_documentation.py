@@ -156,10 +156,18 @@ def test_every_node_has_a_help_page_under_its_name(node_id: str, language: str) 
 
 def test_no_help_page_is_left_over() -> None:
     pages = {page(node_id, language) for node_id in schemas() for language in LANGUAGES}
-    # ComfyUI looks for pictures in docs/, whatever the language of the page.
-    shown = {DOCS / name for path in pages for name in PICTURE.findall(path.read_text("utf-8"))}
-    assert {path for path in DOCS.rglob("*") if path.is_file()} == pages | shown
+    pictures = {(path, name) for path in pages for name in PICTURE.findall(path.read_text("utf-8"))}
+    # ComfyUI looks for pictures in docs/, whatever the language of the page; GitHub beside it.
+    shown = {DOCS / name for _, name in pictures}
+    beside = {path.parent / name for path, name in pictures}
+    assert {path for path in DOCS.rglob("*") if path.is_file()} == pages | shown | beside
     assert all(path.stat().st_size < 150_000 for path in shown)
+    assert all(path.read_bytes() == (DOCS / path.name).read_bytes() for path in beside)
+
+
+@each_node
+def test_the_chinese_page_speaks_of_the_menu_as_it_is_shown(node_id: str) -> None:
+    assert not re.search("Extensions [›>]", page(node_id, "zh").read_text(encoding="utf-8"))
 
 
 @each_node
