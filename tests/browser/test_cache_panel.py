@@ -19,6 +19,11 @@ PANEL = ".qwen-vram-panel"
 # Badges as LiteGraph draws them: the first is the frontend's server.
 BADGES = """() => Object.fromEntries(app.graph.nodes.map(n => [
     n.id, n.badges.slice(1).map(b => (typeof b === 'function' ? b() : b).text).filter(Boolean)]))"""
+SHOW_NODE = """id => {
+    app.canvas.ds.scale = 1;
+    app.canvas.centerOnNode(app.graph.getNodeById(id));
+    app.canvas.setDirty(true, true);
+}"""
 # Every event makes new badges, and one has no place before the canvas was drawn.
 PLACE_OF_BADGE = """id => {
     const node = app.graph.getNodeById(id);
@@ -105,7 +110,8 @@ def screenshot(page: Page, name: str) -> None:
 
 
 def click_badge(page: Page, node_id: int) -> None:
-    """Where it is drawn."""
+    """Where it is drawn: on a node that is in view, and not so small that badges are left out."""
+    page.evaluate(SHOW_NODE, node_id)
     place = page.wait_for_function(PLACE_OF_BADGE, arg=node_id)
     page.mouse.click(*place.json_value())
 
