@@ -122,9 +122,14 @@ def usual_name(name: str) -> str:
     return name
 
 
+def is_gguf(name: object) -> bool:
+    """Whether a file is GGUF by its name."""
+    return isinstance(name, str) and name.lower().endswith(".gguf")
+
+
 def _read_one(path: str) -> Header:
     if not path.lower().endswith(SAFETENSORS_SUFFIXES):
-        if path.lower().endswith(".gguf"):
+        if is_gguf(path):
             raise CheckpointError(f"{_name(path)} is {GGUF}")
         raise CheckpointError(
             f"{_name(path)} is not a .safetensors file; convert it, "

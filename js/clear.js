@@ -48,6 +48,13 @@ async function ask(content) {
   }
 }
 
+/** For the bar beside Run; see action_bar.js. */
+export function clearButton() {
+  const words = clearWords(locale());
+  const tooltip = words.tooltips[chosenLevel()];
+  return { icon: "pi pi-eraser", label: words.button, tooltip, onClick: () => clear(chosenLevel()) };
+}
+
 app.registerExtension({
   name: "QwenVRAM.Clear",
   settings: [CLEAR_SETTING],
@@ -73,11 +80,6 @@ app.registerExtension({
   menuCommands: [
     { path: ["Extensions", "Qwen VRAM"], commands: [CHOSEN, ...Object.keys(LABELS).map(idOf)] },
   ],
-  get actionBarButtons() {
-    const words = clearWords(locale());
-    const tooltip = words.tooltips[chosenLevel()];
-    return [{ icon: "pi pi-eraser", label: words.button, tooltip, onClick: () => clear(chosenLevel()) }];
-  },
   setup() {
     // What was to be done later is done.
     api.addEventListener(EVENT, ({ detail }) => tell(toastOf(200, JSON.stringify(detail), locale())));

@@ -142,7 +142,8 @@ async function opened() {
   else if (!waiting && !report) await start();
 }
 
-const button = {
+/** For the bar beside Run; see action_bar.js. */
+export const warmUpButton = {
   get icon() {
     return view().icon;
   },
@@ -167,7 +168,6 @@ app.registerExtension({
     { id: PULSE, name: "", type: "hidden", defaultValue: 0, attrs: { count: 0 } },
     SETTING,
   ],
-  actionBarButtons: [button],
   commands: [
     {
       id: COMMAND,

@@ -116,7 +116,11 @@ class LoadDiffusionModel(QuantisingLoader):
                 io.Combo.Input(
                     "unet_name",
                     options=files_in(cls.FOLDER),
-                    tooltip="A Qwen-Image .safetensors file in models/diffusion_models.",
+                    tooltip=(
+                        "A Qwen-Image .safetensors file in models/diffusion_models. "
+                        "Qwen-Image 2.1, GGUF and nunchaku files need other loaders, "
+                        "behind which most of our nodes work: see the help page."
+                    ),
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -176,7 +180,11 @@ class LoadTextEncoder(QuantisingLoader):
                 io.Combo.Input(
                     "clip_name",
                     options=files_in(cls.FOLDER),
-                    tooltip="A Qwen2.5-VL .safetensors file in models/text_encoders.",
+                    tooltip=(
+                        "A Qwen2.5-VL .safetensors file in models/text_encoders. "
+                        "The encoder of Qwen-Image 2.1, GGUF and nunchaku files need other "
+                        "loaders, behind which most of our nodes work: see the help page."
+                    ),
                 ),
                 io.Combo.Input(
                     "weight_dtype",

@@ -38,14 +38,24 @@ def device_options() -> list[str]:
     return ["default", "cpu", *gpus]
 
 
-def files_in(folder: str) -> list[str]:
+class FileNames(list[str]):
+    """Names to choose from. ComfyUI's check of a graph asks whether a name is `in` them, and then
+    says no more than "not in list": a GGUF file passes, so that `resolve` says what opens it."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or checkpoint.is_gguf(name)
+
+
+def files_in(folder: str) -> FileNames:
     """The safetensors files of a models folder; other formats cannot be read without pickle."""
     names = folder_paths.get_filename_list(folder)
-    return [n for n in names if n.lower().endswith(checkpoint.SAFETENSORS_SUFFIXES)]
+    return FileNames(n for n in names if n.lower().endswith(checkpoint.SAFETENSORS_SUFFIXES))
 
 
 def resolve(folder: str, name: str) -> str:
     """The path of a file of a models folder. Raises ValueError that names folder and remedy."""
+    if checkpoint.is_gguf(name):  # there or not: to put it there would be no remedy
+        raise ValueError(f"{name} is {checkpoint.GGUF}")
     path = folder_paths.get_full_path(folder, name)
     if path is None:
         raise ValueError(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from pack.demo.server import Server
@@ -33,13 +32,6 @@ SERVERS_OF_THEIR_OWN = (
 # from "reference" on wait for a process that the ones before them have begun: they stay together.
 PARTS_OF_THE_HOST = ("", "o", "q", "report")
 
-# How long an example takes tells of the machine; the first one reads the sources of ComfyUI.
-# `--hypothesis-profile=thorough` tries more where a test does not say how many it needs.
-either = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("any", max_examples=30, **either)
-settings.register_profile("thorough", max_examples=500, **either)
-settings.load_profile("any")
-
 
 def _register_pack() -> None:
     """Stand in for the root package, so that pytest never runs ComfyUI's entry point (6.4 trap).
@@ -57,6 +49,7 @@ def _register_pack() -> None:
 _register_pack()
 
 from pack.demo import environment  # noqa: E402
+from pack.tests import examples as _profiles  # noqa: E402, F401
 
 
 def group_of(nodeid: str) -> str:

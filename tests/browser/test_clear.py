@@ -68,6 +68,15 @@ def pressed(page: Page, act: Any) -> dict[str, Any]:
     return json.loads(request.post_data)
 
 
+def test_the_buttons_stand_in_one_order(page: Page) -> None:
+    """One file registers both: the order of files differs from one load of the page to the next."""
+    bar = page.get_by_test_id("action-bar-buttons")
+    expect(bar.get_by_role("button")).to_have_text(["Warm up", "Clear VRAM"])
+    files = (Path(__file__).resolve().parents[2] / "js").glob("*.js")
+    registering = [file.name for file in files if "actionBarButtons" in file.read_text("utf-8")]
+    assert registering == ["action_bar.js"]
+
+
 def test_the_button_unloads_all_models_and_says_so(page: Page, official_names: Server) -> None:
     assert official_names.submit(text_to_image(seed=21)).status == "success"
     body = pressed(page, lambda: button(page).click())

@@ -10,6 +10,7 @@ from pack.benchmarks import tile_pictures as pictures
 from pack.core.changes import change_map, changed_tiles, share
 from pack.core.disk_backed import reduced
 from pack.core.tiling import TileGrid
+from pack.tests.examples import examples
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -34,7 +35,7 @@ def most(before: Tensor, after: Tensor) -> float:
     st.floats(0, 0.012),
     st.tuples(st.floats(-0.7, 0.7), st.floats(-0.7, 0.7)),
 )
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 def test_drift_noise_and_shift_are_no_change(kind, drift, noise, shift) -> None:
     before = drawn(kind)
     after = pictures.noisy(pictures.moved(before, *shift) + torch.tensor(drift) / 255, noise)
@@ -104,7 +105,7 @@ def test_a_faint_watermark_on_16_megapixels_is_a_change(grain: float, size: int)
 
 
 @given(st.floats(0.5, 20), st.integers(0, 99), st.integers(0, 99))
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_an_edit_is_taken_whole_where_it_is_and_not_at_all_further_off(threshold, row, column):
     change = torch.zeros(1, 100, 128)
     change[0, row, column] = 1.5 * threshold / 255
@@ -134,7 +135,7 @@ GRIDS = st.builds(
 
 
 @given(GRIDS, st.floats(0, 1), st.floats(0, 1), st.sampled_from([1, 2, 3.7]))
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_the_tiles_that_hold_a_change_are_found(grid, down, right, smaller) -> None:
     height, width = (max(1, int(side / smaller)) for side in (grid.height, grid.width))
     change = torch.zeros(1, height, width)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.core import checkpoint
 from pack.core.checkpoint import CheckpointError, Header, Tensor
+from pack.tests.examples import examples
 from safetensors.torch import save_file
 
 OFFICIAL_TRANSFORMER = {
@@ -147,7 +148,7 @@ def test_a_whole_file_is_read_and_a_shortened_one_refused_with_its_sizes(tmp_pat
 
 
 @given(st.binary(max_size=64) | st.integers(0, 200))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_damaged_files_get_one_sentence(tmp_path_factory: pytest.TempPathFactory, content) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
     save_file({"a": torch.zeros(30)}, path)

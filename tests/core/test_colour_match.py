@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.benchmarks import tile_pictures as pictures
 from pack.core.colour_match import LEAST_TRUST, MOST, colour_match
+from pack.tests.examples import examples
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,7 +35,7 @@ def edited(height: int, width: int, share: float, place: float) -> Tensor:
 
 @pytest.mark.parametrize("kind", pictures.PICTURES)
 @given(SIDES, st.integers(0, 99), st.floats(0, 14), st.floats(0, 0.5), st.floats(0, 1))
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 def test_no_colour_is_off_by_one_outside_of_the_edit(kind, sides, seed, most, share, place) -> None:
     target = pictures.PICTURES[kind](*sides, seed=seed)
     slopes = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))

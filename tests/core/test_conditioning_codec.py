@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.core import conditioning_codec as codec
+from pack.tests.examples import examples
 
 DTYPES = list(codec._DTYPES.values())
 
@@ -71,7 +72,7 @@ def conditioning() -> list:
 
 
 @given(values)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_any_value_comes_back_bit_by_bit(value: object) -> None:
     entry = codec.decode(encoded(value, 1.5, {"text": "t"}))
     assert same(entry.value, value)
@@ -109,7 +110,7 @@ def test_strided_and_aliased_tensors_keep_their_values() -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_no_flipped_bit_is_believed(data: st.DataObject) -> None:
     good = encoded(conditioning(), 1.0, {"text": "x"})
     position = data.draw(st.integers(0, len(good) - 1))
@@ -123,7 +124,7 @@ def test_no_flipped_bit_is_believed(data: st.DataObject) -> None:
 
 
 @given(st.binary(max_size=300) | st.integers(0, 400))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_garbage_and_truncations_are_corrupt(content: bytes | int) -> None:
     good = encoded(conditioning(), 1.0, {})
     data = good[:content] if isinstance(content, int) else content

@@ -19,6 +19,7 @@ from pack.core import conditioning_store, disk_tier
 from pack.core.conditioning_store import ConditioningStore
 from pack.core.statistics import Size
 from pack.tests.core.test_conditioning_codec import same, values
+from pack.tests.examples import examples
 
 PARTS = {"text": "t", "nodes before clip": "g", "model file": "f"}
 
@@ -98,7 +99,7 @@ def test_a_value_kept_in_memory_only_reaches_the_disk_when_it_is_asked_for_again
 
 
 @given(values)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_any_structure_goes_through_memory_and_disk_unchanged(tmp_path_factory, value) -> None:
     store = ConditioningStore(tmp_path_factory.mktemp("any"), 1 << 20, 1 << 20)
     assert store.put(key(1), codec.Entry(value, 1.5, PARTS, "cpu")) is None

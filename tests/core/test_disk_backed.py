@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from pack.core import disk_backed
 from pack.core.disk_backed import DiskFullError, empty, reduced
 from pack.core.tiling import PIXEL_PATCH, PIXEL_STEP, TileBlender, TileGrid, crop
+from pack.tests.examples import examples
 from torch.nn import functional as F
 
 MB = 1 << 20
@@ -149,7 +150,7 @@ def test_a_picture_of_nothing_is_refused(tmp_path) -> None:
         empty((0, 5, 5, 3), tmp_path)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     size=st.tuples(st.integers(1, 200), st.integers(1, 200)),
     smaller=st.tuples(st.integers(1, 220), st.integers(1, 220)),

@@ -21,6 +21,7 @@ from pack.core.early_exit import (
     savings,
     stops_at,
 )
+from pack.tests.examples import examples
 from PIL import ImageColor
 
 patiences, least = st.integers(1, 6), st.integers(1, 20)
@@ -42,7 +43,7 @@ def curve(x0s: list[torch.Tensor], sigmas: list[float], mask: torch.Tensor | Non
     return made
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(converged=st.integers(1, 20), patience=patiences, min_steps=least)
 def test_it_stops_as_soon_as_patience_and_min_steps_allow(converged, patience, min_steps) -> None:
     """The prediction moves up to a step, and not after it."""
@@ -169,7 +170,7 @@ def colours(image) -> set[tuple[int, int, int]]:
     return {colour for _, colour in image.getcolors(1 << 20)}
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(found=changes, threshold=st.sampled_from([0.0, 1e-4, 1.0]), more=st.integers(0, 5))
 def test_any_curve_can_be_drawn(found, threshold, more) -> None:
     criterion = Criterion(threshold, 3, 4)

@@ -16,6 +16,7 @@ from pack.core.line_art import Page, PageSettings, as_image, colouring_page, siz
 from pack.core.outlines import borders, chains, smooth
 from pack.core.paper import SHEETS
 from pack.demo.animals import Scene, draw
+from pack.tests.examples import examples
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from torch import Tensor
@@ -171,7 +172,7 @@ def test_a_picture_of_twice_the_size_has_its_lines_in_the_same_places() -> None:
 
 
 @given(width=st.integers(32, 99), height=st.integers(150, 200), seed=st.integers(0, 99))
-@settings(max_examples=3)
+@settings(max_examples=examples(3))
 def test_every_size_gives_a_page_of_that_size(width: int, height: int, seed: int) -> None:
     noise = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
     noise = F.interpolate(noise, (height, width), mode="bicubic")[0].movedim(0, -1)

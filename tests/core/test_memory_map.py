@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.core import memory_map
+from pack.tests.examples import examples
 
 GB = 10**9
 BLUE = (0, 0x72, 0xB2)
@@ -114,7 +115,7 @@ any_finding = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(st.lists(any_device, max_size=3), st.lists(any_finding, max_size=6))
 def test_any_report_can_be_drawn(devices: list[Any], findings: list[Any]) -> None:
     picture = memory_map.draw(told(*devices, findings=tuple(findings)), "light")

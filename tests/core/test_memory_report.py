@@ -13,6 +13,7 @@ from pack.core.fragments import Fragments, fragments
 from pack.core.memory_findings import Finding, Ram
 from pack.core.memory_report import Allocator, Device, Holding, Model, Probe
 from pack.core.units import size_text
+from pack.tests.examples import examples
 
 GB = 10**9
 MB = 10**6
@@ -318,7 +319,7 @@ devices = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(device=devices, known=models)
 def test_any_figures_add_up_to_the_total(device: Device, known: list[Model]) -> None:
     parts = memory_report.parts(device, known)
@@ -331,7 +332,7 @@ def test_any_figures_add_up_to_the_total(device: Device, known: list[Model]) -> 
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(every=st.lists(devices, max_size=3), known=models, ram=st.builds(Ram, maybe, some))
 def test_any_report_survives_json_and_its_text_has_every_part(every, known, ram) -> None:
     whole = told(*every, models=tuple(known), ram=ram)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pack.core import quantization as q
 from pack.core.quantized_layers import encode
 from pack.core.qwen_layers import TIME_TABLE, TOKEN_TABLE, published
+from pack.tests.examples import examples
 
 OURS = q.presets()
 ALL = [(kind, name) for kind in q.KINDS for name in OURS[kind]]
@@ -168,7 +169,7 @@ def test_any_json_is_a_list_of_presets_or_refused_in_a_sentence(value) -> None:
 
 # ------------------------------------------------------------------------------------- what is made
 @pytest.mark.parametrize("format", sorted(q.FORMATS))
-@settings(max_examples=4)
+@settings(max_examples=examples(4))
 @given(outputs=st.integers(2, 40), inputs=st.sampled_from([64, 192, 320, 512]))
 def test_the_bytes_are_those_that_the_codec_makes(format, outputs, inputs) -> None:
     entries = encode(torch.randn(2 * outputs, inputs), format)

@@ -31,6 +31,7 @@ from pack.core.quantized_layers import (
 )
 from pack.core.tensor_writer import DTYPES as DTYPES_BY_NAME
 from pack.tests.conftest import missing
+from pack.tests.examples import examples
 from safetensors.torch import load_file, save_file
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -72,7 +73,7 @@ def by_hand(entries: dict[str, torch.Tensor]) -> torch.Tensor:
 
 # ----------------------------------------------------------------------------------- round trips
 @given(st.sampled_from(list(FORMATS)), st.integers(1, 40), widths, st.sampled_from(DTYPES))
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_every_format_gives_back_shape_dtype_and_nearly_the_weight(format, rows, width, dtype):
     if not fits(format, (rows, width)):
         return
@@ -98,7 +99,7 @@ def test_every_format_gives_back_shape_dtype_and_nearly_the_weight(format, rows,
     st.booleans(),
     st.sampled_from(DTYPES),
 )
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 def test_four_bits_are_decoded_exactly_whatever_the_shape_and_block(
     kind, rows, columns, block, nested, dtype
 ):
@@ -520,7 +521,7 @@ def test_an_old_comfy_kitchen_is_told(monkeypatch) -> None:
     st.booleans(),
     st.booleans(),
 )
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_the_fused_product_is_asked_for_the_same(kind, outputs, inputs, rows, nested, bias) -> None:
     """bitsandbytes' operator for cards has code for CPUs too: it shows what it was told."""
     if not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):

@@ -21,6 +21,7 @@ from pack.core.conditioning_store import ConditioningStore
 from pack.core.redis_tier import ENTRY, PREFIX, SIZES, USED, RedisTier
 from pack.core.statistics import Size
 from pack.tests.core.test_conditioning_codec import same, values
+from pack.tests.examples import examples
 from pack.tests.redis_server import ENCODED, PASSWORD, eventually, need_redis
 from pack.tests.redis_server import RedisServer as Server
 
@@ -146,7 +147,7 @@ def test_any_structure_goes_through_redis_unchanged(server, machine, tier, tmp_p
     count = iter(range(1000))
 
     @given(values)
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=examples(40), deadline=None)
     def check(value: object) -> None:
         number = next(count)
         assert writer.put(key(number), codec.Entry(value, 1.5, {"text": "t"}, "cpu")) is None

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.core import kv_formats, reference_store
 from pack.core.reference_store import FORMATS, KVStore, bytes_of
+from pack.tests.examples import examples
 from pack.tests.live_bytes import LiveBytes
 from torch import Tensor
 
@@ -251,7 +252,7 @@ def test_memory_that_may_not_be_pinned_is_used_all_the_same() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("pge"), st.integers(0, 4), seeds), max_size=25))
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_through_two_buffers_it_is_the_same(steps: list[tuple[str, int, int]]) -> None:
     """Whatever is put and read in whatever order, as with RAM beside a GPU."""
     plain, ringed = KVStore("int8", "ram", CPU), KVStore("int8", "ram", CPU)

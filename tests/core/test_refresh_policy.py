@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.core.refresh_policy import AUTO, DRIFTED, EVERY, FIRST, MODES, Pass, Policy, step_of
+from pack.tests.examples import examples
 
 
 def schedule(steps: int, shift: float = 3.1) -> tuple[float, ...]:
@@ -53,7 +54,7 @@ def test_the_other_modes() -> None:
     assert rule.decide(4, 3) is Pass.PROBE
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.sampled_from(MODES), st.integers(1, 60), st.booleans(), st.integers(0, 70))
 def test_what_is_never_otherwise(mode: str, steps: int, zero: bool, last: int) -> None:
     rule = policy(mode, steps, zero=zero, full_last=last)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.core.region import active_tokens
+from pack.tests.examples import examples
 from torch import Tensor
 
 
@@ -34,7 +35,7 @@ def masks(draw: st.DrawFn) -> Tensor:
     return mask
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(masks(), st.integers(0, 20))
 def test_active_is_what_the_margin_reaches(mask: Tensor, margin: int) -> None:
     active = active_tokens(mask, *mask.shape[-2:], margin)
@@ -42,7 +43,7 @@ def test_active_is_what_the_margin_reaches(mask: Tensor, margin: int) -> None:
     assert active.tolist() == by_definition(mask, margin)
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(masks(), st.integers(0, 6))
 def test_a_wider_margin_never_leaves_more_alone(mask: Tensor, margin: int) -> None:
     near, far = (active_tokens(mask, *mask.shape[-2:], wide) for wide in (margin, margin + 1))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pack.core.cut_out import NOT_PLAIN, NOTHING, Sticker, cut_out
 from pack.core.stickers import Layout, Place, drawn_on, places, single, turned_box
 from pack.demo.animals import Scene, draw
+from pack.tests.examples import examples
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -161,7 +162,7 @@ sides = st.floats(5, 900)
         seed=st.integers(0, 2**32 - 1),
     ),
 )
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_no_two_stickers_touch_and_none_leaves_the_sheet(
     boxes: list[tuple[float, float]], area: tuple[float, float, float, float], layout: Layout
 ) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.core import tensor_writer
 from pack.core.tensor_writer import DTYPES, TensorWriter
+from pack.tests.examples import examples
 from safetensors.torch import save_file
 
 METADATA = {"qwen_vram": '{"quantization": {"format": "bnb_nf4"}, "name": "模型"}'}
@@ -34,7 +35,7 @@ def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
             writer.write(name, tensor)
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(st.dictionaries(NAMES, st.tuples(st.sampled_from(list(DTYPES)), SHAPES), max_size=8))
 def test_it_is_the_file_that_safetensors_writes(tmp_path_factory, entries) -> None:
     folder = tmp_path_factory.mktemp("written")

@@ -22,6 +22,7 @@ from pack.core.tiling import (
     Weights,
     crop,
 )
+from pack.tests.examples import examples
 from torch import Tensor
 
 sides = st.integers(1, 300)
@@ -97,7 +98,7 @@ def wholes(draw: Any) -> tuple[TileGrid, Tensor, int]:
 windows = st.sampled_from(list(WINDOWS))
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(whole=wholes(), window=windows, random=st.randoms(use_true_random=False))
 def test_blending_gives_back_what_was_cut_in_any_order(whole, window, random: Random) -> None:
     """Bit for bit, also in half precision. Corners and borders are part of it."""
@@ -110,7 +111,7 @@ def test_blending_gives_back_what_was_cut_in_any_order(whole, window, random: Ra
     assert torch.equal(blender.result(), picture.float())
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(grid=grids(), window=windows)
 def test_the_weights_sum_to_one_and_none_is_zero(grid, window) -> None:
     weights = Weights(grid, window)
@@ -166,7 +167,7 @@ def test_where_hundreds_of_tiles_overlap_nothing_is_rounded() -> None:
     assert torch.equal(blender.result(), picture)
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(whole=wholes(), window=windows, data=st.data())
 def test_over_a_base_only_what_tiles_change_is_changed(whole, window, data) -> None:
     grid, base, dim = whole
@@ -199,7 +200,7 @@ def test_with_all_tiles_a_base_makes_no_difference(window) -> None:
     torch.testing.assert_close(with_base.result(), without.result(), rtol=0, atol=1e-6)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(grid=grids(), window=windows, random=st.randoms(use_true_random=False))
 def test_tiles_that_differ_are_blended_by_their_weights_in_any_order(grid, window, random) -> None:
     """Against the sum in float64."""

@@ -39,6 +39,7 @@ from pack.core.vae_tiles import (
     steps_of,
     tile_bytes,
 )
+from pack.tests.examples import examples
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
@@ -115,7 +116,7 @@ downwards = st.text("pckd", min_size=1, max_size=5).filter(lambda kinds: kinds.c
 parts = st.integers(1, 9)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(upwards | downwards, st.integers(1, 9), st.integers(1, 9), st.tuples(parts, parts))
 def test_tiles_have_the_bits_of_the_whole(kinds: str, height: int, width: int, grid) -> None:
     layers = chain(kinds)
@@ -127,7 +128,7 @@ def test_tiles_have_the_bits_of_the_whole(kinds: str, height: int, width: int, g
     assert work.sink.tensor.equal(whole(layers, source))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(upwards | downwards, st.integers(12, 40), st.data())
 def test_a_halo_reaches_what_the_output_depends_on_and_no_more(kinds: str, size: int, data) -> None:
     layers = chain(kinds)
@@ -173,7 +174,7 @@ def test_parts_cover_a_length_and_are_nearly_equal(start, length, count, unit) -
     assert max(units) - min(units) <= 1 and len(cuts) == min(count, -(-length // unit))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(upwards | downwards, st.integers(1, 3), st.integers(0, 40), st.integers(1, 5))
 def test_what_fails_stays_pending_and_goes_on_smaller(kinds, grid, fails, times) -> None:
     layers = chain(kinds)
@@ -309,7 +310,7 @@ DECODER, ENCODER = network("cc", "ccucucucc"), network("ccdcdcdcc", "cc")
 networks = st.sampled_from([DECODER, ENCODER])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(networks, st.integers(2, 300), st.integers(2, 300), st.integers(0, 1 << 26))
 def test_a_plan_fits_if_any_does_and_covers_every_layer(net, height, width, limit) -> None:
     if net is ENCODER:
@@ -325,7 +326,7 @@ def test_a_plan_fits_if_any_does_and_covers_every_layer(net, height, width, limi
     assert 1 <= plan.attention <= positions
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(30))
 @given(networks, st.integers(8, 300), st.integers(0, 1 << 24))
 def test_a_plan_counts_what_lies_between(net, side, limit) -> None:
     side *= 8 if net is ENCODER else 1

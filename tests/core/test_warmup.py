@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.core.warmup import SINK, Form, Input, NodeFacts, NothingToWarm, check, warm_up_form
+from pack.tests.examples import examples
 from pack.tests.graphs import node, text_to_image
 
 Graph = dict[str, Any]
@@ -298,7 +299,7 @@ def graphs(draw: st.DrawFn) -> Graph:
     return graph
 
 
-@settings(max_examples=60, deadline=None)  # a busy machine is no failure
+@settings(max_examples=examples(60), deadline=None)  # a busy machine is no failure
 @given(graphs())
 def test_any_graph_gives_a_form_that_holds_together_or_a_sentence(graph: Graph) -> None:
     try:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.demo import animals
+from pack.tests.examples import examples
 from PIL import Image
 
 VALUES = {
@@ -34,7 +35,7 @@ def pixels(scene: animals.Scene, width: int = 64, height: int = 64) -> np.ndarra
 
 
 @given(SCENES, SCENES, st.integers(16, 150), st.integers(16, 150))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_the_same_scene_gives_the_same_pixels_at_any_size(scene, other, width, height) -> None:
     chance = random.getstate()
     first = pixels(scene, width, height)
@@ -45,7 +46,7 @@ def test_the_same_scene_gives_the_same_pixels_at_any_size(scene, other, width, h
 
 
 @given(SCENES, st.sampled_from(sorted(VALUES)))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_another_value_of_one_attribute_is_another_picture(scene, name) -> None:
     """The pictures of every pair of values differ in more than a few pixels."""
     pictures = [pixels(replace(scene, **{name: value})).astype(int) for value in VALUES[name]]
@@ -56,7 +57,7 @@ def test_another_value_of_one_attribute_is_another_picture(scene, name) -> None:
 
 
 @given(SCENES, st.sampled_from(("hat", "scarf", "dress")))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_the_accent_is_the_colour_of_what_is_worn(scene, accessory) -> None:
     scene = replace(scene, accessory=accessory, watermark=False)
     for accent, colour in animals.ACCESSORY_COLOURS.items():
@@ -75,7 +76,7 @@ def test_another_place_moves_no_animal(place: str) -> None:
 
 
 @given(SCENES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_two_sizes_of_one_shape_show_the_same_picture(scene) -> None:
     scene = replace(scene, watermark=False)  # its stripes are thinner than a pixel of the small one
     large = Image.fromarray(pixels(scene, 192, 144)).resize((64, 48), Image.Resampling.BOX)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pack.demo import edits
 from pack.demo.scenes import Scene
 from pack.demo.vocabulary import EN, ZH
+from pack.tests.examples import examples
 
 SEEDS = st.integers(0, 1 << 40).map(random.Random)
 CHANGES = {
@@ -35,7 +36,7 @@ def test_every_kind_of_edit_occurs() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_an_edit_changes_exactly_what_its_kind_names(rng) -> None:
     kind, before, after, texts = edits.scene_edit(rng, 3)
     found = changed(before, after)
@@ -50,7 +51,7 @@ def test_an_edit_changes_exactly_what_its_kind_names(rng) -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_an_instruction_names_the_new_value(rng) -> None:
     kind, before, after, texts = edits.scene_edit(rng, 2)
     new = {
@@ -67,7 +68,7 @@ def test_an_instruction_names_the_new_value(rng) -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_only_the_two_scenes_and_the_seed_decide(rng) -> None:
     state, own = rng.getstate(), random.getstate()
     first = edits.scene_edit(rng, 2)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pack.demo import prompts
 from pack.demo.scenes import ACCESSORIES, ACTIONS, BACKGROUNDS, NATURAL, random_scene
 from pack.demo.vocabulary import ADJECTIVES, CLOSINGS, EN, OPENINGS, STRANGERS, ZH, article
+from pack.tests.examples import examples
 
 DEFAULTS = ("none", "standing", "plain")
 SEEDS = st.integers(0, 1 << 40).map(random.Random)
@@ -40,7 +41,7 @@ def test_a_word_inside_another_names_nothing() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_a_prompt_names_whatever_is_not_the_default(rng) -> None:
     scene = random_scene(rng)
     text = prompts.describe(rng, scene)
@@ -51,7 +52,7 @@ def test_a_prompt_names_whatever_is_not_the_default(rng) -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_a_prompt_names_nothing_that_is_not_there(rng) -> None:
     scene = random_scene(rng)
     text = prompts.describe(rng, scene)
@@ -65,7 +66,7 @@ def _whole(word: str) -> str:
 
 
 @given(SEEDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_a_seed_says_the_same_again_and_leaves_python_s_own_chance_alone(rng) -> None:
     state, own = rng.getstate(), random.getstate()
     first = prompts.scene_and_prompts(rng, 4)
@@ -75,7 +76,7 @@ def test_a_seed_says_the_same_again_and_leaves_python_s_own_chance_alone(rng) ->
 
 
 @given(SEEDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_prompts_are_clean_text(rng) -> None:
     scene = random_scene(rng)
     for text in (prompts.describe(rng, scene), prompts.held_out(rng, scene)):
@@ -108,7 +109,7 @@ def test_held_out_wordings_have_fixed_parts_that_training_never_says() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_held_out_wordings_name_everything_but_the_accent(rng) -> None:
     scene = random_scene(rng)
     text = prompts.held_out(rng, scene)

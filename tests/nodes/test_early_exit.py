@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pack.tests.examples import examples
 from pack.tests.graphs import UNET, node, text_to_image
 from pack.tests.host import Host, RunError
 from pack.tests.nodes.faults import Faults, blocks_fail, small, transformer, within
@@ -145,7 +146,7 @@ def converging(model: Any, at: int, batch: tuple[int, ...] = ()) -> tuple[Any, l
 
 
 # --------------------------------------------------------------------------- where it stops
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(at=st.integers(1, 10), patience=st.integers(1, 4), least=st.integers(1, 12))
 def test_a_model_that_converges_at_a_known_step_is_left_there(
     early, model, at, patience, least

@@ -3,15 +3,22 @@ they leave out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from pack.demo import embedded
 from pack.tests.graphs import UNET, node
+from pack.tests.host import RunError
 from pack.tests.nodes.faults import Faults, blocks_fail, fitted, latent, small, within
+from pack.tests.nodes.test_tiled_edit import SMALL, edit, image, write
 
-NOT_OURS = "not ComfyUI's own Qwen-Image (NunchakuQwenImageTransformer2DModel)"
+NETWORKS = {
+    "nunchaku": "NunchakuQwenImageTransformer2DModel",
+    "Qwen-Image 2.1": "QwenImage21Transformer2DModel",
+}
+NOT_OURS = "not ComfyUI's own Qwen-Image ({})"
 PATCHES = {
     "QwenVRAMReferenceCache": (
         {"refresh": "every n steps", "every_n": 2, "threshold": 0.1},
@@ -21,29 +28,48 @@ PATCHES = {
     "QwenVRAMAttention": ({"backend": "auto"}, "auto: runs when a sampler runs with the model"),
     "QwenVRAMTiledDiffusion": ({"tile_width": 256, "tile_height": 256}, "samples in tiles"),
 }
+every_kind = pytest.mark.parametrize("kind", NETWORKS)
+
+
+def estrange(model: Any, kind: str) -> None:
+    """Nunchaku's loader: the model's class is ComfyUI's, those of the network and its blocks are
+    not. Qwen-Image 2.1: the model's class, too, is another one."""
+    import comfy.conds
+    from comfy.model_base import BaseModel
+
+    class QwenImage21(BaseModel):
+        def extra_conds(self, **given: Any) -> dict[str, Any]:
+            text = comfy.conds.CONDRegular(given["cross_attn"])
+            return {**super().extra_conds(**given), "c_crossattn": text}
+
+    network = model.diffusion_model
+    own = type(network)
+
+    def forward(self: Any, *given: Any, **named: Any) -> torch.Tensor:
+        return own._forward(self, *given, **named)
+
+    network.__class__ = type(NETWORKS[kind], (own,), {"_forward": forward})
+    for block in network.transformer_blocks:
+        block.__class__ = type("ItsBlock", (block.__class__,), {})
+    if kind == "Qwen-Image 2.1":
+        model.__class__ = QwenImage21
 
 
 @pytest.fixture
-def foreign(host, monkeypatch) -> Iterator[Any]:
-    """Our loader gives a model as Nunchaku's loader makes it: the base class is ComfyUI's, the
-    network and its blocks are classes of its own."""
-    from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+def foreign(host, monkeypatch) -> Iterator[Callable[..., Any]]:
+    """Our loader gives a model as another loader makes it; returns the network."""
     from comfy_api.latest import io
 
-    class NunchakuQwenImageTransformer2DModel(QwenImageTransformer2DModel):
-        def _forward(self, *given: Any, **named: Any) -> torch.Tensor:
-            return super()._forward(*given, **named)
+    def give(kind: str, file: str = UNET) -> Any:
+        path = str(host.models / "diffusion_models" / file)
+        model = host.part("nodes.architectures").load_transformer(path, {})
+        estrange(model.model, kind)
+        handed_out = classmethod(lambda cls, **_: io.NodeOutput(model))
+        monkeypatch.setattr(host.part("nodes.loaders").LoadDiffusionModel, "execute", handed_out)
+        host.executor.reset()
+        return model.model.diffusion_model
 
-    path = str(host.models / "diffusion_models" / UNET)
-    model = host.part("nodes.architectures").load_transformer(path, {})
-    model.model.diffusion_model.__class__ = NunchakuQwenImageTransformer2DModel
-    for block in model.model.diffusion_model.transformer_blocks:
-        block.__class__ = type("NunchakuQwenImageTransformerBlock", (block.__class__,), {})
-    loader = host.part("nodes.loaders").LoadDiffusionModel
-    handed_out = classmethod(lambda cls, **_: io.NodeOutput(model))
-    monkeypatch.setattr(loader, "execute", handed_out)
-    host.executor.reset()
-    yield model.model.diffusion_model
+    yield give
     host.executor.reset()
 
 
@@ -55,7 +81,9 @@ def usual(host, name: str) -> dict[str, Any]:
     return {**first, **{key: more["default"] for key, more in told.items() if "default" in more}}
 
 
-def test_nodes_behind_another_loader_draw_the_same_picture(host, foreign) -> None:
+@every_kind
+def test_nodes_behind_another_loader_draw_the_same_picture(host, foreign, kind) -> None:
+    foreign(kind)
     stock = latent(host.run(small()))
     for name, (given, says) in PATCHES.items():
         graph = small()
@@ -63,15 +91,33 @@ def test_nodes_behind_another_loader_draw_the_same_picture(host, foreign) -> Non
         graph["sampler"]["inputs"]["model"] = ["patch", 0]
         run = host.run(graph)
         assert latent(run).equal(stock), name
-        assert says in run.status("patch")["text"], name
+        assert says.format(NETWORKS[kind]) in run.status("patch")["text"], name
 
 
-def test_the_sampler_repeats_what_failed_and_says_that_it_cuts_no_slices(host, foreign) -> None:
+@every_kind
+def test_the_sampler_repeats_what_failed_and_says_that_it_cuts_no_slices(
+    host, foreign, kind
+) -> None:
+    network, says = foreign(kind), NOT_OURS.format(NETWORKS[kind])
     stock = latent(host.run(small()))
     fit = host.run(fitted(small()))
-    assert latent(fit).equal(stock) and NOT_OURS in fit.status("fit")["text"]
-    with blocks_fail(foreign, Faults({1})):
+    assert latent(fit).equal(stock) and says in fit.status("fit")["text"]
+    with blocks_fail(network, Faults({1})):
         run = host.run(within(small()))
     assert latent(run).equal(stock)
     text = run.status("sampler")["text"]
-    assert "forward passes repeated: 1" in text and NOT_OURS in text and "slices" in text
+    assert "forward passes repeated: 1" in text and says in text and "slices" in text
+
+
+def test_tiled_edit_works_behind_nunchaku_and_refuses_qwen_image_21(host, foreign) -> None:
+    graph = edit(write(host, "foreign.png", (320, 256)), **SMALL)
+    host.executor.reset()
+    stock = image(host.run(graph)).clone()
+    file = embedded.TRANSFORMER.rpartition("/")[2]
+    foreign("nunchaku", file)
+    run = host.run(graph)
+    # Each tile goes through it alone, where our own model takes several at once: rounding.
+    assert "unet" in run.executed and (image(run) - stock).abs().max() < 1e-3
+    foreign("Qwen-Image 2.1", file)
+    with pytest.raises(RunError, match="carries QwenImage21, which is not Qwen-Image-Edit"):
+        host.run(graph)

@@ -103,7 +103,7 @@ def test_text_and_pictures_equal_stock_bit_for_bit_fresh_from_memory_and_from_di
 
 
 def test_references_of_a_megapixel_equal_stock_bit_for_bit(fresh, files) -> None:
-    """One picture, since the VAE takes seconds for each; several are encoded in the tests below."""
+    """One picture, since the VAE takes seconds for each; the test below has two."""
     ours = graph(files[0], reference_size="1 megapixel")
     ours["vae"] = loader("VAE", embedded.VAE.rpartition("/")[2])  # quicker than the random one
     expected = fresh.run(keeping_nothing(stock(ours))).outputs["e"][0][0]
@@ -112,6 +112,22 @@ def test_references_of_a_megapixel_equal_stock_bit_for_bit(fresh, files) -> None
         assert len(run.outputs["e"][0][0][0][1]["reference_latents"]) == 1
         assert same(run.outputs["e"][0][0], expected)
     assert run.status("e")["result"] == "hit"
+
+
+def test_two_references_of_a_megapixel_come_from_the_pixels_of_stock(
+    fresh, files, monkeypatch
+) -> None:
+    """In the same order; the VAE is stood in for."""
+    import comfy.sd
+
+    def encode(self: Any, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8).unsqueeze(2)
+
+    monkeypatch.setattr(comfy.sd.VAE, "encode", encode)
+    ours = graph(*files[:2], reference_size="1 megapixel")
+    run = again(fresh, ours)
+    assert len(references(run)) == 2
+    assert same(value(run), value(fresh.run(stock(ours))))
 
 
 def test_a_gap_between_the_inputs_is_numbered_as_in_stock(fresh, files) -> None:

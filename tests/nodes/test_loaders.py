@@ -325,6 +325,26 @@ class TestWrongFiles:
         ):
             fresh.part("nodes.loaders").resolve("vae", "nothing.safetensors")
 
+    @pytest.mark.parametrize("kind", ["DiffusionModel", "TextEncoder"])
+    @pytest.mark.parametrize("there", [False, True], ids=["absent", "there"])
+    def test_a_graph_that_names_a_gguf_file(self, fresh, kind, there) -> None:
+        """Typed or from another's workflow, or linked: no list has it, and the loader says why."""
+        wrong = fresh.models / FOLDERS[kind] / "Qwen-Q4.GGUF"
+        if there:
+            wrong.write_bytes(b"GGUF")
+        graph = {
+            "name": node("TestJoined", a="Qwen-Q4", b=".GGUF"),
+            "out": node("PreviewAny", source=["load", 0]),
+        }
+        for value in (wrong.name, ["name", 0]):
+            graph["load"] = loader(kind, value)
+            with pytest.raises(RunError) as refused:
+                fresh.run(graph)
+            said = refused.value.details["exception_message"]
+            assert said.startswith(f"{wrong.name} is a GGUF file, which Qwen VRAM does not open")
+            assert "loaders of ComfyUI-GGUF" in said
+        wrong.unlink(missing_ok=True)
+
     def test_files_that_need_pickle_are_not_offered(self, fresh) -> None:
         (fresh.models / "vae" / "old.pt").write_bytes(b"x")
         time.sleep(0.01)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pack.core.budget import POLICIES
 from pack.demo.tiny_checkpoints import TEXT_HIDDEN
+from pack.tests.examples import examples
 from pack.tests.graphs import node, text_to_image
 from pack.tests.host import RunError
 from pack.tests.nodes.faults import Faults, blocks_fail, fitted, latent, small, transformer, within
@@ -77,7 +78,9 @@ def assert_like(made: torch.Tensor, stock: torch.Tensor, exactness: str) -> None
 
 
 @settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(8),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(name=st.sampled_from(SAMPLERS), at=st.sets(st.integers(0, 14), max_size=4))
 def test_any_failures_leave_the_picture_as_it_is(host, model, stock, name: str, at: set) -> None:

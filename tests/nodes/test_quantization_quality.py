@@ -16,6 +16,7 @@ TEXT = "a red fox reading a book on the beach"
 SCENE = Scene("fox", "red", action="reading", background="beach")
 BOTH = ("unet", "clip")
 LEAST = {"bnb_int8": 35, "int8": 35, "bnb_nf4": 20}  # dB, the mean: one picture of 20 had 34
+LEAST_OF_ONE = 32  # of int8; 33.98 was seen once
 PICTURES = 2
 
 
@@ -52,6 +53,7 @@ def test_a_quantised_model_draws_the_same_picture(host: Host, plain: Tensor, wei
     found = pictures(drawn(host, weight_dtype=weight_dtype))
     each = [psnr(one, other) for one, other in zip(found, plain, strict=True)]
     assert LEAST[weight_dtype] <= sum(each) / PICTURES < 90, each
+    assert weight_dtype == "bnb_nf4" or min(each) >= LEAST_OF_ONE, each
     for seen in classifier.seen(classifier.load(), found.movedim(-1, 1) * 2 - 1):
         assert seen == {name: getattr(SCENE, name) for name in classifier.HEADS}
 

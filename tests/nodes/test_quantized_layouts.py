@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pack.core.quantization import FORMATS
 from pack.core.quantized_layers import decode, encode, missing_package
 from pack.tests.conftest import missing
+from pack.tests.examples import examples
 from torch.nn import functional as F
 
 BITSANDBYTES = ("bnb_nf4", "bnb_fp4", "bnb_int8")
@@ -62,10 +63,12 @@ def close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
 
 kinds = st.sampled_from([*BITSANDBYTES, "nf4 64", "fp4 32", "nf4 4096"])
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 40)).map(lambda s: (s[0], 2 * s[1]))
-examples = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(
+    max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
-@examples
+@few
 @given(kind=kinds, shape=shapes, dtype=st.sampled_from(DTYPES))
 def test_entries_become_a_tensor_and_entries_again(layouts, kind, shape, dtype) -> None:
     entries = entries_as_written_by(kind, *shape)
@@ -78,7 +81,7 @@ def test_entries_become_a_tensor_and_entries_again(layouts, kind, shape, dtype) 
     assert all(torch.equal(again[name], entries[name]) for name in entries)
 
 
-@examples
+@few
 @given(kind=kinds, shape=shapes, dtype=st.sampled_from(DTYPES), bias=st.booleans())
 def test_products_are_those_of_the_dequantised_weight(layouts, kind, shape, dtype, bias) -> None:
     tensor = layouts.tensor_from(entries_as_written_by(kind, *shape), dtype)
@@ -107,7 +110,7 @@ def test_products_are_those_of_the_dequantised_weight(layouts, kind, shape, dtyp
     assert torch.equal(tensor.t().t().dequantize(), plain)
 
 
-@examples
+@few
 @given(kind=kinds, shape=shapes, dtype=st.sampled_from(DTYPES))
 def test_the_hosts_way_through_one_buffer_changes_nothing(layouts, kind, shape, dtype) -> None:
     """How dynamic VRAM streams a layer: gathered in bytes, then read like the original."""

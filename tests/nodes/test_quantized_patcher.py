@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pack.tests.examples import examples
 from pack.tests.graphs import UNET
 from pack.tests.nodes.quantized_models import (
     draw,
@@ -96,7 +97,7 @@ def lora_of(shape, draw_) -> tuple:
 
 
 @given(data=st.data())
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 def test_all_factors_of_a_layer_multiply_to_what_the_host_would_add(host, data) -> None:
     from comfy.lora import calculate_weight
     from comfy.weight_adapter import LoRAAdapter

@@ -130,7 +130,9 @@ def fail() -> None:
     raise KeyError("of another kind")
 
 
-@pytest.mark.parametrize(  # either way to end, at each place, followed by each kind of run
+# Both ways to end occur where references are reused, each kind of run follows once or twice; not
+# every combination, since each takes two runs.
+@pytest.mark.parametrize(
     ("act", "at", "after"),
     [
         (interrupt, 1, "as it is"),

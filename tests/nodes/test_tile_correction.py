@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.benchmarks import tile_pictures as pictures
+from pack.tests.examples import examples
 from pack.tests.host import Host
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def tile_and_target(
     st.sampled_from([0.0, 0.6, 1.0]),
     st.integers(0, 20),
 )
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 def test_a_shift_is_found_to_a_quarter_of_a_pixel(
     correction, kind, shift, share, noise, blur, seed
 ) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pack.tests.examples import examples
 from pack.tests.graphs import LORA, UNET, VAE, node, text_to_image
 from pack.tests.host import Host, RunError
 from pack.tests.nodes.slicing_models import SIDES, conditioning, random, sample
@@ -239,7 +240,7 @@ def test_without_shared_pixels_it_is_the_same_bit_for_bit(tiled, model) -> None:
     assert len(calls) == 6 * 2 * 3 and {tuple(c["x"].shape) for c in calls} == {(2, 16, 1, 16, 16)}
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(
     height=st.integers(1, 40),
     width=st.integers(1, 40),

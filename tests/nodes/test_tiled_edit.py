@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.demo import embedded, figures
 from pack.demo.animals import Scene
+from pack.tests.examples import examples
 from pack.tests.graphs import loader, node
 from pack.tests.host import Host, Run, RunError
 from pack.tests.nodes.test_fitting import queued
@@ -555,7 +556,7 @@ SIDES = st.integers(1, 200)
 
 
 @given(SIDES, SIDES, st.sampled_from([1, 3, 4]), st.randoms())
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_tiles_that_come_back_as_they_were_give_the_picture(
     host, height, width, channels, random
 ) -> None:
@@ -578,7 +579,7 @@ def test_tiles_that_come_back_as_they_were_give_the_picture(
 
 
 @given(st.integers(33, 300), st.integers(33, 300), st.integers(0, 8), st.integers(0, 8))
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_the_guide_lies_where_the_picture_has_it(host, height, width, down, right) -> None:
     """A ramp, reduced and enlarged again, is the ramp; but at the very edge, half a pixel of it."""
     guides = part(host, "tile_guide")

@@ -215,6 +215,16 @@ def test_chinese_has_the_same_entries_in_chinese(node_id: str) -> None:
 
 
 @each_language
+def test_the_loaders_name_the_files_that_other_loaders_open(language: str) -> None:
+    for node_id, name in (
+        ("QwenVRAMLoadDiffusionModel", "unet_name"),
+        ("QwenVRAMLoadTextEncoder", "clip_name"),
+    ):
+        tooltip = translations(language)[node_id]["inputs"][name]["tooltip"]
+        assert all(kind in tooltip for kind in ("Qwen-Image 2.1", "GGUF", "nunchaku")), tooltip
+
+
+@each_language
 def test_translations_name_no_other_node_and_use_no_syntax(language: str) -> None:
     assert translations(language).keys() == schemas().keys()
     for entry in translations(language).values():
