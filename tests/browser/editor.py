@@ -40,6 +40,7 @@ SET_WIDGETS = """(values) => {
 }"""
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 FINISHED = "(ends) => window.qwenVramEvents.some(([name]) => ends.includes(name))"
+CENTRE = "(id) => app.canvas.centerOnNode(app.graph.getNodeById(id))"
 PICTURE = """(id) => {
     const image = app.graph.getNodeById(id).imgs?.[0];
     return image?.naturalWidth ? [image.naturalWidth, image.naturalHeight] : null;
@@ -163,6 +164,7 @@ class Editor:
 
     def picture(self, node_id: int) -> list[int]:
         """The width and height of the picture that a node shows, once it does."""
+        self.page.evaluate(CENTRE, node_id)  # what is out of view is not drawn and loads nothing
         return self.page.wait_for_function(PICTURE, arg=node_id, timeout=20_000).json_value()
 
     def widgets(self, node_id: int) -> dict[str, Any]:
