@@ -83,8 +83,8 @@ def texts(words: str, style: str, palette: str, **more: Any) -> tuple[str, str]:
 def write_files(models: Path) -> None:
     """Random checkpoints of the official sizes (30 GB), and a LoRA of Lightning's (2.4 GB)."""
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
-    sys.argv = ["full_size_checkpoints", str(models)]
-    full_size_checkpoints.main()
+    del sys.argv[1:]  # ComfyUI reads them
+    full_size_checkpoints.write_all(models)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in large_files.transformer_shapes().items():
         if name.endswith(".weight") and len(shape) == 2 and large_files.BLOCK.match(name):
@@ -190,6 +190,8 @@ def session(options: argparse.Namespace, cell: Row) -> Iterator[Row]:
                 graph = graphs.graph_of(cell["side"], graph, texts)
                 graph = _tiny(graph) if options.rehearse else graph
                 row = one(server, gauge, before, graph)
+                if number == 0 and row["status"] != "success":  # a file is missing, say
+                    raise SystemExit(f"{cell}: {row['error']}")
                 yield {**cell, "number": number, "kind": kind, "started": round(started, 2), **row}
         finally:
             gauge.running = False
