@@ -6,8 +6,9 @@
 
 For each card and side two server processes: the first draws 20 different prompts, half of them in
 Chinese, and then 10 of them again with other seeds; the second, after a restart, draws two known
-prompts and a new one. A side is "stock", "ours" (the drawing) or "whole" (with the colouring page
-and the stickers). A part of a card is the real one with another process holding the rest.
+prompts and a new one. A side is "stock", "ours" (the drawing), "whole" (with the colouring page
+and the stickers) or "nf4" (the drawing, its transformer quantised at load). A part of a card is the
+real one with another process holding the rest.
 
 `run` goes on where it was stopped: a session whose last line is in the file is not run again, and
 with --seconds none is begun that would not end by then. --rehearse draws on the CPU with the
@@ -61,6 +62,7 @@ WORDS = (
 )  # fmt: skip
 AGAIN = WORDS[:10]
 AFTER = (WORDS[0], WORDS[3], "一只在花园里的小老虎")  # after a restart: known, known, new
+PHASES = ("first", "restart")
 Row = dict[str, Any]
 
 
@@ -206,7 +208,7 @@ def cells(options: argparse.Namespace) -> list[Row]:
         {"card": card, "side": side, "phase": phase, "args": options.args}
         for card in cards
         for side in options.side
-        for phase in ("first", "restart")
+        for phase in options.phase
     ]
 
 
@@ -334,7 +336,8 @@ def main() -> None:
     measure.add_argument("base", type=Path)
     measure.add_argument("out", type=Path)
     measure.add_argument("--card", type=int, nargs="+", choices=FREE_GIB, default=list(FREE_GIB))
-    measure.add_argument("--side", nargs="+", choices=graphs.SIDES, default=list(graphs.SIDES))
+    measure.add_argument("--side", nargs="+", choices=graphs.SIDES, default=list(graphs.SIDES[:3]))
+    measure.add_argument("--phase", nargs="+", choices=PHASES, default=list(PHASES))
     measure.add_argument("--images", type=int, default=len(WORDS), help="different prompts")
     measure.add_argument("--seconds", type=float, default=570.0)
     measure.add_argument("--cold-files", action="store_true")

@@ -8,7 +8,7 @@ from typing import Any
 
 Graph = dict[str, dict[str, Any]]
 
-SIDES = ("stock", "ours", "whole")
+SIDES = ("stock", "ours", "whole", "nf4")
 # Our nodes, the stock node that does the same, and the inputs that it takes.
 STOCK: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "QwenVRAMLoadDiffusionModel": ("UNETLoader", ("unet_name",), {"weight_dtype": "default"}),
@@ -139,7 +139,13 @@ def stock(graph: Graph, prompt: Callable[..., tuple[str, str]]) -> Graph:
 
 
 def graph_of(side: str, graph: Graph, prompt: Callable[..., tuple[str, str]]) -> Graph:
-    """One side's graph: "stock", "ours" (the same nodes by ours), or the "whole" workflow."""
+    """One side's graph: "stock", "ours" (the same nodes by ours), the "whole" workflow, or "nf4":
+    ours with the transformer in bnb_nf4, all of it that may be."""
     if side == "whole":
         return graph
-    return stock(graph, prompt) if side == "stock" else first_part(graph)
+    if side == "stock":
+        return stock(graph, prompt)
+    graph = first_part(graph)
+    for key in of_class(graph, LOADER) if side == "nf4" else ():
+        graph[key]["inputs"] |= {"weight_dtype": "bnb_nf4", "preset": "smallest"}
+    return graph

@@ -154,4 +154,5 @@ def attempt(call: Callable[[], Any]) -> Any:
     except Exception as error:
         if not is_oom(error):
             raise
+        log.info("memory ran out: %s", str(error).partition("\n")[0])
     return None
