@@ -153,8 +153,10 @@ def quantize_4bit(
 
 
 def entries_4bit(weight: FourBitWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The entries of a layer; `dtype` is the one that other programs dequantise to."""
-    device = weight.packed.device
+    """The entries of a layer; `dtype` is the one that other programs dequantise to.
+
+    What is made for them lies in RAM wherever the weight lies: see `pack_json`.
+    """
     state: dict[str, Any] = {
         "quant_type": weight.quant_type,
         "blocksize": weight.block,
@@ -164,7 +166,7 @@ def entries_4bit(weight: FourBitWeight, dtype: torch.dtype) -> dict[str, torch.T
     entries = {
         "weight": weight.packed,
         "weight.absmax": weight.scale,
-        "weight.quant_map": _map_of(weight.quant_type).to(device),
+        "weight.quant_map": _map_of(weight.quant_type),
     }
     if weight.nested_scale is not None and weight.nested_map is not None:
         entries["weight.nested_absmax"] = weight.nested_scale
@@ -174,7 +176,7 @@ def entries_4bit(weight: FourBitWeight, dtype: torch.dtype) -> dict[str, torch.T
             "nested_dtype": "float32",
             "nested_offset": weight.offset,
         }
-    entries[STATE + weight.quant_type] = pack_json(state, device)
+    entries[STATE + weight.quant_type] = pack_json(state)
     return entries
 
 

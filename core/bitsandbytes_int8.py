@@ -38,8 +38,8 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def entries_int8(codes: torch.Tensor, largest: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The entries of a layer."""
-    row_major = torch.tensor(ROW_MAJOR, dtype=torch.uint8, device=codes.device)
+    """The entries of a layer; what is made for them lies in RAM, as in `pack_json`."""
+    row_major = torch.tensor(ROW_MAJOR, dtype=torch.uint8)
     return {"weight": codes, "SCB": largest, "weight_format": row_major}
 
 

@@ -71,7 +71,7 @@ def encode(weight: torch.Tensor, format: str) -> dict[str, torch.Tensor]:
     if len(made) > 1:
         entries = {name: torch.cat([piece[name] for piece, _ in made]) for name in entries}
     settings = settings_of(HOST_NAMES[format], params)
-    return entries | {CONFIGURATION: pack_json(settings, weight.device)}
+    return entries | {CONFIGURATION: pack_json(settings)}
 
 
 def _quantize(

@@ -49,9 +49,13 @@ def is_float(entry: Entry) -> bool:
     return str(entry.dtype).startswith(("F", "BF"))
 
 
-def pack_json(values: Mapping[str, Any], device: torch.device) -> torch.Tensor:
-    """JSON as a uint8 tensor (bytes): how both layouts keep what is not a tensor."""
-    return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8, device=device)
+def pack_json(values: Mapping[str, Any]) -> torch.Tensor:
+    """JSON as a uint8 tensor (bytes) in RAM: how both layouts keep what is not a tensor.
+
+    Never on the weight's device: ComfyUI asks for the entries when it counts what it will evict,
+    and on a full card the smallest tensor is one too many.
+    """
+    return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
 
 
 def unpack_json(entry: torch.Tensor, name: str) -> dict[str, Any]:

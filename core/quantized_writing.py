@@ -53,9 +53,7 @@ def with_dtype(entries: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Entri
     """The same, said to come from this dtype: a model in memory says which one it computes in."""
     name = str(dtype).removeprefix("torch.")
     return {
-        key: pack_json({**unpack_json(entry, key), "dtype": name}, entry.device)
-        if STATE in key
-        else entry
+        key: pack_json({**unpack_json(entry, key), "dtype": name}) if STATE in key else entry
         for key, entry in entries.items()
     }
 

@@ -186,7 +186,7 @@ def entries_of(weight: QuantizedTensor) -> dict[str, torch.Tensor]:
     if not names:
         raise QuantizedFileError(f"Weights in the layout {layout} have no entries in a file.")
     settings = host_formats.settings_of(names[0], params)
-    return entries | {host_formats.CONFIGURATION: pack_json(settings, weight.device)}
+    return entries | {host_formats.CONFIGURATION: pack_json(settings)}
 
 
 def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -186,11 +186,11 @@ def test_host_entries_decode_to_what_the_host_makes_of_them(format) -> None:
 
 def test_scaled_fp8_is_decoded_and_nvfp4_is_not() -> None:
     w = weight(8, 16).to(torch.float8_e4m3fn)
-    settings = host_formats.pack_json({"format": "float8_e4m3fn"}, w.device)
+    settings = host_formats.pack_json({"format": "float8_e4m3fn"})
     entries = {"weight": w, "weight_scale": torch.tensor(2.0), "comfy_quant": settings}
     assert format_of(entries) == "float8_e4m3fn"
     assert torch.equal(decode(entries, torch.bfloat16), w.to(torch.bfloat16) * 2)
-    entries["comfy_quant"] = host_formats.pack_json({"format": "nvfp4"}, w.device)
+    entries["comfy_quant"] = host_formats.pack_json({"format": "nvfp4"})
     with pytest.raises(QuantizedFileError, match="nvfp4 cannot be turned into other formats"):
         decode(entries, torch.bfloat16)
 

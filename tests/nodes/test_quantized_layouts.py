@@ -81,6 +81,17 @@ def test_entries_become_a_tensor_and_entries_again(layouts, kind, shape, dtype) 
     assert all(torch.equal(again[name], entries[name]) for name in entries)
 
 
+@pytest.mark.parametrize("kind", [*BITSANDBYTES, "nf4 64"])
+def test_asking_for_the_entries_takes_no_memory_of_the_device(layouts, kind) -> None:
+    """ComfyUI does when it counts what it evicts: the card is full then."""
+    tensor = layouts.tensor_from(entries_as_written_by(kind, 128, 128), torch.bfloat16).to("meta")
+    parts = [tensor._qdata, *(t for t in vars(tensor._params).values() if torch.is_tensor(t))]
+    there = {part.untyped_storage()._cdata for part in parts if part.device.type == "meta"}
+    assert len(there) == len(parts)
+    made = [e for e in layouts.entries_of(tensor).values() if e.device.type == "meta"]
+    assert {entry.untyped_storage()._cdata for entry in made} == there
+
+
 @few
 @given(kind=kinds, shape=shapes, dtype=st.sampled_from(DTYPES), bias=st.booleans())
 def test_products_are_those_of_the_dequantised_weight(layouts, kind, shape, dtype, bias) -> None:
