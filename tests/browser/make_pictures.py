@@ -53,7 +53,7 @@ TO_BE_PINNED = 3  # the node of that example
 
 # The READMEs show it 900 pixels wide: few nodes, so that words can be read there.
 FRONT_WIDTH, FRONT_MARGIN = 1600, 20
-FRONT_SEED = 12
+FRONT_SEED = 11
 # Without a scarf this model draws no neck.
 FRONT_PROMPT = {"words": "a little bear with a hat and a scarf", "seed": FRONT_SEED}
 AS_TAUGHT = {"PrimitiveInt": 8, "PrimitiveFloat": 1.0}  # steps and CFG of the embedded model
