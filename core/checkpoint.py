@@ -23,7 +23,12 @@ VOCABULARY = 152064  # rows of Qwen2.5-VL's table
 
 GGUF = (
     "a GGUF file, which Qwen VRAM does not open: open it with the loaders of ComfyUI-GGUF, Unet "
-    "Loader (GGUF) or CLIPLoader (GGUF), behind which the other nodes of Qwen VRAM work."
+    "Loader (GGUF) or CLIPLoader (GGUF), behind which the other nodes of Qwen VRAM work. Neither "
+    "opens a VAE: take that as a .safetensors file."
+)
+GGUF_VAE = (
+    "a GGUF file, which Qwen VRAM does not open: take the VAE as a .safetensors file, such as "
+    "qwen_image_vae.safetensors."
 )
 NOT_A_MODEL = "not a model; download the file itself."
 MIX_UPS = {  # by the first bytes of a file

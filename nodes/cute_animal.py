@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..core.cute_animal import BACKGROUNDS, NEGATIVE, PALETTES, STYLES, positive
 from ..core.kind_words import SUBJECT
+from .kind_words import FOR_CHILDREN, words_input
 from .status import shown
 
 EMPTY = "words is empty: draws {}"
@@ -25,7 +26,7 @@ class CuteAnimalPrompt(io.ComfyNode):
                 "Makes a prompt for a cute animal from a child's words, a style and a palette, in "
                 "English or Chinese. The negative prompt never changes: it is encoded only once."
             ),
-            search_aliases=["kids", "children", "animal", "style", "colouring", "儿童", "可爱动物"],
+            search_aliases=[*FOR_CHILDREN, "animal", "style", "colouring", "可爱动物"],
             inputs=[*cls.inputs_of_the_prompt()],
             outputs=[
                 io.String.Output(display_name="positive"),
@@ -37,11 +38,8 @@ class CuteAnimalPrompt(io.ComfyNode):
     def inputs_of_the_prompt(cls) -> list[io.Input]:
         """The words, and how they are to look."""
         return [
-            io.String.Input(
+            words_input(
                 "words",
-                multiline=True,
-                placeholder="What shall we draw? · 想画什么？",
-                default="",
                 tooltip="What to draw, in English or Chinese. It stands first in the prompt.",
             ),
             io.Combo.Input(

@@ -26,6 +26,18 @@ log = logging.getLogger("qwen_vram")
 FINE = {"en": "kind words", "zh": "友好的词语"}
 AVOID_SETTING = "Also avoid, under Words for children in ComfyUI's settings"
 ALLOWED_SETTING = "Always allow, under Words for children in ComfyUI's settings"
+FOR_CHILDREN = ("kids", "children", "儿童")  # what people search for
+
+
+def words_input(name: str, *, tooltip: str) -> io.Input:
+    """The box that a child writes into, in every node that has one."""
+    return io.String.Input(
+        name,
+        multiline=True,
+        placeholder="What shall we draw? · 想画什么？",
+        default="",
+        tooltip=tooltip,
+    )
 
 
 class KindWords(io.ComfyNode):
@@ -43,15 +55,7 @@ class KindWords(io.ComfyNode):
                 "something kind instead, or stops, with a friendly sentence. A list of words is no "
                 "guarantee."
             ),
-            search_aliases=[
-                "word filter",
-                "kids",
-                "children",
-                "safe",
-                "block list",
-                "儿童",
-                "过滤",
-            ],
+            search_aliases=[*FOR_CHILDREN, "word filter", "safe", "block list", "过滤"],
             inputs=[*cls.inputs_of_the_words(), *cls.inputs_of_the_list()],
             outputs=[
                 io.String.Output(display_name="words"),
@@ -64,13 +68,7 @@ class KindWords(io.ComfyNode):
     def inputs_of_the_words(cls) -> list[io.Input]:
         """What the child wrote, and what becomes of it."""
         return [
-            io.String.Input(
-                "words",
-                multiline=True,
-                placeholder="What shall we draw? · 想画什么？",
-                default="",
-                tooltip="What the child wants to see, in English or Chinese.",
-            ),
+            words_input("words", tooltip="What the child wants to see, in English or Chinese."),
             io.Combo.Input(
                 "when_found",
                 options=list(WHEN_FOUND),

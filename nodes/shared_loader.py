@@ -55,7 +55,8 @@ def files_in(folder: str) -> FileNames:
 def resolve(folder: str, name: str) -> str:
     """The path of a file of a models folder. Raises ValueError that names folder and remedy."""
     if checkpoint.is_gguf(name):  # there or not: to put it there would be no remedy
-        raise ValueError(f"{name} is {checkpoint.GGUF}")
+        kind = checkpoint.GGUF_VAE if folder == "vae" else checkpoint.GGUF
+        raise ValueError(f"{name} is {kind}")
     path = folder_paths.get_full_path(folder, name)
     if path is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Makes the pictures of the README: every node, and the whole editor, after a run.
+"""Makes the pictures of the README: every node, and a graph for children, after a run.
 
 No test: `python -m demo pictures` runs it, for it needs the server and the browser of the tests.
 """
@@ -25,7 +25,7 @@ from pack.tests.conftest import ROOT
 from playwright.sync_api import Browser
 
 MEDIA = ROOT / "media"
-FRONT = ROOT / "workflows" / "cute_animal_for_kids.json"
+FRONT = ROOT / "subgraphs" / "Cute animal.json"
 LANGUAGES = ("en", "zh")
 WIDTH, SHARPNESS = 320, 2  # of a picture of a node on the page, and pixels for each of the page's
 MARGIN, BADGES = 14, 34  # around a node and above its title, in units of the canvas
@@ -46,12 +46,27 @@ RUN_WITH: dict[str, dict[str, Any]] = {
 }
 TWICE = ("QwenVRAMCachedTextEncode", "QwenVRAMCachedImageEditEncode")  # then the prompt is known
 MORE_TRIES, NOTICE_MS = 4, 8000  # so long the editor tells that the last run has ended
+NOTICE = "queue-notification-banner"
 MENU_ITEMS = {"en": "Pin output (Qwen VRAM)", "zh": "固定输出 (Qwen VRAM)"}
 IS_PINNED = {"en": "is pinned (", "zh": "已固定"}
 TO_BE_PINNED = 3  # the node of that example
 
-FRONT_SIZE = {"width": 1600, "height": 900}
-FRONT_PART = (-36, -60, 3190)  # left, top and width in the graph: all but the notes at the left
+# The READMEs show it 900 pixels wide: few nodes, so that words can be read there.
+FRONT_WIDTH, FRONT_MARGIN = 1600, 20
+FRONT_SEED = 11
+# Without a scarf this model draws no neck.
+FRONT_PROMPT = {"words": "a little bear with a hat and a scarf", "seed": FRONT_SEED}
+AS_TAUGHT = {"PrimitiveInt": 8, "PrimitiveFloat": 1.0}  # steps and CFG of the embedded model
+FRONT_SHEET = {"columns": 4, "paper": "A4 landscape, 150 dpi"}
+# Title, class, place and size, whose picture it takes, and its own values; the first is there.
+FRONT_NODES = (
+    ("Cute animal", "", (0, 0, 420, 440), "", FRONT_PROMPT),
+    ("Colouring Page", "QwenVRAMColouringPage", (0, 514, 420, 190), "Cute animal", {}),
+    ("Picture", "SaveImage", (470, 0, 310, 340), "Cute animal", {"filename_prefix": "animal"}),
+    ("Sticker Sheet", "QwenVRAMStickerSheet", (470, 404, 310, 360), "Cute animal", FRONT_SHEET),
+    ("Page", "SaveImage", (830, 0, 360, 340), "Colouring Page", {"filename_prefix": "page"}),
+    ("Stickers", "SaveImage", (830, 404, 360, 360), "Sticker Sheet", {"filename_prefix": "sheet"}),
+)
 FRONT_LIMIT = 200_000
 
 PANELS = (
@@ -59,6 +74,7 @@ PANELS = (
     "Comfy.Graph.CanvasInfo",
     "Comfy.Graph.CanvasMenu",
     "Comfy.RightSidePanel.IsOpen",
+    "Comfy.Canvas.SelectionToolbox",
 )
 CLEAN = """async (ids) => {
     for (const id of ids) await app.extensionManager.setting.set(id, false);
@@ -78,20 +94,40 @@ PLACE = """async ([id, width, margin, above]) => {
     return { x: box.left + 90, y: box.top + 130, width, height };
 }"""
 AWAY = "() => { app.canvas.ds.offset = [0, 9999]; app.canvas.draw(true, true); }"
-# In the only tab, under its name.
-ALONE = """async ([workflow, name]) => {
-    await app.loadGraphData(workflow, true, true, name);
-    const tabs = app.extensionManager.workflow;
-    for (const tab of [...tabs.openWorkflows])
-        if (tab !== tabs.activeWorkflow) await tabs.closeWorkflow(tab);
+# Nodes as above; each is wired to the first output of its source that is a picture.
+BUILD = """(nodes) => {
+    const made = {};
+    for (const [title, type, [x, y, width, height], source, values] of nodes) {
+        const node = type ? LiteGraph.createNode(type) : app.graph.nodes[0];
+        if (type) app.graph.add(node);
+        if (type === 'SaveImage') node.title = title;
+        node.pos = [x, y];
+        node.setSize([width, height]);
+        for (const [name, value] of Object.entries(values))
+            node.widgets.find(w => w.name === name).value = value;
+        made[title] = node;
+        if (source) made[source].connect(
+            made[source].outputs.findIndex(o => o.type === 'IMAGE'), node, 0);
+    }
 }"""
-# Part of the graph over the width of the canvas.
-SHOW = """([x, y, width]) => {
-    const { canvas } = app, { ds } = canvas, box = canvas.canvas.getBoundingClientRect();
+# The numbers inside a subgraph, by the class of the node.
+INSIDE = """([id, values]) => {
+    for (const node of app.graph.getNodeById(id).subgraph.nodes)
+        if (node.type in values) node.widgets[0].value = values[node.type];
+}"""
+# All nodes, in the same place at the left top as PLACE.
+SHOW = """(margin) => {
+    const { canvas } = app, { ds } = canvas, boxes = app.graph.nodes.map(n => n.getBounding());
     canvas.deselectAll();
-    ds.scale = (box.width - 58) / width;
-    ds.offset = [58 / ds.scale - x, 115 / ds.scale - y];
+    const left = Math.min(...boxes.map(b => b[0])) - margin;
+    const top = Math.min(...boxes.map(b => b[1])) - margin;
+    const width = Math.max(...boxes.map(b => b[0] + b[2])) + margin - left;
+    const height = Math.max(...boxes.map(b => b[1] + b[3])) + margin - top;
+    ds.scale = 1;
+    ds.offset = [90 - left, 130 - top];
     canvas.draw(true, true);
+    const box = canvas.canvas.getBoundingClientRect();
+    return { x: box.left + 90, y: box.top + 130, width, height };
 }"""
 
 
@@ -199,6 +235,7 @@ def of_warm_up(editor: Editor) -> PIL.Image.Image:
     editor.set_widgets({str(i): SMALL for i in editor.nodes()})
     editor.page.evaluate(AWAY)
     editor.page.wait_for_timeout(NOTICE_MS)
+    editor.page.get_by_test_id(NOTICE).wait_for(state="hidden")
     editor.page.evaluate(FORGET)
     editor.dismiss()
     button = editor.page.locator(".qwen-vram-warm-up")
@@ -209,7 +246,7 @@ def of_warm_up(editor: Editor) -> PIL.Image.Image:
     boxes = [button.bounding_box(), message.bounding_box()]
     left = min(b["x"] for b in boxes if b) - MARGIN
     top = min(b["y"] for b in boxes if b) - MARGIN
-    right = max(b["x"] + b["width"] for b in boxes if b) + MARGIN
+    right = editor.page.evaluate("() => window.innerWidth")  # the bar ends just before
     bottom = max(b["y"] + b["height"] for b in boxes if b) + MARGIN
     return shot(editor, {"x": left, "y": top, "width": right - left, "height": bottom - top})
 
@@ -254,23 +291,21 @@ def make_nodes(sharp: Editor, official_names: Server, language: str) -> None:
 
 
 def make_front(sharp: Editor, official_names: Server) -> None:
-    """Takes the picture on top of the README: the workflow for children, after a run."""
+    """Takes the picture on top of the README: the subgraph for children and what follows it."""
     speak(sharp, "en", official_names)
-    sharp.page.set_viewport_size(FRONT_SIZE)
     sharp.tidy()
-    sharp.page.evaluate(ALONE, [json.loads(FRONT.read_text(encoding="utf-8")), FRONT.stem])
+    sharp.open(json.loads(FRONT.read_text(encoding="utf-8")))
     sharp.page.evaluate(CLEAN, PANELS)
-    sharp.page.wait_for_timeout(SETTLE_MS)
-    switch = next(i for i, n in sharp.nodes().items() if n["type"] == "PrimitiveBoolean")
-    sharp.set_widgets({str(switch): {"value": False}})  # the embedded model has no such LoRA
+    sharp.page.evaluate(BUILD, FRONT_NODES)
+    (first, *_) = sharp.nodes()
+    sharp.page.evaluate(INSIDE, [first, AS_TAUGHT])
+    sharp.set_widgets({str(first): {"value": False}})  # the embedded model has no such LoRA
     run(sharp, SMALL)
-    sharp.set_widgets({str(switch): {"value": True}})
+    sharp.set_widgets({str(first): {"value": True, "seed": FRONT_SEED}})
     sharp.dismiss()
-    sharp.page.evaluate(SHOW, FRONT_PART)
-    sharp.page.wait_for_timeout(NOTICE_MS)
-    picture = PIL.Image.open(io.BytesIO(sharp.page.screenshot())).convert("RGB")
-    size = (FRONT_SIZE["width"], FRONT_SIZE["height"])
-    picture = picture.resize(size, PIL.Image.Resampling.LANCZOS)
+    picture = shot(sharp, sharp.page.evaluate(SHOW, FRONT_MARGIN))
+    height = round(picture.height * FRONT_WIDTH / picture.width)
+    picture = picture.resize((FRONT_WIDTH, height), PIL.Image.Resampling.LANCZOS)
     for quality in range(90, 50, -5):
         picture.save(MEDIA / "front.jpg", quality=quality, optimize=True, progressive=True)
         if (MEDIA / "front.jpg").stat().st_size < FRONT_LIMIT:

@@ -42,6 +42,7 @@ SOURCE = "id => app.graph.getNodeById(id).imgs[0].src"
 DRAWN = """() => app.graph.nodes.map(n => ({
     id: Number(n.id), title: n.title, box: [...n.pos, ...n.size].map(Math.round),
     red: Boolean(n.has_errors),
+    badges: n.badges.some(b => (typeof b === 'function' ? b() : b).visible),
 }))"""
 LARGEST = """() => {
     const boxes = [...app.graph.nodes, ...app.graph.groups].map(n => [...n.pos, ...n.size]);
@@ -54,6 +55,7 @@ LOOK = """([scale, x, y]) => {
     app.canvas.ds.offset = [x, y];
     app.canvas.setDirty(true, true);
 }"""
+BADGE_HEIGHT = 24  # of what is drawn above a title
 SCALE, EDGE, BARS = 0.75, 30, 110  # of a screenshot; pixels around, and of the editor's own bars
 ROOM = (1200, 700)  # of the page
 
@@ -82,10 +84,11 @@ def photograph(editor: Editor, name: str) -> None:
     page.set_viewport_size(usual)
 
 
-def card(box: list[float]) -> Box:
-    """What a node covers, its title bar included."""
-    x, y, width, height = box
-    return (x, y - TITLE_HEIGHT, width, height + TITLE_HEIGHT)
+def card(node: dict[str, Any]) -> Box:
+    """What a node covers, its title bar and badges included."""
+    x, y, width, height = node["box"]
+    above = TITLE_HEIGHT + (BADGE_HEIGHT if node["badges"] else 0)
+    return (x, y - above, width, height + above)
 
 
 def check_layout(workflow: dict[str, Any], drawn: list[dict[str, Any]]) -> None:
@@ -93,7 +96,7 @@ def check_layout(workflow: dict[str, Any], drawn: list[dict[str, Any]]) -> None:
     assert [node["title"] for node in drawn if node["red"]] == []
     saved = {node["id"]: [*node["pos"], *node["size"]] for node in workflow["nodes"]}
     assert {node["id"]: node["box"] for node in drawn} == saved
-    cards = {node["id"]: card(node["box"]) for node in drawn}
+    cards = {node["id"]: card(node) for node in drawn}
     assert [(a, b) for a, b in combinations(cards, 2) if not apart(cards[a], cards[b])] == []
     for group in workflow["groups"]:
         area = tuple(group["bounding"])

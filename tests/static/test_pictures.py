@@ -44,4 +44,5 @@ def test_the_picture_on_top_is_wide_and_small() -> None:
     assert path.stat().st_size < 200_000
     with PIL.Image.open(path) as picture:
         assert picture.format == "JPEG" and picture.width == 1600
+        assert picture.height <= 1200, "higher than a window where a README shows it"
     assert colours(path) > 50
