@@ -126,6 +126,8 @@ class Host:
     def restart(self, cache: str = "CLASSIC") -> None:
         """A new executor with empty caches, as after a restart of the process."""
         kind = self.execution.CacheType[cache]
+        if hasattr(self, "executor"):  # which may never be collected (tests/nodes/conftest.py)
+            self.executor.reset()
         sizes = {"lru": 10, "ram": 0, "ram_inactive": 0}
         self.executor = self.execution.PromptExecutor(
             self.server, cache_type=kind, cache_args=sizes

@@ -15,8 +15,9 @@ def forgotten(host: Host) -> Iterator[None]:
     in a cycle with their error; ComfyUI then keeps a dead entry for a model that still lives.
 
     What is alive then stays: libraries that were imported on the way, above all. Tests and nodes
-    collect garbage thousands of times, which takes ten times as long if it looks at those too. No
-    model may be among it: let go later, it would never be collected, and ComfyUI's list keep it.
+    collect garbage thousands of times, which takes ten times as long if it looks at those too, and
+    half a second at the end of each module. No model may be among it: let go later, it would never
+    be collected, and ComfyUI's list keep it.
     """
     from comfy import model_management
 
@@ -24,7 +25,6 @@ def forgotten(host: Host) -> Iterator[None]:
     host.part("nodes.loaders").REGISTRY.release()
     host.executor.reset()
     model_management.unload_all_models()
-    gc.unfreeze()
     gc.collect()
     loaded = model_management.current_loaded_models
     loaded[:] = [entry for entry in loaded if not entry.is_dead()]
