@@ -66,9 +66,9 @@ class Host:
             nodes.load_custom_node(str(pack), module_parent="custom_nodes")
         )
         self.pack = self._module(pack)
-        self.restart()
         gc.collect()
         gc.freeze()  # what lives now lives on: collecting takes a quarter of a second otherwise
+        self.restart()
 
     @staticmethod
     def _configure(base: Path) -> None:
@@ -126,8 +126,6 @@ class Host:
     def restart(self, cache: str = "CLASSIC") -> None:
         """A new executor with empty caches, as after a restart of the process."""
         kind = self.execution.CacheType[cache]
-        if hasattr(self, "executor"):  # which may never be collected (tests/nodes/conftest.py)
-            self.executor.reset()
         sizes = {"lru": 10, "ram": 0, "ram_inactive": 0}
         self.executor = self.execution.PromptExecutor(
             self.server, cache_type=kind, cache_args=sizes
