@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 USUAL = 30
 TIMES = 5
 
 
-# How long an example takes tells of the machine; the first one reads ComfyUI's sources. Here and
-# not in conftest.py, which runs again where a test imports it, and would undo the option.
+def _read_constants_in_the_pack_alone() -> None:
+    """Hypothesis tries constants that it finds in all code beside the libraries. That of ComfyUI
+    takes it ten seconds to read, in every process."""
+    whole = getattr(providers, "is_local_module_file", None)
+    if whole is None:  # a version that reads them in another way, or not at all
+        return
+    root = str(Path(__file__).resolve().parents[1])
+    providers.is_local_module_file = lambda path: path.startswith(root) and whole(path)
+
+
+_read_constants_in_the_pack_alone()
+
+# How long an example takes tells of the machine. Here and not in conftest.py, which runs again
+# where a test imports it, and would undo the option.
 either = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("any", max_examples=USUAL, **either)
 settings.register_profile("thorough", max_examples=USUAL * TIMES, **either)

@@ -66,9 +66,9 @@ class Host:
             nodes.load_custom_node(str(pack), module_parent="custom_nodes")
         )
         self.pack = self._module(pack)
-        self.restart()
         gc.collect()
         gc.freeze()  # what lives now lives on: collecting takes a quarter of a second otherwise
+        self.restart()
 
     @staticmethod
     def _configure(base: Path) -> None:

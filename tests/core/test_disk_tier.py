@@ -28,6 +28,7 @@ from pack.tests.core.test_conditioning_store import (
     reopened,
     value,
 )
+from pack.tests.examples import examples
 
 
 @pytest.fixture
@@ -263,7 +264,7 @@ def _hostile_header(kind: str, number: int) -> bytes:
     return data
 
 
-def test_ten_thousand_damaged_files_are_misses(store, caplog, monkeypatch) -> None:
+def test_thousands_of_damaged_files_are_misses(store, caplog, monkeypatch) -> None:
     resource = pytest.importorskip("resource")  # POSIX
     store.configure(memory_bytes=0)
     good = codec.encode(codec.Entry([[torch.arange(8.0), {}]], 1.0, PARTS, "cpu"))
@@ -271,7 +272,7 @@ def test_ten_thousand_damaged_files_are_misses(store, caplog, monkeypatch) -> No
     store.directory.mkdir()
     believed, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     caplog.set_level(logging.ERROR, "qwen_vram")
-    for number in range(10_000):
+    for number in range(examples(3_000)):
         kind = HOSTILE[number % len(HOSTILE)]
         content = hostile(kind, good, number)
         path = path_of(store, number)
@@ -285,7 +286,7 @@ def test_ten_thousand_damaged_files_are_misses(store, caplog, monkeypatch) -> No
             assert path.with_suffix(".unreadable").exists() or codec_of_the_future(path)
         for left in (path, path.with_suffix(".unreadable")):
             left.unlink(missing_ok=True)
-    assert believed < 20
+    assert believed < examples(6)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 200 << 10  # kB
 

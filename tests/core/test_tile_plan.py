@@ -15,16 +15,15 @@ def grid_of(height: int, width: int, tile: int, overlap: int) -> TileGrid:
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "tile", "shape"),
+    ("height", "width", "tile", "shape", "channels"),
     [
-        (1, 1, 32, (1024, 1024)),
-        (17, 4000, 1024, (160, 1024)),
-        (600, 300, 256, (1024, 512)),
-        (1800, 2400, 320, (768, 1024)),
-        (2000, 2000, 32, (1024, 1024)),  # more tiles than numbers could be read
+        (1, 1, 32, (1024, 1024), 1),
+        (17, 4000, 1024, (160, 1024), 2),
+        (600, 300, 256, (1024, 512), 4),
+        (1800, 2400, 320, (768, 1024), 3),
+        (2000, 2000, 32, (1024, 1024), 3),  # more tiles than numbers could be read
     ],
 )
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_a_plan_of_any_picture_has_the_size_that_was_asked(
     height, width, tile, shape, channels
 ) -> None:

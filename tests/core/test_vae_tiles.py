@@ -310,7 +310,7 @@ DECODER, ENCODER = network("cc", "ccucucucc"), network("ccdcdcdcc", "cc")
 networks = st.sampled_from([DECODER, ENCODER])
 
 
-@settings(deadline=None, max_examples=examples(60))
+@settings(deadline=None, max_examples=examples(30))
 @given(networks, st.integers(2, 300), st.integers(2, 300), st.integers(0, 1 << 26))
 def test_a_plan_fits_if_any_does_and_covers_every_layer(net, height, width, limit) -> None:
     if net is ENCODER:

@@ -109,8 +109,10 @@ def test_the_sampler_repeats_what_failed_and_says_that_it_cuts_no_slices(
     assert "forward passes repeated: 1" in text and says in text and "slices" in text
 
 
-def test_tiled_edit_works_behind_nunchaku_and_refuses_qwen_image_21(host, foreign) -> None:
-    graph = edit(write(host, "foreign.png", (320, 256)), **SMALL)
+def test_tiled_edit_works_behind_nunchaku_and_refuses_qwen_image_21(
+    host, foreign, quick_vae
+) -> None:
+    graph = edit(write(host, "foreign.png", (320, 256)), cache="off", **SMALL)
     host.executor.reset()
     stock = image(host.run(graph)).clone()
     file = embedded.TRANSFORMER.rpartition("/")[2]

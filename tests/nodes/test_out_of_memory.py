@@ -507,7 +507,6 @@ def test_a_model_with_blocks_of_another_node_tries_no_slices(host, model, stock)
 # -------------------------------------------------------------------------------- what is left
 def test_neither_clone_nor_model_outlives_its_use(host, stock) -> None:
     """Without the garbage collector: a reference cycle would keep the weights in memory."""
-    gc.unfreeze()  # the first executor, whose cached outputs may be garbage by now
     host.restart()
     model = transformer(host, small())
     with blocks_fail(model, Faults({1, 3, 4})):
@@ -526,7 +525,6 @@ def test_neither_clone_nor_model_outlives_its_use(host, stock) -> None:
     finally:
         gc.enable()
         host.restart()
-        gc.freeze()  # as it was: collecting takes a quarter of a second otherwise
 
 
 def test_nothing_of_a_run_stays_with_the_model(host, model, stock) -> None:

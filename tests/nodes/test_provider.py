@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -87,10 +90,20 @@ def edit_graph() -> Graph:
 
 
 def without_vae(graph: Graph) -> Graph:
-    """Quicker: stock makes references of 1 megapixel."""
+    """Quicker."""
     graph = copy.deepcopy(graph)
     del graph["pos"]["inputs"]["vae"], graph["latent"], graph["out_latent"]
     return graph
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_references(host) -> Iterator[None]:
+    """Stock makes references of 1 megapixel; here a quarter as wide and high, in the same way."""
+    edit_node = host.nodes.NODE_CLASS_MAPPINGS["TextEncodeQwenImageEditPlus"]
+    quarter = SimpleNamespace(sqrt=lambda number: math.sqrt(number) / 4)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys.modules[edit_node.__module__], "math", quarter)
+        yield
 
 
 class Files:
@@ -185,6 +198,8 @@ def test_stock_nodes_and_ours_know_each_others_prompts(fresh) -> None:
 def test_an_edit_needs_no_encoder_no_vae_and_gives_the_same_bits(fresh, edit) -> None:
     first = fresh.run(edit)
     assert {"clip", "vae", "unet", *ENCODERS} <= set(first.executed)
+    references = first.outputs["pos"][0][0][0][1]["reference_latents"]
+    assert [list(one.shape[-2:]) for one in references] == [[32, 32], [28, 37]]
     fresh.restart()
     second = fresh.run(edit)
     assert set(second.executed) == {f"out_{n}" for n in ENCODERS}  # not even the pictures are read

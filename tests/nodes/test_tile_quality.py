@@ -35,8 +35,17 @@ def figures(host: Host, kind: str, mode: str, faults: Faults, **inputs: object) 
         return measure(*quality.edited(host, graph), GRID)
 
 
-@pytest.mark.parametrize("mode", FAULTS)
-@pytest.mark.parametrize("kind", KINDS)
+# What is easiest seen, in both ways; the others each in one.
+WAYS = [
+    ("flat", "together"),
+    ("gradient", "one after another"),
+    ("textured", "together"),
+    ("textured", "one after another"),
+    ("text", "one after another"),
+]
+
+
+@pytest.mark.parametrize(("kind", "mode"), WAYS)
 def test_no_seam_no_shift_and_no_drift_is_left(faulty, kind: str, mode: str) -> None:
     found = figures(faulty, kind, mode, FAULTS[mode])
     assert found.seam < 1.05 and found.step < STEP
@@ -44,7 +53,7 @@ def test_no_seam_no_shift_and_no_drift_is_left(faulty, kind: str, mode: str) -> 
     assert math.isnan(found.shift) if kind in ("flat", "gradient") else found.shift < 0.25
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["gradient", "text"])
 def test_without_corrections_the_faults_are_seen(faulty, kind: str) -> None:
     off = {"registration": False, "colour_match": False}
     found = figures(faulty, kind, "one after another", FAULTS["one after another"], **off)

@@ -20,7 +20,6 @@ from pack.tests.graphs import loader, node
 from pack.tests.host import Host, Run, RunError
 from pack.tests.nodes.test_fitting import queued
 from PIL import Image
-from torch.nn import functional
 
 CAT = Scene("cat", "orange", background="meadow", jitter=3)
 _numbers = itertools.count()
@@ -134,11 +133,13 @@ def part(host: Host, name: str) -> ModuleType:
 
 
 # --------------------------------------------------------------------------------- one tile
-@pytest.mark.parametrize("mode", ["together", "one after another"])
-@pytest.mark.parametrize(("guide", "denoise"), [("start of denoising", 1.0), ("off", 0.6)])
+@pytest.mark.parametrize(
+    ("mode", "guide", "denoise"),
+    [("one after another", "start of denoising", 1.0), ("together", "off", 0.6)],
+)
 def test_one_tile_is_the_plain_chain_bit_for_bit(host, mode, guide, denoise) -> None:
     """With a guide to start from, the one tile is what the guide would have been."""
-    name = write(host, "one.png", (256, 224))
+    name = write(host, "one.png", (160, 128))
     made = image(host.run(edit(name, mode=mode, guide=guide)))
     expected = host.run(plain(name, denoise)).outputs["decode"][0][0]
     assert torch.equal(made, expected)
@@ -214,7 +215,7 @@ def test_the_alpha_channel_stays_as_it_is(host, hand_over) -> None:
 
 
 def test_pictures_of_a_batch_go_one_by_one_and_those_of_a_list_have_their_own_sizes(
-    host, hand_over
+    host, hand_over, quick_vae
 ) -> None:
     sizes = [(64, 96), (96, 64), (33, 65)]
     alone = [image(host.run(hand_over(cat(*s), guide="off", **SMALL))) for s in sizes]
@@ -225,24 +226,6 @@ def test_pictures_of_a_batch_go_one_by_one_and_those_of_a_list_have_their_own_si
     run = host.run(hand_over(pair, guide="off", **SMALL))
     assert torch.equal(image(run)[:1], alone[0]) and len(image(run)) == 2 == len(edited(run))
     assert "Picture 2: 64x96 px" in report(run) and len(run.outputs["edit"][2][0]) == 2
-
-
-@pytest.fixture
-def quick_vae(host, monkeypatch) -> None:
-    """A VAE whose latents are means of 8 x 8 pixels. Nothing that it makes may be stored."""
-    coding = part(host, "tile_coding")
-    whole = part(host, "vae_layers").Outcome("whole", 0)
-
-    def encode(vae: Any, pixels: torch.Tensor, *_: Any) -> Any:
-        means = functional.avg_pool2d(pixels.movedim(-1, 1), 8)
-        return means.repeat(1, 6, 1, 1)[:, :16, None], whole
-
-    def decode(vae: Any, latent: torch.Tensor, *_: Any) -> Any:
-        pixels = latent[:, :3, 0].clamp(0, 1).repeat_interleave(8, -1).repeat_interleave(8, -2)
-        return pixels.movedim(1, -1)[:, None], whole
-
-    monkeypatch.setattr(coding, "encode", encode)
-    monkeypatch.setattr(coding, "decode", decode)
 
 
 # --------------------------------------------------------------------------------- what stays
@@ -534,10 +517,8 @@ def test_an_interrupt_ends_it_at_once_and_the_next_run_is_whole(
     assert failure.value.details["node_id"] == "edit" and len(shown) == 3  # of four tiles
     shown.interrupt_at = 0
     broken = image(host.run(graph))
-    graph["edit"]["inputs"]["seed"] = 4
-    host.run(graph)
-    graph["edit"]["inputs"]["seed"] = 3
-    assert torch.equal(image(host.run(graph)), broken)
+    again = host.run(graph)
+    assert "edit" in again.executed and torch.equal(image(again), broken)
 
 
 @pytest.mark.usefixtures("quick_vae")

@@ -106,7 +106,7 @@ def least(host: Any, vae: Any, act: Any, source: torch.Tensor) -> float:
 
 
 # --------------------------------------------------------------------------- the bits of the whole
-SIZES = [(256, 256), (333, 275), (416, 264), (2048, 72)]
+SIZES = [(256, 168), (333, 275), (1024, 72)]
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
