@@ -41,12 +41,14 @@ TITLES = "types => Object.fromEntries(types.map(t => [t, LiteGraph.createNode(t)
 
 @pytest.fixture(scope="module")
 def chinese(editor: Editor, server: Server) -> Iterator[Editor]:
-    """The editor with Chinese chosen in its settings, as a user would."""
+    """Another page, loaded with Chinese chosen in the settings; the one of all tests stays as it is."""
     server.post_json("/api/settings/Comfy.Locale", "zh")
-    editor.start()
-    yield editor
-    server.post_json("/api/settings/Comfy.Locale", "en")
-    editor.start()
+    page = editor.page.context.new_page()
+    try:
+        yield Editor(page, editor.url)
+    finally:
+        page.close()
+        server.post_json("/api/settings/Comfy.Locale", "en")
 
 
 def test_nodes_have_chinese_names(chinese: Editor) -> None:
