@@ -22,7 +22,7 @@ BADGES = """() => Object.fromEntries(app.graph.nodes.map(n => [
 SHOW_NODE = """id => {
     app.canvas.ds.scale = 1;
     app.canvas.centerOnNode(app.graph.getNodeById(id));
-    app.canvas.setDirty(true, true);
+    app.canvas.draw(true, true);  // at once: a click counts where the last picture has a node
 }"""
 # Every event makes new badges, and one has no place before the canvas was drawn.
 PLACE_OF_BADGE = """id => {

@@ -110,6 +110,7 @@ def menu_items(editor: Editor) -> set[str]:
     """What ComfyUI's menu offers under Extensions, Qwen VRAM."""
     page = editor.page
     page.locator(".comfy-menu-button-wrapper").first.click()
+    page.wait_for_timeout(SETTLE_MS)  # it minds the mouse once it has the focus
     page.get_by_role("menuitem", name="扩展", exact=True).first.hover()
     page.get_by_role("menuitem", name="Qwen VRAM", exact=True).first.hover()
     page.wait_for_timeout(SETTLE_MS)

@@ -31,7 +31,6 @@ def graphs(server: Server) -> dict[str, dict[str, Any]]:
     With a CFG above 1: the negative prompt would not count otherwise. And with small models where
     pictures are edited, which the templates enlarge to a megapixel.
     """
-    official.write_narrow_vae(server.base / "models")
     found, info = {}, server.get_json("/object_info")
     for name in TEMPLATES:
         graph = found[name] = official.template(name, info)
@@ -78,6 +77,7 @@ def first(server: Server) -> dict[str, Run]:
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(forget) as answer:
         assert answer.status == 200
     server.post_json("/qwen_vram/clear", {"level": "everything"})
+    official.write_narrow_vae(server.base / "models")
     return {name: run(server, graph) for name, graph in graphs(server).items()}
 
 
