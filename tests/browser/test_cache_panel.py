@@ -125,6 +125,7 @@ def test_badges_tell_miss_then_comfyuis_cache_then_hit(editor: Editor, server: S
     screenshot(editor.page, "badges_miss")
     click_badge(editor.page, STOCK)
     editor.page.get_by_text("new text · took ").wait_for()
+    editor.dismiss()
 
     editor.run()
     assert badges(editor) == {STOCK: ["ComfyUI's cache"], OURS: ["ComfyUI's cache"]}
