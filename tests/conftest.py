@@ -137,7 +137,7 @@ def models(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The models folder for servers: made once for all workers, to be copied."""
     from filelock import FileLock  # torch brings it
     from pack.demo.checkpoints import make_checkpoints
-    from pack.tests.official import write_stock_text_encoder
+    from pack.tests.official import write_narrow_vae, write_stock_text_encoder
 
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "checkpoints"
@@ -145,6 +145,7 @@ def models(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not folder.exists():
             make_checkpoints(comfyui, folder)
             write_stock_text_encoder(folder)
+            write_narrow_vae(folder)
     return folder
 
 

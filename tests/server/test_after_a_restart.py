@@ -77,7 +77,6 @@ def first(server: Server) -> dict[str, Run]:
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(forget) as answer:
         assert answer.status == 200
     server.post_json("/qwen_vram/clear", {"level": "everything"})
-    official.write_narrow_vae(server.base / "models")
     return {name: run(server, graph) for name, graph in graphs(server).items()}
 
 
