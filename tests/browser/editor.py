@@ -39,6 +39,8 @@ SET_WIDGETS = """(values) => {
             if (widget.name in inputs && !Array.isArray(inputs[widget.name]))  // a link
                 widget.value = inputs[widget.name];
 }"""
+# Some nodes get their size when they are drawn.
+FRAMES = "() => new Promise(r => requestAnimationFrame(() => requestAnimationFrame(() => r())))"
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 FINISHED = "(ends) => window.qwenVramEvents.some(([name]) => ends.includes(name))"
 CENTRE = "(id) => app.canvas.centerOnNode(app.graph.getNodeById(id))"
@@ -151,6 +153,7 @@ class Editor:
     def open(self, workflow: dict[str, Any]) -> None:
         """Opens a workflow as a dropped file would."""
         self.page.evaluate(LOAD, workflow)
+        self.page.evaluate(FRAMES)
         self.page.wait_for_timeout(SETTLE_MS)
 
     def complaint(self) -> str:

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 from pack.demo.server import Server
+from pack.tests.browser.conftest import new_page
 from pack.tests.browser.editor import SETTLE_MS, Editor
 from pack.tests.browser.test_cache_panel import close_dialogs, open_panel, screenshot
 from pack.tests.conftest import ROOT
+from playwright.sync_api import Browser
 
 SPEED = ("QwenVRAMReferenceCache", "QwenVRAMAttention", "QwenVRAMEarlyExit")
 LABELS = """types => Object.fromEntries(types.map(type => {
@@ -40,10 +42,10 @@ TITLES = "types => Object.fromEntries(types.map(t => [t, LiteGraph.createNode(t)
 
 
 @pytest.fixture(scope="module")
-def chinese(editor: Editor, server: Server) -> Iterator[Editor]:
+def chinese(browser: Browser, editor: Editor, server: Server) -> Iterator[Editor]:
     """Another page, loaded with Chinese chosen in the settings; the one of all tests stays as it is."""
     server.post_json("/api/settings/Comfy.Locale", "zh")
-    page = editor.page.context.new_page()
+    page = new_page(browser)
     try:
         yield Editor(page, editor.url)
     finally:
