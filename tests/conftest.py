@@ -19,13 +19,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 # The rooms of the tests that share the fixture `host`, and of those that share `server`.
 SHARED = {"nodes": "host", "demo": "host", "browser": "server", "server": "server"}
-SERVERS_OF_THEIR_OWN = (
-    "test_after_a_restart.py",
-    "test_make_demo.py",
-    "test_prestartup.py",
-    "test_routes.py",
-    "test_shared_by_redis.py",
-)
+SERVERS_OF_THEIR_OWN = ("test_make_demo.py",)
 
 # The in-process host takes half of all the time, so its modules are dealt out in parts, by the
 # first letters of their names: to one worker, which then starts ComfyUI once, or to both. Those
@@ -140,13 +134,18 @@ def fresh(host: Host) -> Host:
 
 @pytest.fixture(scope="session")
 def models(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models folder for servers: made once, to be copied."""
+    """The models folder for servers: made once for all workers, to be copied."""
+    from filelock import FileLock  # torch brings it
     from pack.demo.checkpoints import make_checkpoints
-    from pack.tests.official import write_stock_text_encoder
+    from pack.tests.official import write_narrow_vae, write_stock_text_encoder
 
-    folder = tmp_path_factory.mktemp("checkpoints") / "models"
-    make_checkpoints(comfyui, folder)
-    write_stock_text_encoder(folder)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "checkpoints"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            make_checkpoints(comfyui, folder)
+            write_stock_text_encoder(folder)
+            write_narrow_vae(folder)
     return folder
 
 

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
-from pack.demo.substitutions import substitute
+from pack.demo.substitutions import NUMBERS, substitute
 from playwright.sync_api import ConsoleMessage, Page, Request
 
 # A page that is loaded again opens its last workflow by itself: not over that of a test.
@@ -38,6 +39,8 @@ SET_WIDGETS = """(values) => {
             if (widget.name in inputs && !Array.isArray(inputs[widget.name]))  // a link
                 widget.value = inputs[widget.name];
 }"""
+# Some nodes get their size when they are drawn.
+FRAMES = "() => new Promise(r => requestAnimationFrame(() => requestAnimationFrame(() => r())))"
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 FINISHED = "(ends) => window.qwenVramEvents.some(([name]) => ends.includes(name))"
 CENTRE = "(id) => app.canvas.centerOnNode(app.graph.getNodeById(id))"
@@ -150,6 +153,7 @@ class Editor:
     def open(self, workflow: dict[str, Any]) -> None:
         """Opens a workflow as a dropped file would."""
         self.page.evaluate(LOAD, workflow)
+        self.page.evaluate(FRAMES)
         self.page.wait_for_timeout(SETTLE_MS)
 
     def complaint(self) -> str:
@@ -183,9 +187,10 @@ class Editor:
         """Sets widgets, given as {node id: {widget: value}}."""
         self.page.evaluate(SET_WIDGETS, values)
 
-    def shrink(self) -> None:
-        """Sets the widgets by the table that the demo uses."""
-        small = substitute(self.prompt())
+    def shrink(self, **smaller: int) -> None:
+        """Sets the widgets by the table that the demo uses, or some to less than it says."""
+        with mock.patch.dict(NUMBERS, smaller):
+            small = substitute(self.prompt())
         self.set_widgets({node_id: node["inputs"] for node_id, node in small.items()})
 
     def run(self) -> Ran:

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 from pack.demo.server import Server
+from pack.tests.browser.conftest import new_page
 from pack.tests.browser.editor import SETTLE_MS, Editor
 from pack.tests.browser.test_cache_panel import close_dialogs, open_panel, screenshot
 from pack.tests.conftest import ROOT
+from playwright.sync_api import Browser
 
 SPEED = ("QwenVRAMReferenceCache", "QwenVRAMAttention", "QwenVRAMEarlyExit")
 LABELS = """types => Object.fromEntries(types.map(type => {
@@ -40,13 +42,15 @@ TITLES = "types => Object.fromEntries(types.map(t => [t, LiteGraph.createNode(t)
 
 
 @pytest.fixture(scope="module")
-def chinese(editor: Editor, server: Server) -> Iterator[Editor]:
-    """The editor with Chinese chosen in its settings, as a user would."""
+def chinese(browser: Browser, editor: Editor, server: Server) -> Iterator[Editor]:
+    """Another page, loaded with Chinese chosen in the settings; the one of all tests stays as it is."""
     server.post_json("/api/settings/Comfy.Locale", "zh")
-    editor.start()
-    yield editor
-    server.post_json("/api/settings/Comfy.Locale", "en")
-    editor.start()
+    page = new_page(browser)
+    try:
+        yield Editor(page, editor.url)
+    finally:
+        page.close()
+        server.post_json("/api/settings/Comfy.Locale", "en")
 
 
 def test_nodes_have_chinese_names(chinese: Editor) -> None:
@@ -108,6 +112,7 @@ def menu_items(editor: Editor) -> set[str]:
     """What ComfyUI's menu offers under Extensions, Qwen VRAM."""
     page = editor.page
     page.locator(".comfy-menu-button-wrapper").first.click()
+    page.wait_for_timeout(SETTLE_MS)  # it minds the mouse once it has the focus
     page.get_by_role("menuitem", name="扩展", exact=True).first.hover()
     page.get_by_role("menuitem", name="Qwen VRAM", exact=True).first.hover()
     page.wait_for_timeout(SETTLE_MS)

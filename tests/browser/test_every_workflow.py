@@ -23,16 +23,16 @@ from PIL import Image
 
 SHIPPED = sorted((ROOT / "workflows").glob("*.json"))
 TINY = sorted(serving.WORKFLOWS.glob("*.json"))
-# tests/server/test_demo.py runs them all; here one whose lines are as long as they can be.
+# tests/server/test_demo.py runs the others; here one whose lines are as long as they can be.
 TINY_RUN = "qwen_image_edit_fast_tiny"
 SHOWS = {  # by the words of demo/thumbnails.py
     "cute_animal_for_kids": {"animal": "bear", "accessory": "scarf"},
     "qwen_image_2512": {"animal": "bunny", "colour": "blue", "background": "snow"},
     "qwen_image_2512_low_vram": {"animal": "pig", "colour": "pink", "background": "beach"},
-    "qwen_image_edit_2511": {"animal": "pig", "colour": "blue"},
+    "qwen_image_edit_2511": {"animal": "pig", "colour": "blue", "background": "snow"},
     "qwen_image_edit_fast": {"animal": "pig", "background": "beach"},
-    "qwen_image_edit_tiled": {"animal": "bear", "colour": "blue"},
-    TINY_RUN: {"animal": "pig", "colour": "blue"},
+    "qwen_image_edit_tiled": {"animal": "bear", "colour": "blue", "background": "meadow"},
+    TINY_RUN: {"animal": "pig", "colour": "blue", "background": "snow"},
 }
 COLOURS = {"cute_animal_page": 2}  # of a page: black and white; of all other pictures:
 MANY_COLOURS = 200

@@ -190,7 +190,6 @@ def drawn(editor: Editor, server: Server) -> tuple[bytes, list[str], list[str]]:
 
 
 def test_in_a_subgraph_and_the_picture_stays(editor: Editor, official_names: Server) -> None:
-    official.write_stock_text_encoder(official_names.base / "models")
     editor.open(template_with_copy())
     before = editor.saved()
     picture, loaders, _ = drawn(editor, official_names)

@@ -45,7 +45,7 @@ def size_of(pin: dict[str, Any]) -> str:
 def ready(editor: Editor, workflow: Workflow) -> Workflow:
     """The bundled workflow, small and with a fixed seed; its nodes by what they do."""
     editor.open(workflow)
-    editor.shrink()
+    editor.shrink(steps=1, width=128, height=128)
     positive, negative = ids_of(workflow, "QwenVRAMCachedTextEncode")
     (sampler,), (save,) = ids_of(workflow, "KSampler"), ids_of(workflow, "SaveImage")
     (clip,) = ids_of(workflow, "QwenVRAMLoadTextEncoder")

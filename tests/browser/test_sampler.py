@@ -43,7 +43,7 @@ def test_a_saved_picture_tells_what_was_done_and_opens_as_its_workflow(
 ) -> None:
     editor.open(ours)
     assert editor.complaint() == ""
-    editor.shrink()
+    editor.shrink(steps=2, width=128, height=128)
     (sampler,) = ids_of(ours, "QwenVRAMSampler")
     (save,) = ids_of(ours, "SaveImage")
     ran = editor.run()

@@ -38,7 +38,7 @@ def test_it_edits_in_the_size_of_the_photo_and_shows_the_plan(
     editor.open(tiled)
     editor.shrink()
     edit, photo = only(tiled, "QwenVRAMTiledEdit"), only(tiled, "LoadImage")
-    small = {"instruction": "make it blue", "steps": 4, "cfg": 1.0, "skip_threshold": 0.0}
+    small = {"instruction": "make it blue", "steps": 1, "cfg": 1.0, "skip_threshold": 0.0}
     editor.set_widgets({str(photo): {"image": PHOTO}, str(edit): small})
     ran = editor.run()
     assert ran.status == "execution_success", ran.detail

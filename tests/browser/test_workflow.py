@@ -124,7 +124,7 @@ def test_lightning_switch_alone_decides_whether_the_lora_runs(
     editor: Editor, workflow: Workflow
 ) -> None:
     editor.open(workflow)
-    editor.shrink()
+    editor.shrink(steps=2, width=128, height=128)
     (switch,), (lora,) = (
         ids_of(workflow, "PrimitiveBoolean"),
         ids_of(workflow, "LoraLoaderModelOnly"),

@@ -14,7 +14,7 @@ import pytest
 from pack.demo import classifier
 from pack.demo.figures import to_tensor
 from pack.demo.serving import WORKFLOWS, offer_workflows
-from pack.demo.substitutions import MODEL_FILES, UnknownModelFile, substitute
+from pack.demo.substitutions import MODEL_FILES, NUMBERS, UnknownModelFile, substitute
 from pack.tests.conftest import ROOT
 from PIL import Image
 
@@ -29,17 +29,21 @@ DRAWN = {
     "demo_3.png": {"animal": "bear", "accessory": "hat"},
     "demo_edit.png": {"animal": "bear", "accessory": "hat", "background": "meadow"},
 }
-OFFERED = {  # to be edited: a pink pig in the snow, a brown bear in a meadow
+# To be edited: a pink pig in the snow, a brown bear in a meadow. The one that is missing, and what
+# the bundled workflows draw, is judged in tests/browser/test_every_workflow.py.
+OFFERED = {
     "cute_animal_for_kids_tiny": DRAWN["demo_3.png"],
     "qwen_image_2512_tiny": DRAWN["demo_1.png"],
     "qwen_image_edit_tiny": {"animal": "pig", "colour": "blue", "background": "snow"},
     "qwen_image_edit_tiled_tiny": {"animal": "bear", "colour": "blue", "background": "meadow"},
-    "qwen_image_edit_fast_tiny": {"animal": "pig", "colour": "blue", "background": "snow"},
 }
-EDITS = ("qwen_image_edit_2511", "qwen_image_edit_fast", "qwen_image_edit_tiled")
-TEXTS = ("text", "instruction")  # the inputs for it
-AS_TAUGHT = {"cfg": 1.0, "strength_model": 0.0}
-EDITED = OFFERED["qwen_image_edit_tiny"]
+EDITS = ("qwen_image_edit_2511", "qwen_image_edit_fast")
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody judges the picture."""
+    monkeypatch.setitem(NUMBERS, "steps", 2)
 
 
 def seen(judge: classifier.Classifier, image: Image.Image) -> dict[str, object]:
@@ -56,7 +60,7 @@ def test_the_demo_says_in_one_sentence_what_it_lacks() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda p: p.stem)
-def test_every_bundled_workflow_runs_as_shipped(server, path: Path) -> None:
+def test_every_bundled_workflow_runs_as_shipped(server, few_steps, path: Path) -> None:
     from pack.demo.conversion import load_workflow
 
     graph = substitute(load_workflow(path, server.get_json("/object_info")))
@@ -65,7 +69,9 @@ def test_every_bundled_workflow_runs_as_shipped(server, path: Path) -> None:
     assert result.images
 
 
-def test_the_low_vram_workflow_enlarges_the_same_picture_when_its_switch_is_on(server) -> None:
+def test_the_low_vram_workflow_enlarges_the_same_picture_when_its_switch_is_on(
+    server, few_steps
+) -> None:
     from pack.demo.conversion import load_workflow
 
     path = ROOT / "workflows" / "qwen_image_2512_low_vram.json"
@@ -86,24 +92,9 @@ def test_the_low_vram_workflow_enlarges_the_same_picture_when_its_switch_is_on(s
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_the_edit_workflows_do_what_the_instruction_says(server, name: str) -> None:
-    from pack.demo.conversion import load_workflow
-
-    path = ROOT / "workflows" / f"{name}.json"
-    graph = substitute(load_workflow(path, server.get_json("/object_info")))
-    for node in graph.values():
-        # The embedded model was taught edits without guidance, and its LoRA is random.
-        node["inputs"].update({k: v for k, v in AS_TAUGHT.items() if k in node["inputs"]})
-        node["inputs"].update({k: "make it blue" for k in TEXTS if node["inputs"].get(k)})
-    result = server.submit(graph)
-    assert result.status == "success", result.error
-    (picture,) = (image for image in result.images if image.kind == "output")
-    found = seen(classifier.load(), Image.open(io.BytesIO(picture.content)))
-    assert {k: found[k] for k in EDITED} == EDITED
-
-
-@pytest.mark.parametrize("name", EDITS[:2])
-def test_edit_workflows_take_more_pictures_when_they_are_no_longer_bypassed(server, name) -> None:
+def test_edit_workflows_take_more_pictures_when_they_are_no_longer_bypassed(
+    server, few_steps, name
+) -> None:
     from pack.demo.conversion import to_api
 
     path = ROOT / "workflows" / f"{name}.json"

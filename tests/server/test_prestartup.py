@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 from pack.core.allocator import HOSTS_OWN, MARKER, MOST_SETTINGS_BYTES, VARIABLE, VARIABLES
+from pack.demo.server import Server
 from pack.tests.conftest import ROOT
+from pack.tests.server.restarts import UNREADABLE, started_again
 
 # What main.py has done when it runs the script, and how it runs it (execute_prestartup_script).
 START = """
@@ -125,7 +127,7 @@ def test_with_several_users_nobody_chooses_for_all(installation: Installation) -
 HOSTILE = {
     "empty": b"",
     "cut off": b'{"QwenVRAM.Allocator.Backend": "nat',
-    "binary": bytes(range(256)) * 50,
+    "binary": UNREADABLE,
     "no object": b"[1, 2]",
     "nested": b"[" * 200_000 + b"]" * 200_000,
     "10 MB": json.dumps({"x": "y" * 10**7, "QwenVRAM.Allocator.Backend": "rm -rf"}).encode(),
@@ -157,21 +159,11 @@ def test_a_file_that_is_too_large_or_no_file(installation: Installation) -> None
     assert "it is no file" in installation.start().lines[0]
 
 
-def test_a_real_start_with_an_unreadable_file(comfyui: Path, tmp_path: Path) -> None:
+def test_a_real_start_with_an_unreadable_file(server: Server) -> None:
     """main.py itself: it starts, loads the pack, and the log has one line of the script."""
-    (tmp_path / "custom_nodes").mkdir()
-    (tmp_path / "custom_nodes" / "qwen-vram").symlink_to(ROOT, target_is_directory=True)
-    file = tmp_path / "user" / "default" / "comfy.settings.json"
-    file.parent.mkdir(parents=True)
-    file.write_bytes(HOSTILE["binary"])
-    command = [sys.executable, str(comfyui / "main.py"), "--quick-test-for-ci", "--cpu"]
-    command += ["--base-directory", str(tmp_path), "--database-url", "sqlite:///:memory:"]
-    command += ["--disable-api-nodes"]
-    environment = {k: v for k, v in os.environ.items() if k not in (*VARIABLES, MARKER)}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
-    log = run.stdout + run.stderr
-    assert run.returncode == 0, log
+    log = started_again(server).log_text()
     assert "startup-script" not in log and "Torch already imported" not in log
     (line,) = [x for x in log.splitlines() if "Memory allocator:" in x]
     assert "comfy.settings.json cannot be read (UnicodeDecodeError" in line
     assert VARIABLE not in line
+    assert server.get_json("/qwen_vram/conditioning")["disk"]["bound_bytes"] > 0

@@ -7,26 +7,23 @@ import json
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pack.demo.server import Server, free_port
-from pack.tests.conftest import ROOT, missing
+from pack.tests.conftest import missing
 from pack.tests.graphs import CLIP, encode, loader, node, preview
 from pack.tests.redis_server import eventually
+from pack.tests.server.restarts import started_again
 
 PATH = "/qwen_vram/conditioning"
 
 
 @pytest.fixture(scope="module")
-def own(comfyui: Path, make_base: Callable[[str], Path]) -> Iterator[Server]:
-    """A server whose cache nobody else fills."""
-    # Under this flag ComfyUI itself lets pages of every origin in.
-    options = {"cpu": True, "extra_args": ["--enable-cors-header"]}
-    with Server(comfyui, make_base("routes"), ROOT, **options) as running:
-        yield running
+def own(server: Server) -> Server:
+    """The shared server, under the flag by which ComfyUI lets pages of every origin in."""
+    return started_again(server)
 
 
 @pytest.fixture

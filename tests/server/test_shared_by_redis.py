@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +20,14 @@ from pack.tests.redis_server import PASSWORD, RedisServer, eventually, need_redi
 
 TEMPLATE = "image_qwen_Image_2512"
 PROMPT = "a red bunny on the beach"
+MARK = uuid.uuid4().hex  # in texts that no other test has drawn on the shared server
+
+
+REDIS = "QwenVRAM.Conditioning.RedisURL"
 
 
 class Pair(NamedTuple):
-    """Two servers with folders of their own; they share the model files and Redis."""
+    """Two servers with folders of their own and the same model files; they share Redis."""
 
     redis: RedisServer
     first: Server
@@ -40,30 +45,29 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 @pytest.fixture(scope="module")
 def pair(
-    comfyui: Path,
-    redis_server: RedisServer,
-    models: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    server: Server, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
-    """Both are told of Redis by the environment variable."""
-    one, other = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("other")
-    for base in (one, other):
-        link_folder(base / "models", models)
-        shutil.copytree(ROOT / "tests" / "teach_stock", base / "custom_nodes" / "teach_stock")
+    """The shared server is told of Redis by the setting, the other one by the variable."""
+    base = tmp_path_factory.mktemp("other")
+    # Copies have times of their own, by which a file is known, so the files are the same.
+    link_folder(base / "models", server.base / "models")
+    shutil.copytree(ROOT / "tests" / "teach_stock", base / "custom_nodes" / "teach_stock")
     options = {"cpu": True, "extra_args": ["--use-pytorch-cross-attention"]}
     options["environment"] = {"QWEN_VRAM_REDIS_URL": redis_server.url}
-    with (
-        Server(comfyui, one, ROOT, **options) as first,
-        Server(comfyui, other, ROOT, **options) as second,
-    ):
-        yield Pair(redis_server, first, second)
+    server.post_json("/api/settings", {REDIS: redis_server.url})
+    try:
+        with Server(server.comfyui, base, ROOT, **options) as second:
+            yield Pair(redis_server, server, second)
+    finally:
+        server.post_json("/api/settings", {REDIS: ""})
 
 
 def graph(server: Server, text: str = PROMPT) -> dict[str, Any]:
     """The official template: every node that encodes or loads is a stock one."""
     made = official.template(TEMPLATE, server.get_json("/object_info"))
     encodes = [n["inputs"] for n in made.values() if n["class_type"] == "CLIPTextEncode"]
-    encodes[0]["text"] = text
+    for number, inputs in enumerate(encodes):
+        inputs["text"] = f"{text} {number} {MARK}"
     for node in made.values():
         if node["class_type"] == "KSampler":
             node["inputs"].update(steps=1, cfg=2.0)
@@ -89,9 +93,10 @@ def run(server: Server, text: str = PROMPT) -> Run:
     return Run(picture, ran, [(fact["result"], fact.get("tier")) for fact in told])
 
 
-def lines(server: Server) -> list[str]:
-    """What the log says of Redis not being there."""
-    return [line for line in server.log_text().splitlines() if "not shared by" in line]
+def lines(server: Server, redis: RedisServer) -> list[str]:
+    """What the log says of this Redis not being there."""
+    found = (line for line in server.log_text().splitlines() if "not shared by" in line)
+    return [line for line in found if f":{redis.port}" in line]
 
 
 def test_what_one_encoded_the_other_does_not_encode(pair: Pair) -> None:
@@ -103,25 +108,27 @@ def test_what_one_encoded_the_other_does_not_encode(pair: Pair) -> None:
     assert again.badges == [("hit", "redis")] * 2
     assert not again.ran & {"CLIPLoader", "CLIPTextEncode"} and "KSampler" in again.ran
     assert np.array_equal(again.picture, made.picture) and made.picture.std() > 1
-    assert lines(pair.first) == lines(pair.second) == []
+    assert lines(pair.first, pair.redis) == lines(pair.second, pair.redis) == []
 
 
 def test_without_redis_both_draw_and_one_line_says_so(pair: Pair) -> None:
     pair.redis.kill()
     for text in ("a blue fox", "a green bear"):
         assert run(pair.second, text).badges[0] == ("miss", None)
-    assert eventually(lambda: len(lines(pair.second)) == 1)
-    assert "it cannot be reached" in lines(pair.second)[0]
+    assert eventually(lambda: len(lines(pair.second, pair.redis)) == 1)
+    assert "it cannot be reached" in lines(pair.second, pair.redis)[0]
 
 
 def test_a_wrong_password_is_one_line_and_it_draws(pair: Pair, tmp_path: Path) -> None:
     locked = RedisServer(tmp_path, "--requirepass", PASSWORD)
     try:
         url = f"redis://:wrong-one@127.0.0.1:{locked.port}/0"
-        pair.first.post_json("/api/settings", {"QwenVRAM.Conditioning.RedisURL": url})
+        pair.first.post_json("/api/settings", {REDIS: url})
         for text in ("a black cat", "a white dog"):
             assert run(pair.first, text).badges[0] == ("miss", None)
-        refusals = [line for line in lines(pair.first) if "it refuses the user or pass" in line]
+        refusals = [
+            line for line in lines(pair.first, locked) if "it refuses the user or pass" in line
+        ]
         assert len(refusals) == 1
         assert "wrong-one" not in pair.first.log_text()
     finally:
