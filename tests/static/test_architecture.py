@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -29,9 +30,15 @@ SHIPPED += [ROOT / "__init__.py", ROOT / "prestartup_script.py"]
 SERVING = "from aiohttp import web"  # for routes; the rest of aiohttp can fetch
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    """A file's code, parsed once for all tests."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def import_lines(path: Path) -> list[str]:
     """Every import statement of a file, as written."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     found = (n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)))
     return [ast.unparse(node) for node in found]
 
@@ -39,7 +46,7 @@ def import_lines(path: Path) -> list[str]:
 def imports(path: Path) -> list[tuple[int, str]]:
     """(relative level, module) of every import in a file."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found += [(0, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -77,7 +84,7 @@ def test_nothing_is_pickled_printed_fetched_or_evaluated(path: Path) -> None:
     modules = [m for level, m in imports(path) if level == 0 and m != "urllib.parse"]
     outside = {m.split(".")[0] for m in modules}
     assert not banned & outside
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Call):
             assert getattr(node.func, "id", "") not in {"print", "eval", "exec"}
             assert ast.unparse(node.func) != "torch.load"
@@ -93,7 +100,7 @@ def test_nothing_refers_to_files_that_are_not_in_the_repository(path: Path) -> N
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_function_is_typed_and_short_and_every_public_one_explained(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     assert ast.get_docstring(tree), f"{path.name} has no docstring"
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -96,6 +97,7 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(item)
 
 
+@functools.cache
 def our_nodes() -> set[str]:
     """The node ids in the schemas of the pack, read from the source."""
     return {
