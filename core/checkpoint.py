@@ -23,16 +23,16 @@ VOCABULARY = 152064  # rows of Qwen2.5-VL's table
 
 GGUF = (
     "a GGUF file, which Qwen VRAM does not open: open it with the loaders of ComfyUI-GGUF, Unet "
-    "Loader (GGUF) or CLIPLoader (GGUF), behind which the other nodes of Qwen VRAM work. Neither "
-    "opens a VAE: take that as a .safetensors file."
+    "Loader (GGUF) or CLIPLoader (GGUF), behind which the other nodes of Qwen VRAM work."
 )
+GGUF_OF_ANY_KIND = f"{GGUF} Neither opens a VAE: take that as a .safetensors file."
 GGUF_VAE = (
     "a GGUF file, which Qwen VRAM does not open: take the VAE as a .safetensors file, such as "
     "qwen_image_vae.safetensors."
 )
 NOT_A_MODEL = "not a model; download the file itself."
 MIX_UPS = {  # by the first bytes of a file
-    b"GGUF": GGUF,
+    b"GGUF": GGUF_OF_ANY_KIND,
     b"PK": "a PyTorch or zip file under another name; download the safetensors version.",
     b"<": f"a web page, {NOT_A_MODEL}",
     b"version ": f"a Git LFS pointer, {NOT_A_MODEL}",

@@ -135,7 +135,7 @@ def part(host: Host, name: str) -> ModuleType:
 # --------------------------------------------------------------------------------- one tile
 @pytest.mark.parametrize(
     ("mode", "guide", "denoise"),
-    [("one after another", "start of denoising", 1.0), ("together", "off", 0.6)],
+    [("together", "start of denoising", 1.0), ("one after another", "off", 0.6)],
 )
 def test_one_tile_is_the_plain_chain_bit_for_bit(host, mode, guide, denoise) -> None:
     """With a guide to start from, the one tile is what the guide would have been."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +9,14 @@ from pathlib import Path
 import pytest
 from pack.demo import classifier
 from pack.demo.environment import inside_venv
-from pack.demo.showcase import BASE
 from pack.tests.conftest import ROOT
 from pack.tests.server.test_demo import DRAWN, seen
 from PIL import Image
 
 
-def test_make_demo_draws_what_it_is_asked_and_reuses_the_prompt(models: Path) -> None:
+def test_make_demo_draws_what_it_is_asked_and_reuses_the_prompt(comfyui: Path) -> None:
     if not inside_venv():
         pytest.skip("the demo runs inside .venv, where `make test` runs the tests")
-    shutil.copytree(models, BASE / "models", dirs_exist_ok=True)  # made as the demo makes them
     command = [sys.executable, "-m", "demo"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
