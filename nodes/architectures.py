@@ -27,7 +27,7 @@ from comfy.text_encoders.hunyuan_video import llama_detect
 from ..core import checkpoint
 from ..core.shared import Loaded
 from ..core.sign_codes import sign_codes
-from . import finite_check
+from . import finite_check, missing_weights
 from .quantized_loading import Weights, inputs_of, naming_the_file, read_weights
 from .quantized_ops import operations
 from .quantized_patcher import patcher_for
@@ -80,8 +80,12 @@ def load_transformer(
     patcher = patcher_around(model, load_device, offload_device, weights.ours, disable_dynamic)
     if not mm.is_device_cpu(offload_device):
         model.to(offload_device)
+    missing = missing_weights.Record()
+    hook = model.diffusion_model.register_load_state_dict_post_hook(missing)
     with naming_the_file(header):
         model.load_model_weights(weights.state, "", assign=patcher.is_dynamic())
+    hook.remove()
+    missing_weights.refuse(header, missing.names)
     patcher.cached_patcher_init = (load_transformer, (path, options))
     return patcher
 
@@ -93,6 +97,10 @@ def transformer_config(
     found = comfy.model_detection.detect_unet_config(weights.state, "", metadata=weights.metadata)
     config = comfy.supported_models.QwenImage(found)
     config.unet_config.update(checkpoint.transformer_config(header))
+    blocks = checkpoint.transformer_prefix(header.tensors) or ""
+    config.unet_config["num_layers"] = header.count(
+        f"{blocks}transformer_blocks."
+    )  # not up to a gap
     config.unet_config["in_channels"] = inputs_of(weights.state, "img_in")
     config.quant_config = comfy.utils.detect_layer_quantization(weights.state, "")
     if weights.ours:
@@ -153,6 +161,8 @@ class AnySizeQwen25VL(llama.Qwen25_7BVLI):
             output_hidden_size=config.hidden_size, **vision, **factory
         )
         self.dtype = dtype
+        self.missing = missing_weights.Record()
+        self.register_load_state_dict_post_hook(self.missing)
 
 
 class AnySizeQwen25VLModel(comfy.sd1_clip.SDClipModel):
@@ -217,8 +227,17 @@ def load_text_encoder(
     build = quantized_clip if weights.ours else host_clip
     with naming_the_file(header):
         clip = build(target, sd, sized, disable_dynamic)
+    # Without a tower of its own the file still encodes text; with one, all of it has to be there.
+    parts = ("model.", "visual.") if "vision" in config else ("model.",)
+    missing_weights.refuse(header, transformer_of(clip).missing.names, parts)
     clip.patcher.cached_patcher_init = (reload_text_encoder, (path, options))
     return clip
+
+
+def transformer_of(clip: comfy.sd.CLIP) -> AnySizeQwen25VL:
+    """The model inside the host's wrappers."""
+    inside = clip.cond_stage_model
+    return getattr(inside, inside.clip).transformer
 
 
 def host_clip(
@@ -268,9 +287,7 @@ def quantized_clip(
     clip.apply_hooks_to_conds = clip.layer_idx = None
     clip.use_clip_schedule = False
     clip.tokenizer_options = {}
-    missing, _ = clip.load_sd(sd)
-    if missing:
-        log.warning("%s", f"text encoder: missing {missing}")
+    clip.load_sd(sd)
     return clip
 
 
