@@ -97,10 +97,9 @@ def transformer_config(
     found = comfy.model_detection.detect_unet_config(weights.state, "", metadata=weights.metadata)
     config = comfy.supported_models.QwenImage(found)
     config.unet_config.update(checkpoint.transformer_config(header))
-    blocks = checkpoint.transformer_prefix(header.tensors) or ""
-    config.unet_config["num_layers"] = header.count(
-        f"{blocks}transformer_blocks."
-    )  # not up to a gap
+    prefix = checkpoint.transformer_prefix(header.tensors) or ""
+    # The host counts up to the first gap; what lies behind it would be left out without a word.
+    config.unet_config["num_layers"] = header.count(f"{prefix}transformer_blocks.")
     config.unet_config["in_channels"] = inputs_of(weights.state, "img_in")
     config.quant_config = comfy.utils.detect_layer_quantization(weights.state, "")
     if weights.ours:
@@ -287,7 +286,9 @@ def quantized_clip(
     clip.apply_hooks_to_conds = clip.layer_idx = None
     clip.use_clip_schedule = False
     clip.tokenizer_options = {}
-    clip.load_sd(sd)
+    missing, _ = clip.load_sd(sd)
+    if missing:
+        log.warning("%s", f"text encoder: missing {missing}")
     return clip
 
 
