@@ -135,11 +135,15 @@ def check(entries: Mapping[str, Entry], format: str, shape: tuple[int, int] | No
                 f"{rows} x {columns}; the file is damaged, download it again."
             )
     if isinstance(configuration, torch.Tensor):
-        tensors = {n: e for n, e in entries.items() if isinstance(e, torch.Tensor)}
-        _check_settings(settings_in(tensors), tensors, format)
-        for name in ("weight_scale", "weight_s_rel", "weight_s_channel", "weight_codebook"):
-            if name in tensors and tensors[name].is_floating_point():
-                check_finite(name, tensors[name])
+        _check_values({n: e for n, e in entries.items() if isinstance(e, torch.Tensor)}, format)
+
+
+def _check_values(entries: Mapping[str, torch.Tensor], format: str) -> None:
+    """What a header does not show: the settings, and that scales are numbers."""
+    _check_settings(settings_in(entries), entries, format)
+    for name in ("weight_scale", "weight_s_rel", "weight_s_channel", "weight_codebook"):
+        if name in entries and entries[name].is_floating_point():
+            check_finite(name, entries[name])
 
 
 def _check_settings(

@@ -226,17 +226,20 @@ def load_text_encoder(
     build = quantized_clip if weights.ours else host_clip
     with naming_the_file(header):
         clip = build(target, sd, sized, disable_dynamic)
-    # Without a tower of its own the file still encodes text; with one, all of it has to be there.
-    parts = ("model.", "visual.") if "vision" in config else ("model.",)
-    missing_weights.refuse(header, transformer_of(clip).missing.names, parts)
+    require_text_weights(header, clip)
     clip.patcher.cached_patcher_init = (reload_text_encoder, (path, options))
     return clip
 
 
-def transformer_of(clip: comfy.sd.CLIP) -> AnySizeQwen25VL:
-    """The model inside the host's wrappers."""
+def require_text_weights(header: checkpoint.Header, clip: comfy.sd.CLIP) -> None:
+    """Raise CheckpointError if the file lacks weights of the encoder that was loaded from it.
+
+    Without a vision tower it still encodes text; with one, all of that has to be there.
+    """
     inside = clip.cond_stage_model
-    return getattr(inside, inside.clip).transformer
+    missing = getattr(inside, inside.clip).transformer.missing
+    parts = ("model.", "visual.") if header.count("visual.blocks.") else ("model.",)
+    missing_weights.refuse(header, missing.names, parts)
 
 
 def host_clip(

@@ -47,7 +47,7 @@ def _is_linear(module: torch.nn.Module) -> bool:
 
 def refuse(header: Header, missing: Sequence[str], parts: Sequence[str] = ("",)) -> None:
     """Raise CheckpointError if a weight is `missing` whose name begins with one of `parts`."""
-    names = sorted({name for name in missing if name.startswith(tuple(parts))})
+    names = list(dict.fromkeys(name for name in missing if name.startswith(tuple(parts))))
     if names:
         more = f" and {len(names) - 1:,} more of the model's weights" if names[1:] else ""
         raise CheckpointError(

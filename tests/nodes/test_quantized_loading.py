@@ -40,8 +40,8 @@ FILES = {"DiffusionModel": UNET, "TextEncoder": CLIP}
 # measured.
 BOUNDS = {"bnb_int8": 0.04, "int8": 0.045, "int4": 0.45, "bnb_nf4": 0.45, "bnb_fp4": 0.6, "auto": 0}
 LACKING = {
-    "DiffusionModel": ("transformer_blocks.1.attn.to_q.", "transformer_blocks.1.img_mod."),
-    "TextEncoder": ("model.layers.1.mlp.down_proj.", "model.layers.1.self_attn.o_proj."),
+    "DiffusionModel": ("transformer_blocks.1.img_mod.1.", "transformer_blocks.1.attn.to_q."),
+    "TextEncoder": ("model.layers.1.self_attn.o_proj.", "model.layers.1.mlp.down_proj."),
 }
 SMALLEST = {"preset": "smallest"}  # every layer of a block in the same format
 LAYERS = 28  # of the two blocks of the small transformer
