@@ -13,14 +13,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
-from math import ceil
+from math import ceil, isfinite
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from .quantization import BLOCK, NESTED_BLOCK
-from .quantized_entries import QuantizedFileError, check_weight, need, pack_json, unpack_json
+from .quantized_entries import (
+    QuantizedFileError,
+    check_finite,
+    check_weight,
+    is_whole,
+    need,
+    pack_json,
+    unpack_json,
+)
 
 # The first that does all of this on a CPU: 0.46 has no FP4 there, and 0.47 and 0.48 end the
 # process where fewer scales are quantised than one block holds.
@@ -127,28 +135,28 @@ def quantize_4bit(
     check_weight(weight)
     if weight.numel() % 2:
         raise ValueError(f"A weight of {tuple(weight.shape)} cannot be packed two to a byte.")
-    functional = _bitsandbytes().functional
+    _bitsandbytes()
     pieces = [
         torch.ops.bitsandbytes.quantize_4bit.default(piece, block, quant_type, torch.uint8)
         for piece in weight.contiguous().view(-1).split(PIECE)
     ]
     packed = torch.cat([p for p, _ in pieces])
     scale = torch.cat([s for _, s in pieces])
-    shape = (weight.shape[0], weight.shape[1])
-    if not nested:
-        return FourBitWeight(packed, scale, quant_type, shape, block)
-    offset = scale.mean()
-    codes, state = functional.quantize_blockwise(scale - offset, blocksize=NESTED_BLOCK)
-    return FourBitWeight(
-        packed,
-        codes,
-        quant_type,
-        shape,
-        block,
-        state.absmax,
-        state.code.clone(),
-        NESTED_BLOCK,
-        offset.item(),
+    made = FourBitWeight(packed, scale, quant_type, (weight.shape[0], weight.shape[1]), block)
+    return _twice(made) if nested else made
+
+
+def _twice(weight: FourBitWeight) -> FourBitWeight:
+    """The same with its scales quantised too, around their mean."""
+    offset = weight.scale.mean()
+    quantize = _bitsandbytes().functional.quantize_blockwise
+    codes, state = quantize(weight.scale - offset, blocksize=NESTED_BLOCK)
+    return replace(
+        weight,
+        scale=codes,
+        nested_scale=state.absmax,
+        nested_map=state.code.clone(),
+        offset=offset.item(),
     )
 
 
@@ -221,7 +229,7 @@ def _check_state(state: Mapping[str, Any], suffix: str) -> tuple[str, int, tuple
     if (
         not isinstance(shape, list)
         or len(shape) != 2
-        or not all(isinstance(n, int) and n > 0 for n in shape)
+        or not all(is_whole(n) and n > 0 for n in shape)
     ):
         raise QuantizedFileError(
             f"quant_state says a weight of the shape {shape}, and only the two numbers of a "
@@ -255,6 +263,7 @@ def _plain(weight: FourBitWeight) -> FourBitWeight:
             f"weight.absmax is {str(weight.scale.dtype).removeprefix('torch.')}, expected float32 "
             "or, with nested_absmax, uint8; the file is damaged, download it again."
         )
+    check_finite("weight.absmax", weight.scale)
     return replace(weight, scale=weight.scale.float())
 
 
@@ -267,12 +276,15 @@ def _nested(
     """Add what double quantisation keeps beside the scales, checked."""
     scale, table = (need(entries, f"weight.nested_{n}").view(-1) for n in ("absmax", "quant_map"))
     block, offset = state.get("nested_blocksize"), state.get("nested_offset")
-    if not isinstance(block, int) or block < 1 or not isinstance(offset, (int, float)):
+    known = is_whole(block) and (is_whole(offset) or isinstance(offset, float))
+    if not known or block < 1 or not isfinite(offset):
         raise QuantizedFileError(
             f"quant_state says nested_blocksize {block} and nested_offset {offset}, and both must "
             "be numbers; the file is damaged, download it again."
         )
     _check_length("weight.nested_absmax", scale, ceil(blocks / block))
+    for name, entry in (("absmax", scale), ("quant_map", table)):
+        check_finite(f"weight.nested_{name}", entry)
     if table.numel() != 256:
         raise QuantizedFileError(
             f"weight.nested_quant_map has {table.numel()} numbers, expected 256; the file is "

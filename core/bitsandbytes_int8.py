@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .quantized_entries import QuantizedFileError, check_weight, need
+from .quantized_entries import QuantizedFileError, check_finite, check_weight, need
 
 PIECE = 1 << 22  # weights quantised at once
 CPU_ROWS = 64
@@ -58,13 +58,24 @@ def weight_int8(entries: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torc
             f"and the weight has {codes.shape[0]:,} rows, which need one float each; the file is "
             "damaged, download it again."
         )
-    order = entries.get("weight_format")
-    if order is not None and (order.numel() != 1 or int(order) != ROW_MAJOR):
+    check_finite("SCB", largest)
+    if "weight_format" in entries:
+        _check_order(entries["weight_format"])
+    return codes, largest.float().view(-1)
+
+
+def _check_order(order: torch.Tensor) -> None:
+    if order.numel() != 1 or order.dtype.is_floating_point:
+        raise QuantizedFileError(
+            f"weight_format has {order.numel():,} numbers in "
+            f"{str(order.dtype).removeprefix('torch.')}, expected one whole number; the file is "
+            "damaged, download it again."
+        )
+    if int(order) != ROW_MAJOR:
         raise QuantizedFileError(
             "The int8 weight is stored in the tile order of an old GPU (weight_format is not 0); "
             "load it with bitsandbytes 0.43 or newer and save it again."
         )
-    return codes, largest.float().view(-1)
 
 
 def dequantize_int8(codes: torch.Tensor, largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

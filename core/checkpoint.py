@@ -87,7 +87,8 @@ class Header:
             hints = json.loads(self.metadata.get("qwen_vram", "{}"))
         except json.JSONDecodeError as error:
             raise CheckpointError(
-                f"{_name(self.path)} has broken qwen_vram metadata: {error}."
+                f"{_name(self.path)} has broken qwen_vram metadata: {error}; download the file "
+                "again, or write that metadata entry as JSON."
             ) from error
         return hints if isinstance(hints, dict) else {}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from .quantization import BITSANDBYTES, COMFY_KITCHEN, FORMATS, fits
 
@@ -32,6 +32,7 @@ class Machine:
     dynamic_vram: bool
     packages: frozenset[str]  # of bitsandbytes, comfy-kitchen, HIP_KERNELS
     pins_blindly: bool = False  # in a container whose limit ComfyUI does not see: see has_room
+    broken: Mapping[str, str] = field(default_factory=dict)  # sentences of packages, by format
 
     @property
     def title(self) -> str:
@@ -61,7 +62,7 @@ def obstacle(format: str, machine: Machine) -> str:
         return ""
     if FORMATS[format].package == BITSANDBYTES:
         if BITSANDBYTES not in machine.packages:
-            return (
+            return machine.broken.get(format) or (
                 f"{format} needs the package bitsandbytes: `pip install bitsandbytes` with the "
                 "Python that runs ComfyUI, then restart it."
             )
@@ -69,7 +70,9 @@ def obstacle(format: str, machine: Machine) -> str:
             return f"bitsandbytes does not run on {where}; choose default, or device cpu."
         return ""
     if COMFY_KITCHEN not in machine.packages:
-        return f"{format} needs comfy-kitchen: install ComfyUI's requirements.txt again."
+        return machine.broken.get(format) or (
+            f"{format} needs comfy-kitchen: install ComfyUI's requirements.txt again."
+        )
     if machine.device == CUDA and (machine.capability or (0, 0)) < KERNELS["int8"]:
         has = ".".join(map(str, machine.capability or ("unknown",)))
         return (

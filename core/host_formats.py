@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
-from .quantization import GROUP, rotation_of
+from .quantization import GROUP, ROTATIONS, rotation_of
 from .quantized_entries import (
     Entry,
     QuantizedFileError,
+    check_finite,
     check_shape,
     check_weight,
     dtype_name,
     is_float,
+    is_whole,
     need,
     pack_json,
     unpack_json,
@@ -112,7 +114,7 @@ def check(entries: Mapping[str, Entry], format: str, shape: tuple[int, int] | No
 
     Tensors or rows of a header. `shape`: (out, in) of the model's layer, where it is known.
     """
-    need(entries, CONFIGURATION)
+    configuration = need(entries, CONFIGURATION)
     weight = need(entries, "weight")
     if dtype_name(weight) != "I8" or len(weight.shape) != 2:
         raise QuantizedFileError(
@@ -132,6 +134,45 @@ def check(entries: Mapping[str, Entry], format: str, shape: tuple[int, int] | No
                 f"weight_s_rel has the shape {tuple(groups)}, which does not divide a weight of "
                 f"{rows} x {columns}; the file is damaged, download it again."
             )
+    if isinstance(configuration, torch.Tensor):
+        _check_values({n: e for n, e in entries.items() if isinstance(e, torch.Tensor)}, format)
+
+
+def _check_values(entries: Mapping[str, torch.Tensor], format: str) -> None:
+    """What a header does not show: the settings, and that scales are numbers."""
+    _check_settings(settings_in(entries), entries, format)
+    for name in ("weight_scale", "weight_s_rel", "weight_s_channel", "weight_codebook"):
+        if name in entries and entries[name].is_floating_point():
+            check_finite(name, entries[name])
+
+
+def _check_settings(
+    settings: Mapping[str, Any], entries: Mapping[str, torch.Tensor], format: str
+) -> None:
+    """The sizes of groups that `comfy_quant` says, on which the products fail only later."""
+    columns = shape_of(entries, format)[1]
+    size = settings.get("convrot_groupsize", ROTATIONS[0])
+    rotated = format != "int8" or settings.get("convrot", False)
+    if rotated and not (_is_power_of_4(size) and columns % size == 0):
+        _refuse("convrot_groupsize", size, f"a power of 4 that divides {columns:,} inputs")
+    if format == "w4a8":
+        groups, size = need(entries, "weight_s_rel").shape[1], settings.get("group_size", GROUP)
+        if not is_whole(size) or size * groups != columns:
+            _refuse("group_size", size, f"{columns:,} inputs in {groups:,} groups")
+    if format == "w4a4" and settings.get("linear_dtype", "int4") not in ("int4", "int8"):
+        _refuse("linear_dtype", settings["linear_dtype"], "int4 or int8")
+
+
+def _is_power_of_4(size: object) -> bool:
+    """Whether ConvRot has a matrix of this size."""
+    return isinstance(size, int) and size in (4**n for n in range(1, 16))
+
+
+def _refuse(setting: str, value: object, expected: str) -> None:
+    raise QuantizedFileError(
+        f"comfy_quant says {setting} {value!r}, and the layer needs {expected}; the file is "
+        "damaged, download it again."
+    )
 
 
 def _lengths(format: str, rows: int) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,8 @@
 """The linear layers of a file as plain weights, one after the other, on their way into a format.
 
-Plain weights are bf16, fp16, fp32, or fp8 with or without a scale beside them: what a file can be
-quantised from. What is quantised already is refused, for it would lose twice.
+Plain weights are bf16, fp16, fp32, fp64 (read as fp32), or fp8 with or without a scale beside
+them: what a file can be quantised from. What is quantised already is refused, for it would lose
+twice.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .tensor_reader import DTYPES, TensorReader, own_memory
 
 PLAIN = ("BF16", "F16", "F32", "F64")
 FP8 = ("F8_E4M3", "F8_E5M2")
+READ_AS = {"F64": torch.float32} | dict.fromkeys(FP8, torch.bfloat16)  # the rest: as it is
 SCALES = ("scale_weight", "weight_scale")  # of the older and of ComfyUI's own fp8 files
 # What else an fp8 layer may have: its layer computes with plain weights from here on.
 _OF_NO_USE = ("scale_input", "input_scale", "comfy_quant")
@@ -124,16 +126,17 @@ class LayerSource:
     def entry(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """dtype and shape of what `read` returns."""
         tensor = self.header.tensors[self._names[name]]
-        return torch.bfloat16 if tensor.dtype in FP8 else DTYPES[tensor.dtype], tensor.shape
+        return READ_AS.get(tensor.dtype, DTYPES[tensor.dtype]), tensor.shape
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor as it is; fp8 in bf16, by its scale if it has one."""
+        """A tensor as it is; fp64 in fp32, fp8 in bf16, by its scale if it has one."""
         return self._plain(name, self._reader.read(self._names[name]))
 
     def _plain(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """What the file holds of a tensor, as `read` returns it, on the tensor's device."""
-        if self.header.tensors[self._names[name]].dtype not in FP8:
-            return tensor
+        dtype = self.header.tensors[self._names[name]].dtype
+        if dtype not in FP8:
+            return tensor.to(READ_AS.get(dtype, tensor.dtype))
         scale = self._scales.get(name.removesuffix(".weight"))
         if scale is None:
             return tensor.to(torch.bfloat16)

@@ -28,12 +28,14 @@ from .format_support import (
     slowness,
 )
 from .quantization import BITSANDBYTES, COMFY_KITCHEN, FORMATS
+from .units import size_text
 
 FP8_DEVICES = (CUDA, ROCM, XPU, CPU)  # that hold fp8 (comfy.model_management.supports_cast)
 FP8_SCALED = "fp8_scaled"  # with a scale beside each weight, as most fp8 files have it
 FP8 = ("fp8_e4m3fn", "fp8_e5m2", FP8_SCALED)
-FLOATS = ("bf16", "fp16", "fp32", *FP8)  # what can be quantised at load
-PLAIN = {"bf16": "bf16", "fp16": "bf16", "fp32": "bf16"}  # fp16 overflows in this model
+FLOATS = ("bf16", "fp16", "fp32", "fp64", *FP8)  # what can be quantised at load
+# fp16 overflows in this model.
+PLAIN = {"bf16": "bf16", "fp16": "bf16", "fp32": "bf16", "fp64": "bf16"}
 SMALLEST = "smallest"  # the preset that auto takes by itself where nothing else has room
 INT8_COST = "9 % of a step's time"  # against bf16, where an H200 holds both (benchmarks/RESULTS.md)
 # Bytes. The transformer and the text encoder take turns, so each leaves room for the other as
@@ -74,7 +76,7 @@ class Choice:
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else size_text(size)
 
 
 # ------------------------------------------------------------------------------------ what has room
@@ -85,6 +87,8 @@ def kept(file: File, machine: Machine) -> tuple[str, int]:
     CPU it takes fp32, four bytes for each. A card's default for fp8 is right.
     """
     known = machine.device in (*FP8_DEVICES, MPS)
+    if file.dtype == "fp64" and file.kind == TEXT_ENCODER:
+        return "fp32", 4 * file.parameters
     if file.dtype not in PLAIN or file.kind == TEXT_ENCODER or not known:
         named = machine.device == CPU and file.dtype in ("fp8_e4m3fn", "fp8_e5m2")
         return (file.dtype if named and file.kind == TRANSFORMER else "default"), file.bytes

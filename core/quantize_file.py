@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -31,6 +31,7 @@ from .quantized_writing import (
     stored,
     write_quantised,
 )
+from .qwen_layers import TOKEN_TABLE
 from .tensor_writer import Entry
 from .units import size_text
 
@@ -44,6 +45,7 @@ ABOUT = {  # every value of --format
     "w4a4": "4 bit, as ComfyUI has it, for RTX 20; loses more",
     INT4: "w4a4 if --device is an RTX 20 card, else w4a8",
 }
+WORDS = "; the table of words stays as it is without comfy-kitchen"
 EXIT = """exit status:
   0; 1 after one sentence that says why not; 2 for wrong usage; 130 after an interrupt"""
 TELL_SECONDS = {True: 0.5, False: 10.0}  # between two lines, on a terminal and in a log
@@ -113,6 +115,11 @@ def quantise(
 ) -> int:
     """Write the quantised model; returns its bytes. Raises ValueError, OSError."""
     plan = quantization.plan(source.layers, format, preset)
+    if needs_more_for_words(plan, format) and (
+        why := quantized_layers.missing_package(plan[TOKEN_TABLE])
+    ):
+        sys.stderr.write(f"The table of words stays as it is: {why}\n")
+        del plan[TOKEN_TABLE]
     if not plan:
         raise ValueError(f"The preset {preset.name} leaves nothing to quantise in this file.")
     for lacking in filter(None, map(quantized_layers.missing_package, sorted(set(plan.values())))):
@@ -120,6 +127,15 @@ def quantise(
     quantised = Quantised(format, preset.name, plan, _entries(source, plan, device))
     steps = (step.entries for step in source.steps(plan, device))
     return write_quantised(target, source, quantised, steps, _Progress())
+
+
+def needs_more_for_words(plan: Mapping[str, str], format: str) -> bool:
+    """Whether a text encoder's table of words is in a format of another package than the rest.
+
+    ComfyUI can look words up in its own int8 alone, so `bnb_*` would need comfy-kitchen for it.
+    """
+    table = plan.get(TOKEN_TABLE)
+    return table is not None and FORMATS[table].package != FORMATS[format].package
 
 
 def _entries(source: LayerSource, plan: dict[str, str], device: torch.device) -> dict[str, Entry]:
@@ -148,17 +164,28 @@ def table(kind: str, source: LayerSource, presets: dict[str, Preset]) -> str:
     lines.append(f"  {'':9}" + "".join(f" {name:>{wide}}" for name in presets))
     for format in FORMATS:
         plans = [quantization.plan(source.layers, format, p) for p in presets.values()]
+        alone = [
+            plan
+            for plan in plans
+            if needs_more_for_words(plan, format) and not _found(plan[TOKEN_TABLE])
+        ]
+        for plan in alone:
+            del plan[TOKEN_TABLE]
+        words = WORDS if alone else ""
         sizes = "".join(f" {size_text(planned_bytes(source, plan)):>{wide}}" for plan in plans)
-        lines.append(f"  {format:9}{sizes}  {ABOUT[format]}{_lacking(format)}")
+        lines.append(f"  {format:9}{sizes}  {ABOUT[format]}{_lacking(format)}{words}")
     return "\n".join([*lines, f"  {INT4:9} {ABOUT[INT4]}"]) + "\n"
 
 
 def _lacking(format: str) -> str:
     """What has to be installed first. Whether that then works its import tells, in seconds."""
-    package = FORMATS[format].package
-    if format == PLAIN_TORCH or find_spec(package.replace("-", "_")):
-        return ""
-    return f"; first `pip install {package}`"
+    return "" if _found(format) else f"; first `pip install {FORMATS[format].package}`"
+
+
+def _found(format: str) -> bool:
+    """Whether a format's package is installed, if it needs one."""
+    package = FORMATS[format].package.replace("-", "_")
+    return format == PLAIN_TORCH or find_spec(package) is not None
 
 
 def planned_bytes(source: LayerSource, plan: dict[str, str]) -> int:
@@ -192,7 +219,11 @@ def _presets(file: str | None) -> dict[str, dict[str, Preset]]:
     ours = quantization.presets()
     if file is None:
         return ours
-    theirs = quantization.parse_presets(Path(file).read_text(encoding="utf-8-sig"), file)
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} cannot be read: {error}; save it as UTF-8.") from None
+    theirs = quantization.parse_presets(text, file)
     return {kind: {**ours[kind], **theirs.get(kind, {})} for kind in ours}
 
 
@@ -210,7 +241,7 @@ def _target(name: str | None) -> Path:
 def _usable(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).cpu()  # meta has no numbers to give back
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"This machine has no device {name} ({reason}); try cpu.") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -59,11 +60,11 @@ def pack_json(values: Mapping[str, Any]) -> torch.Tensor:
 
 
 def unpack_json(entry: torch.Tensor, name: str) -> dict[str, Any]:
-    """What `pack_json` wrote. Raises QuantizedFileError if it is no JSON object."""
-    try:
-        values = json.loads(bytes(entry.detach().cpu().flatten().tolist()))
-    except ValueError:
-        values = None
+    """What `pack_json` wrote. Raises QuantizedFileError unless it is a JSON object in bytes."""
+    values = None
+    if entry.dtype in (torch.uint8, torch.int8):
+        with suppress(ValueError, RecursionError):  # then it is no object either
+            values = json.loads(bytes(entry.detach().cpu().flatten().view(torch.uint8).tolist()))
     if not isinstance(values, dict):
         raise QuantizedFileError(f"{name} cannot be read; the file is damaged, download it again.")
     return values
@@ -89,6 +90,27 @@ def check_shape(found: Sequence[int], expected: Sequence[int]) -> None:
         raise QuantizedFileError(
             f"The file has {has} numbers where the model has {wants}; the file is damaged or of "
             "another model, download it again."
+        )
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value of JSON is a whole number; Python counts true among them."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_finite(name: str, scales: torch.Tensor) -> None:
+    """Raise QuantizedFileError for NaN and infinity among a layer's scales, all floats.
+
+    Only for what is being loaded and lies in RAM: it waits for a device.
+    """
+    if scales.dtype == torch.float8_e4m3fn:  # which torch cannot compare; it has no infinity
+        finite = not scales.numel() or int((scales.view(torch.uint8) & 0x7F).max()) != 0x7F
+    else:
+        finite = not scales.numel() or bool(torch.stack(torch.aminmax(scales)).isfinite().all())
+    if not finite:
+        raise QuantizedFileError(
+            f"{name} holds values that are not numbers (NaN or infinity); the file is damaged, "
+            "download it again."
         )
 
 

@@ -116,6 +116,11 @@ def format_of(entries: Mapping[str, Entry]) -> str | None:
         return None
     if isinstance(configuration, torch.Tensor):
         name = unpack_json(configuration, host_formats.CONFIGURATION).get("format")
+        if not isinstance(name, str):
+            raise QuantizedFileError(
+                f"comfy_quant says the format {name}, which is no name; the file is damaged, "
+                "download it again."
+            )
         return host_formats.OUR_NAMES.get(name, name)
     return _host_format(entries, weight)
 

@@ -27,7 +27,7 @@ from comfy.text_encoders.hunyuan_video import llama_detect
 from ..core import checkpoint
 from ..core.shared import Loaded
 from ..core.sign_codes import sign_codes
-from . import finite_check
+from . import finite_check, missing_weights
 from .quantized_loading import Weights, inputs_of, naming_the_file, read_weights
 from .quantized_ops import operations
 from .quantized_patcher import patcher_for
@@ -80,8 +80,12 @@ def load_transformer(
     patcher = patcher_around(model, load_device, offload_device, weights.ours, disable_dynamic)
     if not mm.is_device_cpu(offload_device):
         model.to(offload_device)
+    missing = missing_weights.Record()
+    hook = model.diffusion_model.register_load_state_dict_post_hook(missing)
     with naming_the_file(header):
         model.load_model_weights(weights.state, "", assign=patcher.is_dynamic())
+    hook.remove()
+    missing_weights.refuse(header, missing.names)
     patcher.cached_patcher_init = (load_transformer, (path, options))
     return patcher
 
@@ -93,6 +97,9 @@ def transformer_config(
     found = comfy.model_detection.detect_unet_config(weights.state, "", metadata=weights.metadata)
     config = comfy.supported_models.QwenImage(found)
     config.unet_config.update(checkpoint.transformer_config(header))
+    prefix = checkpoint.transformer_prefix(header.tensors) or ""
+    # The host counts up to the first gap; what lies behind it would be left out without a word.
+    config.unet_config["num_layers"] = header.count(f"{prefix}transformer_blocks.")
     config.unet_config["in_channels"] = inputs_of(weights.state, "img_in")
     config.quant_config = comfy.utils.detect_layer_quantization(weights.state, "")
     if weights.ours:
@@ -153,6 +160,8 @@ class AnySizeQwen25VL(llama.Qwen25_7BVLI):
             output_hidden_size=config.hidden_size, **vision, **factory
         )
         self.dtype = dtype
+        self.missing = missing_weights.Record()
+        self.register_load_state_dict_post_hook(self.missing)
 
 
 class AnySizeQwen25VLModel(comfy.sd1_clip.SDClipModel):
@@ -217,8 +226,20 @@ def load_text_encoder(
     build = quantized_clip if weights.ours else host_clip
     with naming_the_file(header):
         clip = build(target, sd, sized, disable_dynamic)
+    require_text_weights(header, clip)
     clip.patcher.cached_patcher_init = (reload_text_encoder, (path, options))
     return clip
+
+
+def require_text_weights(header: checkpoint.Header, clip: comfy.sd.CLIP) -> None:
+    """Raise CheckpointError if the file lacks weights of the encoder that was loaded from it.
+
+    Without a vision tower it still encodes text; with one, all of that has to be there.
+    """
+    inside = clip.cond_stage_model
+    missing = getattr(inside, inside.clip).transformer.missing
+    parts = ("model.", "visual.") if header.count("visual.blocks.") else ("model.",)
+    missing_weights.refuse(header, missing.names, parts)
 
 
 def host_clip(

@@ -37,7 +37,7 @@ from .quantization_presets import all_presets
 from .quantized_loading import main_format
 
 AUTO, INT4, FP8_FAST = "auto", "int4", "fp8_e4m3fn_fast"
-SAFETENSORS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+SAFETENSORS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
 SAFETENSORS |= {"F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2"}
 KINDS = {checkpoint.TRANSFORMER: "diffusion_models", checkpoint.TEXT_ENCODER: "text_encoders"}
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}  # else one
@@ -73,9 +73,10 @@ def resolve(weight_dtype: str, header: Header, device: str, preset: Preset | Non
 def _choose(file: File, here: Machine) -> Choice:
     """What suits, of what really works: whether bitsandbytes does is known after its import."""
     choice = choose(file, here)
-    if choice.weight_dtype in FORMATS and missing_package(choice.weight_dtype):
+    if choice.weight_dtype in FORMATS and (why := missing_package(choice.weight_dtype)):
         without = frozenset({FORMATS[choice.weight_dtype].package})
-        return choose(file, replace(here, packages=here.packages - without))
+        broken = {choice.weight_dtype: why}
+        return choose(file, replace(here, packages=here.packages - without, broken=broken))
     return choice
 
 

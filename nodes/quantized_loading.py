@@ -12,14 +12,21 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.utils
 import torch
-from comfy.quant_ops import QuantizedTensor
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 from ..core import checkpoint, quantization
 from ..core.checkpoint import CheckpointError, Header
-from ..core.host_formats import OUR_NAMES, PIECE
+from ..core.host_formats import CONFIGURATION, LAYOUTS, OUR_NAMES, PIECE, check
 from ..core.layer_source import LayerSource, stored_formats
 from ..core.quantization import BITSANDBYTES, FORMATS, Preset
-from ..core.quantized_layers import QuantizedFileError, format_of, missing_package, shape_of
+from ..core.quantized_entries import need
+from ..core.quantized_layers import (
+    QuantizedFileError,
+    format_of,
+    missing_package,
+    shape_of,
+    split_name,
+)
 from ..core.tensor_reader import own_memory
 from .status import say
 
@@ -57,10 +64,52 @@ def read_weights(header: Header, options: dict[str, Any], strip: str = "") -> We
     if quantised is None or stored:
         state = _state_dict(header, strip)
         state, metadata = comfy.utils.convert_old_quants(state, "", metadata=header.metadata)
-        return Weights(state, metadata, quantised is not None or is_ours(header, stored))
+        ours = quantised is not None or is_ours(header, stored)
+        if not ours:
+            check_for_the_host(header, state)
+        return Weights(state, metadata, ours)
     device = options.get("load_device", mm.get_torch_device())
     state = quantized_state_dict(header, quantised, device, strip)
     return Weights(state, header.metadata, True)
+
+
+def check_for_the_host(header: Header, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise CheckpointError for damaged layers that the host's own operations would open.
+
+    They ask less of a layer than this pack's, and name neither file nor remedy.
+    """
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in state.items():
+        if (parts := split_name(name)) is not None:
+            layers.setdefault(parts[0], {})[parts[1]] = tensor
+    for layer, entries in layers.items():
+        if CONFIGURATION not in entries:
+            continue
+        try:
+            check_host_layer(entries)
+        except QuantizedFileError as error:
+            file = os.path.basename(header.path)
+            raise CheckpointError(f"{file}, layer {layer}: {error}") from None
+
+
+def check_host_layer(
+    entries: Mapping[str, torch.Tensor], shape: tuple[int, int] | None = None
+) -> str | None:
+    """The format of a layer that says it in `comfy_quant`, or is in none of bitsandbytes'.
+
+    Raises QuantizedFileError, as core.host_formats.check, and for formats that nobody knows.
+    """
+    found = format_of(entries)
+    if found in LAYOUTS:
+        check(entries, found, shape)
+    elif found is None or not found.startswith("bnb_"):
+        need(entries, CONFIGURATION)
+        if found not in QUANT_ALGOS:
+            raise QuantizedFileError(
+                f"comfy_quant says the format {found}, which this ComfyUI does not know; "
+                "update ComfyUI, or download the file again."
+            )
+    return found
 
 
 @contextmanager
@@ -93,7 +142,7 @@ def check_choice(
         if _package(format) == BITSANDBYTES and (why := missing_package(format)):
             raise CheckpointError(f"{name} is quantised as {format}. {why}")
     if wanted is None:
-        if dtype is not None and is_ours(header, stored):
+        if dtype is not None and stored:
             raise CheckpointError(
                 f"{name} is quantised as {' and '.join(formats)}, and stays so; choose "
                 "weight_dtype default, or a file in bf16."
@@ -131,18 +180,8 @@ def quantized_state_dict(
     Each layer is quantised on `device`; everything returned lies in RAM. Raises CheckpointError.
     """
     source = LayerSource(header, strip)
-    plan = quantization.plan(source.layers, quantised.format, quantised.preset)
-    if not plan:
-        raise CheckpointError(
-            f"The preset {quantised.preset.name} quantises no layer of "
-            f"{os.path.basename(header.path)}; choose another preset, or weight_dtype default."
-        )
-    for format in sorted(set(plan.values())):
-        if why := missing_package(format):
-            raise CheckpointError(why)
-    sizes = [rows * columns for rows, columns in (source.layers[name] for name in plan)]
-    needed = max(HELD_BYTES * n + ENCODING_BYTES * min(n, PIECE) for n in sizes)
-    mm.free_memory(needed, device)
+    plan = _plan(source, quantised)
+    mm.free_memory(_room(source, plan), device)
     progress = comfy.utils.ProgressBar(sum(t.bytes for t in header.tensors.values()))
     state: dict[str, torch.Tensor] = {}
     done, often = 0, max(1, len(plan) // 50)
@@ -155,6 +194,27 @@ def quantized_state_dict(
             say(f"quantising {done} of {len(plan)} layers")
     mm.soft_empty_cache()
     return state
+
+
+def _plan(source: LayerSource, quantised: Quantization) -> dict[str, str]:
+    """The format of each layer that gets one. Raises CheckpointError: none, or no package."""
+    plan = quantization.plan(source.layers, quantised.format, quantised.preset)
+    if not plan:
+        raise CheckpointError(
+            f"The preset {quantised.preset.name} quantises no layer of "
+            f"{os.path.basename(source.header.path)}; choose another preset, or weight_dtype "
+            "default."
+        )
+    for format in sorted(set(plan.values())):
+        if why := missing_package(format):
+            raise CheckpointError(why)
+    return plan
+
+
+def _room(source: LayerSource, plan: Mapping[str, str]) -> int:
+    """Bytes that quantising the largest layer takes on the device."""
+    sizes = [rows * columns for rows, columns in (source.layers[name] for name in plan)]
+    return max(HELD_BYTES * n + ENCODING_BYTES * min(n, PIECE) for n in sizes)
 
 
 def in_ram(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.ops
 import torch
-from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -21,6 +21,7 @@ from ..core.quantized_entries import check_shape, need
 from ..core.quantized_layers import QuantizedFileError, format_of
 from . import quantized_layouts
 from .low_rank import Layer
+from .quantized_loading import check_host_layer
 
 OWN = "QwenVRAM"  # what the names of this pack's layouts start with
 INTEGERS = ("TensorWiseINT8Layout", "TensorCoreConvRotW4A4Layout", "AsymW4A8Int8Layout")
@@ -138,15 +139,7 @@ class QuantizedLinear:
                 if not weight.is_floating_point():
                     need(entries, host_formats.CONFIGURATION)
             return None
-        if found in host_formats.LAYOUTS:
-            host_formats.check(entries, found, self._orig_shape)
-        elif found is None or not found.startswith("bnb_"):
-            need(entries, host_formats.CONFIGURATION)
-            if found not in QUANT_ALGOS:
-                raise QuantizedFileError(
-                    f"comfy_quant says the format {found}, which this ComfyUI does not know; "
-                    "update ComfyUI, or download the file again."
-                )
+        check_host_layer(entries, self._orig_shape)
         if self.bias is not None:
             found_bias = need({} if bias is None else {"bias": bias}, "bias")
             check_shape(found_bias.shape, self.bias.shape)

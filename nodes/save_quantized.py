@@ -224,7 +224,7 @@ class Layers:
 def target(kind: str, prefix: str) -> Path:
     """A path that nothing has yet, in the folder where our loaders look. Raises ValueError."""
     parts = Path(prefix).parts
-    if not parts or ".." in parts or Path(prefix).is_absolute():
+    if not parts or ".." in parts or Path(prefix).is_absolute() or "\0" in prefix:
         raise ValueError(
             f"filename_prefix must be a name, or folders and a name, not {prefix!r}: files go to "
             f"{FOLDERS[kind]} in ComfyUI's output folder."

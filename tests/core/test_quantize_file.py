@@ -263,6 +263,11 @@ SENTENCES = {
         ["S", "T", "--format", "int8", "--device", "cuda:99"],
         "This machine has no device cuda",
     ),
+    "meta": (
+        ["S", "T", "--format", "int8", "--device", "meta"],
+        "This machine has no device meta (",
+    ),
+    "gbk": (["S", "--list", "--presets", "GBK"], "gbk.safetensors cannot be read: 'utf-8' codec"),
     "presets": (["S", "T", "--format", "int8", "--presets", "BROKEN"], "is not a list of presets"),
 }
 
@@ -273,6 +278,8 @@ def test_wrong_input_gets_a_sentence_and_status_1(source, plain, tmp_path, capsy
     names = {"S": source, "T": tmp_path / "t.safetensors", "VAE": VAE}
     names |= {n: tmp_path / f"{n.lower()}.safetensors" for n in ("HALF", "NAN", "PACKED", "BROKEN")}
     names["HALF"].write_bytes(source.read_bytes()[:100_000])
+    names["GBK"] = tmp_path / "gbk.safetensors"
+    names["GBK"].write_text("中文", encoding="gbk")
     names["BROKEN"].write_text("[]", encoding="utf-8")
     save_file({**plain, f"{LAYER}.weight": plain[f"{LAYER}.weight"] * torch.nan}, names["NAN"])
     packed = {
@@ -309,6 +316,39 @@ def test_the_list_names_packages_that_are_missing_without_an_import(
             line = next(line for line in lines if line.startswith(f"  {format} "))
             assert line.endswith(f"; first `pip install {package}`")
     assert not any("bnb_int8" in line and "pip" in line for line in lines)
+
+
+@pytest.mark.parametrize("lacking", [False, True])
+def test_bitsandbytes_formats_of_an_encoder_do_without_comfy_kitchen(
+    tmp_path, capsys, monkeypatch, lacking
+) -> None:
+    state = load_file(TEXT_ENCODER)
+    table = "model.embed_tokens.weight"
+    state[table] = torch.ones(8, state["model.norm.weight"].numel(), dtype=torch.bfloat16)
+    save_file(state, tmp_path / "text.safetensors", {"qwen_vram": '{"vision_heads": 2}'})
+    if lacking:
+        monkeypatch.setattr(
+            quantized_layers,
+            "missing_package",
+            lambda f: f"{f}: get it." if f == "int8" else "",
+        )
+        monkeypatch.setattr(quantize_file, "find_spec", lambda name: name == "bitsandbytes" or None)
+    made = quantised(tmp_path / "text.safetensors")
+    assert (made[table].dtype == torch.bfloat16) == lacking
+    assert ("table of words stays as it is: int8: get it.\n" in capsys.readouterr().err) == lacking
+    assert quantize_file.main([str(tmp_path / "text.safetensors"), "--list"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  bnb_")]
+    assert [line.endswith(quantize_file.WORDS) for line in rows] == [lacking] * 3
+
+
+def test_float64_is_quantised_as_float32(source, plain, tmp_path) -> None:
+    made = []
+    for dtype in (torch.float32, torch.float64):
+        path = tmp_path / f"{dtype}.safetensors"
+        save_file({name: tensor.to(dtype) for name, tensor in plain.items()}, path)
+        made.append(quantised(path))
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(made[0][k], made[1][k]) for k in made[0])
 
 
 WHY = ("bnb_int8: get it.\n", "bnb_nf4: get it.\n")

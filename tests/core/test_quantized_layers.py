@@ -291,6 +291,12 @@ def test_packed_weights_of_other_storage_dtypes_and_shapes_are_read() -> None:
         ({"state": {"blocksize": 60}}, "blocks of 60 weights"),
         ({"state": {"shape": [4, 4, 64]}}, "shape [4, 4, 64]"),
         ({"state": {"nested_offset": None}}, "nested_offset None"),
+        ({"state": {"nested_offset": float("nan")}}, "nested_offset nan"),
+        ({"state": {"shape": [True, 1024]}}, "shape [True, 1024]"),
+        ({"state": torch.ones(3)}, "cannot be read; the file is damaged"),
+        ({"nested_absmax": torch.full((1,), float("nan"))}, "nested_absmax holds values that are"),
+        ({"nested_quant_map": torch.full((256,), float("inf"))}, "nested_quant_map holds values"),
+        ({"absmax": torch.full((16,), float("nan"))}, "weight.absmax holds values that are not"),
         ({"state": torch.zeros(9, dtype=torch.uint8)}, "cannot be read; the file is damaged"),
     ],
 )
@@ -328,6 +334,8 @@ def test_an_unknown_bit_width_is_told_in_a_sentence() -> None:
         ({"SCB": torch.zeros(7)}, "SCB has 7 numbers in float32, and the weight has 16 rows"),
         ({"weight": torch.zeros(16, 64)}, "its weight is float32"),
         ({"weight_format": torch.tensor(2, dtype=torch.uint8)}, "tile order of an old GPU"),
+        ({"weight_format": torch.tensor(float("nan"))}, "weight_format has 1 numbers in float32"),
+        ({"SCB": torch.full((16,), float("inf"))}, "SCB holds values that are not numbers"),
     ],
 )
 def test_damaged_int8_layers_are_told_in_a_sentence(changes, sentence) -> None:
@@ -352,6 +360,53 @@ def test_damaged_host_layers_are_told_in_a_sentence(format) -> None:
         decode({name: e for name, e in entries.items() if name != scale}, torch.bfloat16)
     with pytest.raises(QuantizedFileError, match="comfy_quant cannot be read"):
         decode({**entries, "comfy_quant": torch.zeros(3, dtype=torch.uint8)}, torch.bfloat16)
+
+
+def saying(entries: dict[str, torch.Tensor], **settings: object) -> dict[str, torch.Tensor]:
+    """The same, with other settings in `comfy_quant`; None leaves one out."""
+    said = json.loads(bytes(entries["comfy_quant"].tolist())) | settings
+    left = {name: value for name, value in said.items() if value is not None}
+    return {**entries, "comfy_quant": host_formats.pack_json(left)}
+
+
+NAN = float("nan")
+SETTINGS = [
+    *(("int8", {"convrot_groupsize": value}) for value in ("abc", 7, 0, 2, 1024, [64], True)),
+    *(("w4a4", {"convrot_groupsize": value}) for value in ("abc", 0, None)),  # None: 256
+    *(("w4a8", {"group_size": value}) for value in (8, 0, "16", 32)),
+    ("w4a4", {"linear_dtype": ["int4"]}),
+]
+
+
+@pytest.mark.parametrize(("format", "settings"), SETTINGS)
+def test_settings_that_fail_in_the_product_are_told_at_once(format, settings) -> None:
+    entries = encode(weight(16, 64), format)
+    host_formats.check(entries, format)
+    with pytest.raises(QuantizedFileError, match=f"comfy_quant says {next(iter(settings))} .*aga"):
+        host_formats.check(saying(entries, **settings), format)
+
+
+@pytest.mark.parametrize("said", [None, ["int8_tensorwise"], 8])
+def test_a_format_that_is_no_name_is_told(said) -> None:
+    with pytest.raises(QuantizedFileError, match="comfy_quant says the format .* is no name"):
+        format_of(saying(encode(weight(16, 64), "int8"), format=said))
+    with pytest.raises(QuantizedFileError, match="comfy_quant cannot be read"):
+        format_of({**encode(weight(16, 64), "int8"), "comfy_quant": torch.ones(3)})
+
+
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [
+        *(("int8", "weight_scale"), ("w4a4", "weight_scale"), ("w4a8", "weight_s_channel")),
+        *(("w4a8", "weight_s_rel"), ("w4a8", "weight_codebook")),
+    ],
+)
+def test_scales_of_the_host_that_are_no_numbers_are_told(format, name) -> None:
+    entries = encode(weight(16, 64), format)
+    bad = entries[name].float().clone()
+    bad.view(-1)[-1] = NAN
+    with pytest.raises(QuantizedFileError, match=f"{name} holds values that are not numbers"):
+        host_formats.check({**entries, name: bad.to(entries[name].dtype)}, format)
 
 
 @pytest.mark.parametrize("format", list(FORMATS))

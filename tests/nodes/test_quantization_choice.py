@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -71,9 +72,9 @@ def test_auto_goes_on_without_a_package_that_turns_out_broken(host, choice, monk
     big = {"bytes": 40 * GIB, "sizes": {"bnb_nf4": little - 2_050_000_000}, "smallest": {}}
     monkeypatch.setattr(choice, "file_of", lambda *a, of=choice.file_of: replace(of(*a), **big))
     assert choice.resolve("auto", head, "default").weight_dtype == "bnb_nf4"
-    monkeypatch.setattr(choice, "missing_package", lambda format: "it is broken")
+    monkeypatch.setattr(choice, "missing_package", lambda format: f"{format} is broken: mend it.")
     found = choice.resolve("auto", head, "default")
-    assert found.weight_dtype == "bf16" and "install bitsandbytes" in found.why
+    assert found.weight_dtype == "bf16" and "would fit, but is broken: mend it" in found.why
 
 
 def test_int4_is_the_best_for_the_card(host, choice) -> None:
@@ -150,6 +151,18 @@ def test_the_loader_says_what_auto_took_and_why(fresh) -> None:
         assert (
             "auto: bf16 file, the CPU" in shown["text"] and "GB RAM: kept as bf16" in shown["why"]
         )
+        assert re.search(r"the RAM holds its \d+\.\d MB", shown["why"])
+
+
+def test_auto_takes_float64_for_what_it_is(host, choice) -> None:
+    for folder, name, taken in (
+        ("diffusion_models", UNET, "bf16"),
+        ("text_encoders", CLIP, "fp32"),
+    ):
+        head = header(host, folder, name)
+        rows = {n: replace(t, dtype="F64", bytes=4 * t.bytes) for n, t in head.tensors.items()}
+        found = choice.resolve("auto", replace(head, tensors=rows), "default")
+        assert found.weight_dtype == taken and f"converted to {taken}" in found.why
 
 
 @pytest.mark.parametrize(("folder", "file"), [("diffusion_models", UNET), ("text_encoders", CLIP)])

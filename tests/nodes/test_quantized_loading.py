@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,6 +39,10 @@ FILES = {"DiffusionModel": UNET, "TextEncoder": CLIP}
 # Relative error of the latent after a step with both models quantised: half as much again as
 # measured.
 BOUNDS = {"bnb_int8": 0.04, "int8": 0.045, "int4": 0.45, "bnb_nf4": 0.45, "bnb_fp4": 0.6, "auto": 0}
+LACKING = {
+    "DiffusionModel": ("transformer_blocks.1.img_mod.1.", "transformer_blocks.1.attn.to_q."),
+    "TextEncoder": ("model.layers.1.self_attn.o_proj.", "model.layers.1.mlp.down_proj."),
+}
 SMALLEST = {"preset": "smallest"}  # every layer of a block in the same format
 LAYERS = 28  # of the two blocks of the small transformer
 
@@ -426,6 +431,80 @@ class TestWrongThings:
             says = refused(fresh, name=name, weight_dtype=wanted)
             assert says.startswith(f"{name} is quantised as bnb_int8 and bnb_nf4, and stays so;")
 
+    def test_a_dtype_for_what_others_quantised(self, fresh, folder) -> None:
+        name = self.write(fresh, "int8")
+        for wanted in ("bf16", "fp8_e4m3fn_fast"):
+            assert refused(fresh, name=name, weight_dtype=wanted) == (
+                f"{name} is quantised as int8, and stays so; choose weight_dtype default, or a "
+                "file in bf16."
+            )
+
+    @pytest.mark.parametrize("kind", FOLDERS)
+    def test_a_file_that_lacks_weights(self, fresh, folder, kind) -> None:
+        place, (first, second) = folder / FOLDERS[kind], LACKING[kind]
+        hints = fresh.part("core.checkpoint").read_header(str(place / FILES[kind])).metadata
+        plain = load_file(place / FILES[kind])
+        packed = quantised(fresh, place / FILES[kind], "int8")
+        for state, options in (
+            *((plain, {"weight_dtype": w}) for w in ("default", "bf16", "bnb_nf4")),
+            (packed, {}),
+            (packed, {"weight_dtype": "int8"}),
+        ):
+            left = {k: t for k, t in state.items() if not k.startswith((first, second))}
+            save_file(left, place / "q_lacks.safetensors", hints)
+            says = refused(fresh, kind, "q_lacks.safetensors", **options)
+            if options == {"weight_dtype": "bnb_nf4"}:
+                assert says.startswith("q_lacks.safetensors")
+                continue
+            assert says.startswith(f"q_lacks.safetensors lacks the weight {first}weight and ")
+            assert says.endswith("more of the model's weights; download the complete file.")
+
+    def test_a_block_that_is_missing_between_others(self, fresh, folder) -> None:
+        place, gap = folder / "diffusion_models", "transformer_blocks.1."
+        state = load_file(place / UNET)
+        state = {k.replace(gap, "transformer_blocks.2."): t for k, t in state.items()}
+        save_file(state, place / "q_gap.safetensors")
+        says = refused(fresh, name="q_gap.safetensors")
+        assert f"q_gap.safetensors lacks the weight {gap}" in says and "more of the" in says
+
+    def test_an_encoder_without_eyes_reads_but_not_with_half_of_them(self, fresh, folder) -> None:
+        place = folder / "text_encoders"
+        plain = load_file(place / CLIP)
+        blind = {k: t for k, t in plain.items() if not k.startswith("visual.")}
+        save_file(blind, place / "q_blind.safetensors")
+        assert load(fresh, "TextEncoder", "q_blind.safetensors")[0]
+        lost = "visual.merger.mlp.0.weight"
+        save_file(
+            {k: t for k, t in plain.items() if k != lost},
+            place / "q_half.safetensors",
+            {"qwen_vram": '{"vision_heads": 2}'},
+        )
+        assert refused(fresh, "TextEncoder", "q_half.safetensors") == (
+            f"q_half.safetensors lacks the weight {lost}; download the complete file."
+        )
+
+    @pytest.mark.parametrize("hints", [{}, {"qwen_vram": '{"quantization": {}}'}])
+    def test_damaged_settings_and_scales_whoever_opens_the_file(self, fresh, folder, hints) -> None:
+        layer = "transformer_blocks.0.attn.to_q"
+        path = folder / "diffusion_models" / self.write(fresh, "int8")
+        whole = load_file(path)
+        for entry, bad, sentence in (
+            ("comfy_quant", torch.ones(3), "comfy_quant cannot be read"),
+            ("comfy_quant", {"format": ["int8_tensorwise"]}, "says the format ['int8_tensorwise']"),
+            ("comfy_quant", {"convrot": 1}, "the format None"),
+            (
+                "comfy_quant",
+                {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 7},
+                "says convrot_groupsize 7",
+            ),
+            ("weight_scale", whole[f"{layer}.weight_scale"] * torch.nan, "values that are not num"),
+        ):
+            if isinstance(bad, dict):
+                bad = torch.tensor(list(json.dumps(bad).encode()), dtype=torch.uint8)
+            save_file({**whole, f"{layer}.{entry}": bad}, path, hints)
+            says = refused(fresh, name=path.name)
+            assert path.name in says and layer in says and sentence in says, says
+
     def test_quantising_what_is_quantised(self, fresh, folder) -> None:
         path = folder / "diffusion_models" / self.write(fresh, "int8")
         header = fresh.part("core.checkpoint").read_header(str(path))
@@ -453,11 +532,13 @@ class TestWrongThings:
         assert {"bnb_nf4", "bnb_int8"} <= set(options["required"]["weight_dtype"][1]["options"])
 
     def test_a_format_that_the_card_cannot_run(self, fresh, monkeypatch) -> None:
-        def resolve(weight_dtype, header, device, preset):
-            raise ValueError(f"This card cannot run {weight_dtype}.")
-
-        monkeypatch.setattr(fresh.part("nodes.weight_choice"), "resolve", resolve)
-        assert refused(fresh, weight_dtype="int4") == "This card cannot run int4."
+        choice = fresh.part("nodes.quantization_choice")
+        old = {"device": "cuda", "name": "GTX 1080", "capability": (6, 1), "cuda": (12, 8)}
+        here = replace(choice.machine(torch.device("cpu")), **old)
+        monkeypatch.setattr(choice, "machine", lambda device: here)
+        says = refused(fresh, weight_dtype="int4")
+        assert says.startswith("w4a8 needs a card of compute capability 7.5 (RTX 20) or newer; GTX")
+        assert says.endswith("Choose default, or bnb_nf4.")
 
     def test_another_kind_of_file(self, fresh, folder) -> None:
         shutil.copy(fresh.models / "loras" / LORA, folder / "diffusion_models" / "q_lora.sft")
@@ -484,6 +565,16 @@ def test_memory_never_holds_more_than_the_result_and_what_one_layer_takes(
     assert held == sum(t.nbytes for t in state.values()) < path.stat().st_size
     # The layer in bf16, and what an encoder makes of it on the way: a few copies in fp32.
     assert live.peak <= held + 9 * layer
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="torch's memory is all there is")
+@pytest.mark.parametrize("format", ["bnb_nf4", "int8"])
+def test_what_was_quantised_lies_in_memory_of_its_own(fresh, monkeypatch, format) -> None:
+    """Pages of its own go back to the system; what lies in torch's stays with the process."""
+    monkeypatch.setattr(fresh.part("core.tensor_reader"), "LEAST_OWN", 1)
+    state = quantised(fresh, fresh.models / "diffusion_models" / UNET, format)
+    assert [n for n, t in state.items() if t.data_ptr() % mmap.PAGESIZE] == []
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in state.values())
 
 
 def test_an_interrupt_between_layers_leaves_nothing_and_the_next_run_loads(

@@ -225,7 +225,7 @@ class TestWrongInput:
             assert sentence(saving, graph) == said
         target.unlink()
 
-    @pytest.mark.parametrize("prefix", ["../x", "/x", "", "a/../../x"])
+    @pytest.mark.parametrize("prefix", ["../x", "/x", "", "a/../../x", "a\0b"])
     def test_a_place_outside_of_the_folder(self, saving, prefix) -> None:
         said = sentence(saving, saving_graph("DiffusionModel", "bnb_nf4", prefix))
         assert said.startswith("filename_prefix must be a name, or folders and a name, not")
