@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import re
 import unicodedata
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .word_forms import covered, folded, inflected, readings
+from .word_forms import covered, expanded, folded, inflected, is_made_of, readings
 
 DRAW_SOMETHING_KIND, STOP = "draw something kind", "stop"
 WHEN_FOUND = (DRAW_SOMETHING_KIND, STOP)
@@ -36,7 +35,6 @@ _FILE = Path(__file__).with_suffix(".json")
 _CHINESE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _TOKEN = re.compile(r"[a-z0-9]+")
 _LATIN = re.compile(r"[a-z0-9][a-z0-9 '&/._-]*")
-_CHOICE = re.compile(r"\(([^()]*)\)")
 _SEPARATORS = re.compile(r"[,;、，；\n\r]+")
 _ENDS = frozenset(",;!?。、:\n\r")  # a Chinese word does not go on behind them
 _MOST_PIECES = 20  # that a word or phrase is spelled apart into
@@ -112,12 +110,6 @@ def _folded(text: str) -> str:
     return folded(text, _simplified())
 
 
-def expanded(entries: Iterable[str]) -> list[str]:
-    """Entries of the list with each of their choices: "(a|the) gun" is "a gun" and "the gun"."""
-    parts = ([part.split("|") for part in _CHOICE.split(entry)] for entry in entries)
-    return ["".join(chosen) for entry in parts for chosen in itertools.product(*entry)]
-
-
 @dataclass(frozen=True)
 class WordList:
     """What to look for, by category, and what is harmless. All of it folded."""
@@ -128,7 +120,7 @@ class WordList:
     openings: frozenset[str]  # those of them that no Chinese character may stand before
     harmless_phrases: Mapping[str, Sequence[tuple[str, ...]]]  # by their first word
     harmless_parts: frozenset[str]
-    harmless_spelled: re.Pattern[str]  # one and more words that a listed one may be a part of
+    harmless_spelled: frozenset[str]  # words that an entry may be a part of, letter by letter
 
     def find(self, text: str) -> tuple[str, ...]:
         """The categories of what stands in `text`, each once."""
@@ -178,7 +170,7 @@ class WordList:
         run = "".join(piece.text for piece in _run(pieces, first, last))
         if not last - first + 1 < len(run) <= _LONGEST_RUN:
             return False
-        return any(self.harmless_spelled.fullmatch(reading) for reading in readings(run))
+        return any(is_made_of(reading, self.harmless_spelled) for reading in readings(run))
 
     def _harmless(self, pieces: list[_Piece]) -> list[tuple[int, int]]:
         """Where harmless phrases stand: first and last piece."""
@@ -292,7 +284,7 @@ def word_list(also_avoid: tuple[str, ...] = (), allowed: tuple[str, ...] = ()) -
         builder.avoid(emoji, category, endings=False)
     harmless = _content()["harmless"]
     builder.allow(expanded([*harmless["en"], *harmless["zh"]]), remove=False)
-    builder.allow_spelled(expanded([*harmless["en_spelled"], *harmless["en"]]))
+    builder.allow_spelled(harmless["en_spelled"])
     builder.allow(allowed, remove=True)
     builder.avoid(also_avoid, ALSO_AVOIDED, endings=True)
     return builder.list()
@@ -361,7 +353,7 @@ class _Builder:
             frozenset(self.openings),
             harmless,
             frozenset(self.harmless_parts),
-            re.compile(f"(?:{'|'.join(sorted(self.spelled - self.forms.keys()))})+"),
+            frozenset(self.spelled - self.forms.keys()),
         )
 
 
