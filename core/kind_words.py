@@ -249,10 +249,7 @@ def _is_pause(gap: str) -> bool:
 
 
 def _places(text: str) -> list[int]:
-    """Where something stands that may not be put between Chinese characters unseen.
-
-    Those are letters, characters, emoji and ends of clauses.
-    """
+    """Where letters, characters, emoji and ends of clauses stand: the rest hides nothing."""
     return [place for place, c in enumerate(text) if c in _ENDS or _counts(c)]
 
 

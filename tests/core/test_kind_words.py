@@ -362,7 +362,12 @@ def test_what_passes_in_one_language_passes_in_the_other(english, chinese) -> No
         "血",
     ]
     + ["满手血", "笨蛋", "open fire", "they open fire", "cut yourself", "cuts himself with glass"]
-    + ["b l o o d m o o n g o r e", "cut herself a lot"]
+    + [
+        "b l o o d m o o n g o r e",
+        "cut herself a lot",
+        "hanged on a hook",
+        "hanged up by the neck",
+    ]
     + ["hangs himself", "they hang themselves from a beam", "a spic", "the dog was hanged"],
 )
 def test_the_bad_meaning_beside_a_harmless_one_is_found(text) -> None:
