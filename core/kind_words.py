@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .word_forms import covered, folded, inflected, readings
+from .word_forms import covered, expanded, folded, inflected, is_made_of, readings
 
 DRAW_SOMETHING_KIND, STOP = "draw something kind", "stop"
 WHEN_FOUND = (DRAW_SOMETHING_KIND, STOP)
@@ -37,7 +37,8 @@ _TOKEN = re.compile(r"[a-z0-9]+")
 _LATIN = re.compile(r"[a-z0-9][a-z0-9 '&/._-]*")
 _SEPARATORS = re.compile(r"[,;、，；\n\r]+")
 _ENDS = frozenset(",;!?。、:\n\r")  # a Chinese word does not go on behind them
-_MOST_PIECES = 16  # that a word is spelled apart into
+_MOST_PIECES = 20  # that a word or phrase is spelled apart into
+_LONGEST_RUN = 60  # letters of harmless words spelled apart, one behind the other
 _WIDEST_GAP = 3  # characters between two of them
 # Read once as separators, and once as the letters that they look like.
 _SYMBOLS = str.maketrans({"@": "a", "$": "s", "€": "e", "!": "i", "|": "l"})
@@ -116,8 +117,10 @@ class WordList:
     forms: Mapping[str, str]  # an English word in one of its forms -> category
     phrases: Mapping[tuple[str, ...], str]
     parts: Mapping[str, str]  # Chinese and other text, found wherever it stands -> category
+    openings: frozenset[str]  # those of them that no Chinese character may stand before
     harmless_phrases: Mapping[str, Sequence[tuple[str, ...]]]  # by their first word
     harmless_parts: frozenset[str]
+    harmless_spelled: frozenset[str]  # words that an entry may be a part of, letter by letter
 
     def find(self, text: str) -> tuple[str, ...]:
         """The categories of what stands in `text`, each once."""
@@ -148,15 +151,26 @@ class WordList:
         words = tuple(piece.text for piece in pieces)
         if words in self.phrases:
             return self.phrases[words]
-        made = sorted(self.forms.keys() & readings("".join(words)))
-        if not made or pieces[0].gap.endswith("'"):  # there is no "s hot" in "it's hot"
+        known = (self._of_one(reading) for reading in sorted(readings("".join(words))))
+        category = next((category for category in known if category), None)
+        if not category or pieces[0].gap.endswith("'"):  # there is no "s hot" in "it's hot"
             return None
-        if not _is_spelled_apart(pieces) or _goes_on(every, first, last):
+        if not _is_spelled_apart(pieces) or self._is_harmless_run(every, first, last):
             return None
-        return self.forms[made[0]]
+        return category
 
     def _of_one(self, word: str) -> str | None:
         return self.forms.get(word) or self.phrases.get((word,))
+
+    def _is_harmless_run(self, pieces: list[_Piece], first: int, last: int) -> bool:
+        """Whether single letters are a part of harmless words, as "h e l l" is in "h e l l o".
+
+        All letters beside them count: "h e l l" is not, in "h e l l o x".
+        """
+        run = "".join(piece.text for piece in _run(pieces, first, last))
+        if not last - first + 1 < len(run) <= _LONGEST_RUN:
+            return False
+        return any(is_made_of(reading, self.harmless_spelled) for reading in readings(run))
 
     def _harmless(self, pieces: list[_Piece]) -> list[tuple[int, int]]:
         """Where harmless phrases stand: first and last piece."""
@@ -169,13 +183,15 @@ class WordList:
         ]
 
     def _in_parts(self, text: str) -> list[str]:
-        dense = _dense(text)
+        places = _places(text)
+        dense = "".join(text[place] for place in places)
         harmless = [span for part in self.harmless_parts for span in _spans(part, dense)]
         return [
             category
             for part, category in self.parts.items()
             for start, end in _spans(part, dense)
             if not any(a <= start and end <= b for a, b in harmless)
+            and not (part in self.openings and _CHINESE.match(text[: places[start]][-1:]))
         ]
 
 
@@ -214,26 +230,31 @@ def _is_spelled_apart(pieces: list[_Piece]) -> bool:
     return len(gaps) > 1 and not any(c.isspace() for gap in gaps for c in gap)
 
 
-def _goes_on(pieces: list[_Piece], first: int, last: int) -> bool:
-    """Whether single letters are only a part of such a run: there is no "h e l l" in "h e l l o".
-
-    A letter that is a word by itself, a or I, may be one.
-    """
-    if any(len(piece.text) > 1 for piece in pieces[first : last + 1]):
-        return False
-    before = pieces[first - 1].text if first and pieces[first].gap == pieces[last].gap else ""
-    after = pieces[last + 1] if last + 1 < len(pieces) else _Piece("", "")
-    neighbours = (before, after.text if after.gap == pieces[last].gap else "")
-    return any(len(n) == 1 and n.isalpha() and n not in "ai" for n in neighbours)
+def _run(pieces: list[_Piece], first: int, last: int) -> list[_Piece]:
+    """Single letters with those beside them in the same gaps; nothing if they are no such run."""
+    gaps = {piece.gap for piece in pieces[first + 1 : last + 1]}
+    if len(gaps) > 1 or any(len(piece.text) > 1 for piece in pieces[first : last + 1]):
+        return []
+    while first and pieces[first].gap in gaps and len(pieces[first - 1].text) == 1:
+        first -= 1
+    while last + 1 < len(pieces) and pieces[last + 1].gap in gaps:
+        if len(pieces[last + 1].text) > 1:
+            break
+        last += 1
+    return pieces[first : last + 1]
 
 
 def _is_pause(gap: str) -> bool:
     return any(c.isspace() for c in gap) and not (_ENDS | {"."}).isdisjoint(gap)
 
 
+def _places(text: str) -> list[int]:
+    """Where letters, characters, emoji and ends of clauses stand: the rest hides nothing."""
+    return [place for place, c in enumerate(text) if c in _ENDS or _counts(c)]
+
+
 def _dense(text: str) -> str:
-    """Without what may be put between Chinese characters; emoji and ends of clauses stay."""
-    return "".join(c for c in text if c in _ENDS or _counts(c))
+    return "".join(text[place] for place in _places(text))
 
 
 def _counts(character: str) -> bool:
@@ -253,12 +274,14 @@ def word_list(also_avoid: tuple[str, ...] = (), allowed: tuple[str, ...] = ()) -
     """The list of the pack, with what people add. What both of them name is avoided."""
     builder = _Builder()
     for category, lists in _content()["categories"].items():
-        builder.avoid(lists["en"], category, endings=True)
-        builder.avoid([*lists["en_as_written"], *lists["zh"]], category, endings=False)
+        builder.avoid(expanded(lists["en"]), category, endings=True)
+        builder.avoid(expanded([*lists["en_as_written"], *lists["zh"]]), category, endings=False)
+        builder.avoid_first(lists.get("zh_first", []), category)
     for category, emoji in _content()["emoji"].items():
         builder.avoid(emoji, category, endings=False)
-    builder.allow(_content()["harmless"]["en"], remove=False)
-    builder.allow(_content()["harmless"]["zh"], remove=False)
+    harmless = _content()["harmless"]
+    builder.allow(expanded([*harmless["en"], *harmless["zh"]]), remove=False)
+    builder.allow_spelled(harmless["en_spelled"])
     builder.allow(allowed, remove=True)
     builder.avoid(also_avoid, ALSO_AVOIDED, endings=True)
     return builder.list()
@@ -271,6 +294,8 @@ class _Builder:
         self.forms: dict[str, str] = {}
         self.phrases: dict[tuple[str, ...], str] = {}
         self.parts: dict[str, str] = {}
+        self.openings: set[str] = set()
+        self.spelled: set[str] = set()
         self.harmless_phrases: set[tuple[str, ...]] = set()
         self.harmless_parts: set[str] = set()
 
@@ -280,14 +305,26 @@ class _Builder:
             words = _words(entry)
             if words is None:
                 self.parts[_dense(entry)] = category
+                self.openings.discard(_dense(entry))
                 self.harmless_parts.discard(_dense(entry))
                 continue
             for phrase in _endings(words, endings):
                 self.harmless_phrases.discard(phrase)
+                self.spelled.discard("".join(phrase))
                 if len(phrase) == 1:
                     self.forms[phrase[0]] = category
                 else:
                     self.phrases[phrase] = self.phrases[("".join(phrase),)] = category
+
+    def avoid_first(self, entries: Sequence[str], category: str) -> None:
+        """Look for these where no Chinese character stands before them."""
+        self.avoid(entries, category, endings=False)
+        self.openings.update(_dense(_folded(entry)) for entry in entries)
+
+    def allow_spelled(self, entries: Iterable[str]) -> None:
+        """Harmless letter by letter, though letters in them make an entry of the list."""
+        for words in filter(None, map(_words, map(_folded, entries))):
+            self.spelled.update("".join(phrase) for phrase in _endings(words, True))
 
     def allow(self, entries: Iterable[str], remove: bool) -> None:
         """Harmless where they stand; with `remove`, entries of the list that are equal go."""
@@ -306,8 +343,15 @@ class _Builder:
         harmless: dict[str, list[tuple[str, ...]]] = {}
         for phrase in sorted(self.harmless_phrases):
             harmless.setdefault(phrase[0], []).append(phrase)
-        parts = frozenset(self.harmless_parts)
-        return WordList(self.forms, self.phrases, self.parts, harmless, parts)
+        return WordList(
+            self.forms,
+            self.phrases,
+            self.parts,
+            frozenset(self.openings),
+            harmless,
+            frozenset(self.harmless_parts),
+            frozenset(self.spelled - self.forms.keys()),
+        )
 
 
 def _words(entry: str) -> tuple[str, ...] | None:

@@ -6,11 +6,12 @@ import functools
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 _VOWELS = "aeiou"
 _DIGITS = {"0": "o", "1": "il", "3": "e", "4": "a", "5": "s", "7": "t", "8": "b", "9": "g"}
 _MOST_READINGS = 64  # of one word: "1111111111" stands for nothing
+_CHOICE = re.compile(r"\(([^()]*)\)")
 _RUN = re.compile(r"(.)\1{2,}")
 _MARKS = re.compile(r"(?<=[a-z])[\u0300-\u036f]+")
 
@@ -25,6 +26,12 @@ def folded(text: str, simplified: dict[int, str]) -> str:
     text = unicodedata.normalize("NFC", text)
     seen = (c for c in text if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f")
     return "".join(seen).translate(simplified)
+
+
+def expanded(entries: Iterable[str]) -> list[str]:
+    """Entries of the list with each of their choices: "(a|the) gun" is "a gun" and "the gun"."""
+    parts = ([part.split("|") for part in _CHOICE.split(entry)] for entry in entries)
+    return ["".join(chosen) for entry in parts for chosen in itertools.product(*entry)]
 
 
 def inflected(word: str) -> set[str]:
@@ -74,3 +81,12 @@ def covered(text: str, forms: Iterable[str]) -> Iterator[str]:
         if len(word) > 2 and word.count("*") * 2 <= len(word):
             pattern = re.compile(word.replace("*", "[a-z]"))
             yield from (form for form in forms if pattern.fullmatch(form))
+
+
+def is_made_of(text: str, words: Container[str]) -> bool:
+    """Whether `text` is some of `words`, one behind the other, and nothing else."""
+    ends = [0]
+    for end in range(1, len(text) + 1):
+        if any(text[start:end] in words for start in ends):
+            ends.append(end)
+    return ends[-1] == len(text)

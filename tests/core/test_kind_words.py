@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import time
@@ -21,12 +22,14 @@ from pack.core.kind_words import (
     language_of,
     word_list,
 )
+from pack.core.word_forms import expanded, inflected, readings
 from pack.tests.conftest import ROOT
 
 LIST = json.loads((ROOT / "core" / "kind_words.json").read_text(encoding="utf-8"))
 KNOWN = word_list()
 ENGLISH = [w for c in LIST["categories"].values() for k in ("en", "en_as_written") for w in c[k]]
 CHINESE = [w for c in LIST["categories"].values() for w in c["zh"]]
+FIRST = [w for c in LIST["categories"].values() for w in c.get("zh_first", [])]
 WORDS = [w for w in ENGLISH if w.isascii() and w.isalpha()]
 SIMPLE = {pair[1]: pair[0] for line in LIST["traditional"] for pair in line.split()}
 
@@ -93,7 +96,7 @@ a unicorn with rainbow hair
 a happy sloth hanging from a branch
 a squirrel hides an acorn under dead leaves
 a cock-a-doodle-doo rooster wakes everyone
-a water pistol and a toy gun
+a water pistol and a bubble gun
 an ugly bug meets a horny toad
 an ox and an ass in a stable
 a murder of crows, rolling a six-sided die
@@ -103,6 +106,20 @@ a wine red scarf and a devil mask
 H-E-L-L-O kitty
 h e l l o
 a blue tit on a mushroom
+C L A S S of 2026
+s e a s h e l l
+h-e-l-l-o, k-i-t-t-y
+h e l l o k i t t y
+marshmallows over an open fire
+chestnuts roasting on an open fire
+a cat by the open fire, cosy
+spic and span kitchen
+cut yourself a slice of cake
+the bear cuts himself a big piece of pie
+bats hang themselves upside down
+a monkey hangs itself by its tail
+a mouse hanged her coat on a hook
+a picture hanged on the wall
 一只戴帽子的小熊
 穿裙子的小兔子在雪地里跳舞
 小猫在草地上追蝴蝶
@@ -148,7 +165,6 @@ a blue tit on a mushroom
 小蜗牛背着房子
 老虎妈妈抱着小老虎
 月亮上的兔子
-大笨蛋小熊
 红酒色的裙子和红缨枪
 火枪手猫
 小蝌蚪的变态
@@ -163,6 +179,25 @@ a blue tit on a mushroom
 小鸡巴士
 粉白相间的裙子和白粉色的蝴蝶结
 体操你会做吗
+猩猩妈的香蕉
+刺猬妈的帽子
+龟妈的壳
+小长颈鹿和长颈鹿妈的围巾
+双手掐腰的小熊
+小兔子掐着腰
+水果刀切苹果
+医生小熊拿着手术刀
+美工刀和彩纸
+指甲刀
+农民小熊拿着镰刀割麦子
+海盗的弯刀
+血管里的红细胞
+游戏里的血量条
+小熊满血复活
+白粉墙上的猫
+走了狗屎运
+小猫的铲屎官
+你不是笨蛋
 """.strip().splitlines()
 
 
@@ -181,12 +216,13 @@ def test_ordinary_wishes_pass(prompt) -> None:
 def test_every_entry_is_found_in_its_category(category) -> None:
     lists = LIST["categories"][category]
     english, emoji = lists["en"] + lists["en_as_written"], LIST["emoji"].get(category, [])
-    sentences = [f"a bear, {w}!" for w in english] + [f"小熊：{w}呢" for w in lists["zh"] + emoji]
+    chinese = lists["zh"] + lists.get("zh_first", []) + emoji
+    sentences = [f"a bear, {w}!" for w in english] + [f"小熊：{w}呢" for w in chinese]
     assert [s for s in sentences if category not in KNOWN.find(s)] == []
 
 
 def test_every_harmless_phrase_passes_and_hides_nothing_beside_it() -> None:
-    phrases = LIST["harmless"]["en"] + LIST["harmless"]["zh"]
+    phrases = expanded(LIST["harmless"]["en"] + LIST["harmless"]["zh"])
     assert [p for p in phrases if KNOWN.find(p)] == []
     for sentence in (
         "a shooting star and a gun",
@@ -248,10 +284,123 @@ def test_other_ways_to_write_them(word) -> None:
         ("heroin", "白粉"),
         ("nigger", "黑鬼"),
         ("kidnapped", "绑架"),
+        ("a bear with a toy gun", "拿着玩具枪的小熊"),
+        ("a toy pistol", "玩具手枪"),
+        ("a toy knife", "玩具刀"),
+        ("a nerf gun", "软弹枪"),
+        ("a kitchen knife", "菜刀"),
+        ("a bear with a pocket knife", "拿着小刀的小熊"),
+        ("you are stupid", "你是笨蛋"),
+        ("a stupid bear", "大笨蛋小熊"),
+        ("he was hanged", "他被吊死"),
+        ("hanged from a tree", "吊死在树上"),
+        ("covered in blood", "沾满血的小熊"),
+        ("the soldiers open fire on the crowd", "士兵开枪"),
+        ("he cuts himself", "他割腕"),
+        ("a razor blade", "刀片"),
+        ("a coffin", "棺材"),
+        ("shoots at a cat", "射击小猫"),
+        ("a murderer", "凶手"),
+        ("stupidity", "愚蠢"),
+        ("slavery", "奴隶制"),
     ],
 )
 def test_what_is_found_in_one_language_is_found_in_the_other(english, chinese) -> None:
     assert KNOWN.find(english) and KNOWN.find(chinese)
+
+
+@pytest.mark.parametrize(
+    ("english", "chinese"),
+    [
+        ("a bear with a water pistol", "拿着水枪的小熊"),
+        ("a bubble gun", "泡泡枪"),
+        ("a starting pistol at the sports day", "运动会上的发令枪"),
+        ("a fruit knife on a kitchen table", "厨房桌上的水果刀"),
+        ("a scalpel", "手术刀"),
+        ("a boxcutter", "美工刀"),
+        ("a craft knife and paper", "裁纸刀和彩纸"),
+        ("nail clippers", "指甲刀"),
+        ("a sickle", "镰刀"),
+        ("a butter knife", "黄油刀"),
+        ("a cheese knife", "奶酪刀"),
+        ("a cutlass", "弯刀"),
+        ("a steak knife", "牛排刀"),
+        ("snow white's poisoned apple", "白雪公主的毒苹果"),
+        ("a razor for dad", "爸爸的剃须刀"),
+        ("a silly bear", "傻乎乎的小熊"),
+        ("hanging from a branch", "挂在树枝上"),
+        ("blood vessels in a science book", "科学书里的血管"),
+    ],
+)
+def test_what_passes_in_one_language_passes_in_the_other(english, chinese) -> None:
+    assert (KNOWN.find(english), KNOWN.find(chinese)) == ((), ())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "妈的",
+        "妈 的",
+        "小熊，妈的",
+        "小熊 妈的",
+        "bear妈的",
+        "他妈的",
+        "真妈的烦",
+        "一只妈的熊",
+        "媽的",
+    ]
+    + [
+        "操你妈的",
+        "狗屎",
+        "一坨屎",
+        "吸白粉",
+        "一包白粉",
+        "掐小猫",
+        "互相掐",
+        "拿着刀",
+        "砍刀",
+        "血",
+    ]
+    + ["满手血", "笨蛋", "open fire", "they open fire", "cut yourself", "cuts himself with glass"]
+    + [
+        "b l o o d m o o n g o r e",
+        "cut herself a lot",
+        "hanged on a hook",
+        "hanged up by the neck",
+    ]
+    + ["hangs himself", "they hang themselves from a beam", "a spic", "the dog was hanged"],
+)
+def test_the_bad_meaning_beside_a_harmless_one_is_found(text) -> None:
+    assert KNOWN.find(text)
+
+
+def test_what_is_found_only_first_can_be_added_and_allowed() -> None:
+    assert not KNOWN.find("猩猩妈的") and word_list(("妈的",)).find("猩猩妈的")
+    assert not word_list((), ("妈的",)).find("妈的")
+
+
+# ------------------------------------------------------------------------- words spelled apart
+@pytest.mark.parametrize(
+    "text",
+    ["f u c k y o u", "i k i l l y o u", "g o t o h e l l", "k-i-l-l-b-e-a-r", "a d e a d c a t"]
+    + ["x f u c k", "z k i l l", "h e l l o f u c k", "h e l l", "s h u t u p", "b.e.a.t u.p"]
+    + ["b e a r s k i l l", "t h i s h e l l", "h e l l  o", "h-e l-l-o", "y o u r a s s"],
+)
+def test_a_word_spelled_apart_is_found_with_letters_beside_it(text) -> None:
+    assert KNOWN.find(text) and KNOWN.find(f"a bear, {text}!")
+
+
+def test_each_word_that_may_be_spelled_apart_needs_it_and_passes() -> None:
+    words = LIST["harmless"]["en_spelled"]
+    assert words == sorted(set(words))
+    assert [w for w in words if KNOWN.find(w) or KNOWN.find(" ".join(w.replace(" ", "")))] == []
+    strict = dataclasses.replace(KNOWN, harmless_spelled=frozenset())
+    assert [w for w in words if not strict.find(" ".join(w.replace(" ", "")))] == []
+
+
+def test_a_word_to_avoid_is_found_spelled_apart_though_the_list_has_it_as_harmless() -> None:
+    mine = word_list(("hello",))
+    assert not KNOWN.find("h e l l o") and mine.find("h e l l o") == ("horror", ALSO_AVOIDED)
 
 
 gaps = st.sampled_from([" ", ".", "-", " . ", "_", "*", "..", "·", "~"])
@@ -260,6 +409,21 @@ gaps = st.sampled_from([" ", ".", "-", " . ", "_", "*", "..", "·", "~"])
 @given(st.sampled_from(WORDS), gaps, st.sampled_from(["", "please draw ", "画"]))
 def test_letters_spelled_apart_are_found(word, gap, before) -> None:
     assert KNOWN.find(before + gap.join(word) + ", thank you")
+
+
+HARMLESS = {
+    "".join(words[:-1] + [last])
+    for words in map(str.split, LIST["harmless"]["en_spelled"])
+    for last in inflected(words[-1])
+}
+stray = st.text("abcdefghijklmnopqrstuvwxyz", max_size=2)
+
+
+@given(st.sampled_from([w for w in ENGLISH if len(w) <= 20]), gaps, stray, stray)
+def test_stray_letters_beside_a_word_spelled_apart_hide_nothing(entry, gap, before, after) -> None:
+    letters = before + re.sub("[^a-z0-9]", "", entry) + after
+    if not HARMLESS & readings(letters):
+        assert KNOWN.find(gap.join(letters))
 
 
 @given(st.sampled_from(WORDS), st.data())
@@ -274,7 +438,7 @@ def test_full_width_capitals_and_long_letters_are_found(word, data) -> None:
         assert KNOWN.find(f"a bear with {written} and a hat")
 
 
-@given(st.sampled_from(CHINESE), st.data())
+@given(st.sampled_from(CHINESE + FIRST), st.data())
 def test_chinese_is_found_with_gaps_and_in_traditional_characters(word, data) -> None:
     between = st.sampled_from(["", "", " ", ".", "*", "-", "\u200b", "　"])
     written = ""
@@ -282,7 +446,7 @@ def test_chinese_is_found_with_gaps_and_in_traditional_characters(word, data) ->
         traditional = data.draw(st.booleans())
         written += SIMPLE.get(character, character) if traditional else character
         written += data.draw(between)
-    assert KNOWN.find(f"一只{written}的熊")
+    assert KNOWN.find(f"一只，{written}的熊")
 
 
 @given(st.text(max_size=80))
