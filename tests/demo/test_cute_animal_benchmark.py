@@ -110,7 +110,7 @@ def options(tmp_path: Path) -> Namespace:
     """As of a rehearsal."""
     return Namespace(
         base=tmp_path, out=tmp_path / "out.jsonl", rehearse=True, side=["stock", "ours"], args=[],
-        seconds=60.0, images=2,
+        seconds=60.0, images=2, phase=list(cute_animal.PHASES),
     )  # fmt: skip
 
 

@@ -32,7 +32,8 @@ DRAWN = {
 # To be edited: a pink pig in the snow, a brown bear in a meadow. The one that is missing, and what
 # the bundled workflows draw, is judged in tests/browser/test_every_workflow.py.
 OFFERED = {
-    "cute_animal_for_kids_tiny": DRAWN["demo_3.png"],
+    # With a hat and a scarf; the judge knows one accessory at a time.
+    "cute_animal_for_kids_tiny": {"animal": "bear", "accessory": "scarf"},
     "qwen_image_2512_tiny": DRAWN["demo_1.png"],
     "qwen_image_edit_tiny": {"animal": "pig", "colour": "blue", "background": "snow"},
     "qwen_image_edit_tiled_tiny": {"animal": "bear", "colour": "blue", "background": "meadow"},
