@@ -22,7 +22,7 @@ KNOWN = (
 )
 
 PICTURES = ("examples", "nodes", "front")
-WORKERS = 2  # for the tests: one has ComfyUI in its process, the other drives a server
+WORKERS = 3  # for the tests: two have ComfyUI in their process, or drive a server; one a browser
 
 
 def _several(text: str) -> int:
@@ -183,7 +183,7 @@ def _keep_bytecode() -> None:
 
 
 def _test(comfyui: Path, rest: Sequence[str]) -> int:
-    """All tests in two processes, or in this one those that are named."""
+    """All tests in several processes, or in this one those that are named."""
     _keep_bytecode()
     if any(argument.startswith("tests") for argument in rest):
         return _call("pytest", *rest)

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from pack.tests.host import Host
 
 ROOT = Path(__file__).resolve().parents[1]
-# The rooms of the tests that share the fixture `host`, and of those that share `server`.
-SHARED = {"nodes": "host", "demo": "host", "browser": "server", "server": "server"}
+# The rooms of the tests that share the fixture `host`, and of those that share `server`: two, each
+# with its own, since a browser's tests mostly wait.
+SHARED = {"nodes": "host", "demo": "host", "browser": "browser", "server": "server"}
 SERVERS_OF_THEIR_OWN = ("test_make_demo.py",)
 
 # The in-process host takes half of all the time, so its modules are dealt out in parts, by the
@@ -66,7 +67,7 @@ def group_of(nodeid: str) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest, so that the workers end together."""
     parts = [f"host {number + 1}" for number in range(len(PARTS_OF_THE_HOST))]
-    longest = [parts[0], "server", *parts[1:], "host", *SERVERS_OF_THEIR_OWN]
+    longest = [parts[0], "browser", "server", *parts[1:], "host", *SERVERS_OF_THEIR_OWN]
 
     def rank(item: pytest.Item) -> int:
         group = group_of(item.nodeid)
