@@ -23,7 +23,7 @@ SHARED = {"nodes": "host", "demo": "host", "browser": "browser", "server": "serv
 SERVERS_OF_THEIR_OWN = ("test_make_demo.py",)
 
 # The in-process host takes half of all the time, so its modules are dealt out in parts, by the
-# first letters of their names: to one worker, which then starts ComfyUI once, or to both. Those
+# first letters of their names: to one worker, which then starts ComfyUI once, or to more. Those
 # from "reference" on wait for a process that the ones before them have begun: they stay together.
 PARTS_OF_THE_HOST = ("", "e", "o", "q", "report", "t")
 
