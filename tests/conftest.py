@@ -144,9 +144,7 @@ def models(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "checkpoints"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            half = folder.with_name(
-                "checkpoints being made"
-            )  # what fails midway counts for nothing
+            half = folder.with_name("half checkpoints")  # what fails midway counts for nothing
             make_checkpoints(comfyui, half)
             write_stock_text_encoder(half)
             write_narrow_vae(half)
