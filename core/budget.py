@@ -24,9 +24,10 @@ HOST_TAKES = 0.5  # of what the host reserves; Qwen-Image takes 0.45 of it
 class Work:
     """One forward pass as the host asks for it. Sizes in bytes; tokens are of one item.
 
-    `fixed` is what no plan lowers: latents, hints of ControlNets, buffers that weights are cast
-    into; the table of positions is no part of it. `host_estimate` is the host's memory_required
-    for a model that is no Qwen-Image, else None: then only batch and tokens matter beside it.
+    `fixed` is what no plan lowers: latents, hints of ControlNets, the largest quantised weight that
+    is dequantised for a product; the table of positions is no part of it. `host_estimate` is the
+    host's memory_required for a model that is no Qwen-Image, else None: then only batch and tokens
+    matter beside it.
     """
 
     batch: int  # halves of CFG times images

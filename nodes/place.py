@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
@@ -13,7 +13,7 @@ from ..core.budget import CHANGED, EXACT, ROUNDING, Memory, Plan, Rung, Work
 from ..core.budget_text import Attempt
 from ..core.measured import Measured
 from .store import FOLDER
-from .workload import Holding, key_of
+from .workload import Dequantized, Holding, dequantized_of, key_of
 
 MEASURED = Measured(FOLDER / "forward_passes.json")
 FLUCTUATION_BYTES = 256_000_000  # less than this is no other program
@@ -41,6 +41,11 @@ class Place:
     failures: int = 0  # of the pass that runs
     repeats: int = 0  # of it on the same rung, to which nothing follows
     waited: float = 0.0  # seconds, for this pass
+    dequantized: Dequantized = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Look at the layers once in a run."""
+        self.dequantized = dequantized_of(self.model, self.patcher.load_device)
 
     @property
     def rung(self) -> Rung:
@@ -72,6 +77,7 @@ class Place:
     def begin(self, work: Work, policy: str, memory: Memory) -> None:
         """Take up a new pass, on the first rung that should fit of those not left behind."""
         held = memory.held > 0
+        work = replace(work, fixed=work.fixed + self.dequantized.of(work))
         if (work, held) != (self.work, self.held):
             ladder = budget.ladder(work, policy, held)
             self.rungs = tuple(rung for rung in ladder if rung.exactness != CHANGED)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import comfy.model_management
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
+from comfy.quant_ops import QuantizedTensor
 
 from ..core import measured
 from ..core.budget import Memory, Plan, Work
 from . import loaded_models
+from .quantized_layouts import FOUR_BIT_LAYOUT, INT8_LAYOUT
 from .recovery import is_used
 
+MODULATION = "_mod."  # in the names of layers that see one row for each item, or for each timestep
 LATENT_COPIES = 8  # x, noise, both outputs with their weights, and what samplers keep
 
 
@@ -66,6 +69,43 @@ def work_of(
         aspect=max(x.shape[-2:]) / min(x.shape[-2:]),
         together=together,
     )
+
+
+class Dequantized(NamedTuple):
+    """Bytes of the largest weight of a model that is dequantised for a product, and let go of."""
+
+    one_row: int = 0  # where modulations multiply a single row
+    rows: int = 0  # where they multiply more
+
+    def of(self, work: Work) -> int:
+        """The one that a forward pass makes. References at timestep zero have their own row."""
+        return self.rows if work.batch > 1 or work.timestep_zero else self.one_row
+
+
+def dequantized_of(model: BaseModel, device: torch.device) -> Dequantized:
+    """What products of this model's quantised layers take beside the activations."""
+    size = comfy.model_management.dtype_size(model.get_dtype_inference())
+    found = [Dequantized()]
+    for name, layer in model.diffusion_model.named_modules():
+        weight = getattr(layer, "weight", None)
+        if not isinstance(weight, QuantizedTensor) or weight.dim() != 2:
+            continue
+        taken = weight.numel() * size
+        one_row = taken if _is_dequantized(layer, 1 if MODULATION in name else 2, device) else 0
+        found.append(Dequantized(one_row, taken if _is_dequantized(layer, 2, device) else 0))
+    return Dequantized(*map(max, zip(*found, strict=True)))
+
+
+def _is_dequantized(layer: torch.nn.Module, rows: int, device: torch.device) -> bool:
+    """Whether a product of so many rows needs the plain weight: the host's formats have kernels
+    that do not, unless it computes in full precision or patches the weight."""
+    layout = layer.weight._layout_cls
+    if getattr(layer, "weight_function", None) or layout == INT8_LAYOUT:
+        return True
+    if layout == FOUR_BIT_LAYOUT:
+        return rows > 1 or device.type != "cuda"  # bitsandbytes' kernel reads it packed
+    full = getattr(layer, "_full_precision_mm", False)
+    return bool(full or getattr(layer, "comfy_force_cast_weights", False))
 
 
 def tokens_of(latent: torch.Tensor) -> int:

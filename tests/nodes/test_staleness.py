@@ -68,6 +68,18 @@ def start_now(environment: Any) -> None:
     time.sleep(0.02)
 
 
+def replace_apply_rope(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    """By a function that calls it, and says that it was read from `file`."""
+    llama = sys.modules["comfy.text_encoders.llama"]
+    original = llama.apply_rope
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    patched.__code__ = patched.__code__.replace(co_filename=str(file))
+    monkeypatch.setattr(llama, "apply_rope", patched)
+
+
 @pytest.mark.parametrize("text", [["texts", 0], "one"], ids=["texts", "one text"])
 def test_a_list_of_encoders_is_never_mixed_up(fresh, text) -> None:
     graph = {
@@ -133,10 +145,7 @@ def test_host_functions_replaced_from_inside_comfyuis_folder(
     fresh, environment, monkeypatch, folder
 ) -> None:
     fresh.run(prompt())
-    names = {"original": sys.modules["comfy.text_encoders.llama"].apply_rope}
-    source = "def patched(*args, **kwargs): return original(*args, **kwargs)"
-    exec(compile(source, str(environment.HOST_ROOT / folder / "patch.py"), "exec"), names)
-    monkeypatch.setattr(sys.modules["comfy.text_encoders.llama"], "apply_rope", names["patched"])
+    replace_apply_rope(monkeypatch, environment.HOST_ROOT / folder / "patch.py")
     assert "source of comfy.text_encoders.llama.apply_rope cannot be found" in why(fresh, prompt())
 
 
@@ -174,11 +183,7 @@ def test_a_library_beside_python_is_trusted_and_one_inside_a_pack_is_not(
 
 def test_the_code_of_a_pack_that_replaces_host_code_counts(fresh, environment, monkeypatch) -> None:
     fresh.run(prompt())
-    names = {"original": sys.modules["comfy.text_encoders.llama"].apply_rope}
-    file = fresh.base / "custom_nodes" / "test_extension" / "__init__.py"
-    source = "def patched(*args, **kwargs): return original(*args, **kwargs)"
-    exec(compile(source, str(file), "exec"), names)
-    monkeypatch.setattr(sys.modules["comfy.text_encoders.llama"], "apply_rope", names["patched"])
+    replace_apply_rope(monkeypatch, fresh.base / "custom_nodes" / "test_extension" / "__init__.py")
     assert why(fresh, prompt()) == "code version changed"
     assert why(fresh, prompt()) == "hit"
 
