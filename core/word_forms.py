@@ -10,9 +10,11 @@ from collections.abc import Container, Iterable, Iterator
 
 _VOWELS = "aeiou"
 _DIGITS = {"0": "o", "1": "il", "3": "e", "4": "a", "5": "s", "7": "t", "8": "b", "9": "g"}
+_ASKING = (("", "please"), ("draw", "drawme"), ("", "a", "an", "the"))
 _MOST_READINGS = 64  # of one word: "1111111111" stands for nothing
 _CHOICE = re.compile(r"\(([^()]*)\)")
 _RUN = re.compile(r"(.)\1{2,}")
+_ASKED = frozenset(map("".join, itertools.product(*_ASKING)))
 _MARKS = re.compile(r"(?<=[a-z])[\u0300-\u036f]+")
 
 
@@ -84,8 +86,9 @@ def covered(text: str, forms: Iterable[str]) -> Iterator[str]:
 
 
 def is_made_of(text: str, words: Container[str]) -> bool:
-    """Whether `text` is some of `words`, one behind the other, and nothing else."""
-    ends = [0]
+    """Whether `text` is some of `words`, one behind the other, and nothing else; behind what asks
+    for a picture, if it does: "draw a"."""
+    ends = [0, *(len(asked) for asked in _ASKED if text.startswith(asked))]
     for end in range(1, len(text) + 1):
         if any(text[start:end] in words for start in ends):
             ends.append(end)

@@ -110,6 +110,8 @@ C L A S S of 2026
 s e a s h e l l
 h-e-l-l-o, k-i-t-t-y
 h e l l o k i t t y
+d r a w a s h e l l
+p l e a s e d r a w m e a n a s s i s t a n t
 marshmallows over an open fire
 chestnuts roasting on an open fire
 a cat by the open fire, cosy
@@ -384,6 +386,7 @@ def test_what_is_found_only_first_can_be_added_and_allowed() -> None:
     "text",
     ["f u c k y o u", "i k i l l y o u", "g o t o h e l l", "k-i-l-l-b-e-a-r", "a d e a d c a t"]
     + ["x f u c k", "z k i l l", "h e l l o f u c k", "h e l l", "s h u t u p", "b.e.a.t u.p"]
+    + ["d r a w h e l l", "d r a w a d e a d c a t", "d r a w a s h e l l x", "a s h e l l"]
     + ["b e a r s k i l l", "t h i s h e l l", "h e l l  o", "h-e l-l-o", "y o u r a s s"],
 )
 def test_a_word_spelled_apart_is_found_with_letters_beside_it(text) -> None:
