@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from pack.core.qwen_layers import published
 
 GIB = 2**30
 ALL = frozenset({"bitsandbytes", "comfy-kitchen"})
-HOST_DTYPES = {"default", "bf16", "fp8_e4m3fn", "fp8_e5m2"}
+HOST_DTYPES = {"default", "bf16", "fp32", "fp8_e4m3fn", "fp8_e5m2"}  # fp32: of an fp64 encoder
 STORED = ("int8", "w4a8", "w4a4", "nvfp4", "mxfp8", "bnb_nf4", "bnb_fp4", "bnb_int8")
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, **{f.name: f.bits for f in FORMATS.values()}}
 
@@ -287,14 +290,50 @@ def test_what_runs_slowly_is_said_and_allowed(format, machine, said) -> None:
 
 
 # ------------------------------------------------------------------------- the table for people
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-AMD = {"name": "AMD", "vram_total": 16 * GIB, "vram_free": 15 * GIB}
-ROWS = {  # the first words of a row, in both languages: the machine with that much RAM
-    ("RTX ", "RTX "): lambda ram: card(*RTX_4070, ram),
-    ("GTX 10, 16", "GTX 10、16"): lambda ram: card("NVIDIA GeForce GTX 1080", (6, 1), 8, ram),
-    ("AMD, Intel", "AMD、Intel"): lambda ram: replace(bare("rocm", ram), **AMD),
-    ("Mac", "Mac"): lambda ram: bare("mps", ram),
-    ("No card", "没有显卡"): lambda ram: bare("cpu", ram),
+ROOT = Path(__file__).resolve().parents[2]
+LABEL = re.compile(r"[\u4e00-\u9fff]+（(\w+)）")  # as the Chinese editor shows a choice
+KEPT = ("keep", "原样")
+Makes = Callable[[int], Machine]  # a machine with so many GiB of RAM
+
+
+def nvidia(name: str, capability: tuple[int, int], vram: int, **more) -> Makes:
+    """A machine with this card."""
+    return lambda ram: card(name, capability, vram, ram, **more)
+
+
+def other(device: str, vram: int = 0) -> Makes:
+    """A machine without NVIDIA's."""
+    sizes = {"vram_total": vram * GIB, "vram_free": max(vram - 1, 0) * GIB}
+    return lambda ram: replace(bare(device, ram), **sizes)
+
+
+RTX = (("RTX 2060", (7, 5)), ("RTX 3060", (8, 6)), ("RTX 4070", (8, 9)), ("RTX 5070", (12, 0)))
+GTX_1660, GTX_1080 = ("NVIDIA GeForce GTX 1660", (7, 5)), ("NVIDIA GeForce GTX 1080", (6, 1))
+WITH_KERNELS = (*RTX, GTX_1660)
+ROWS = {  # the first words of a row of the guide, in both languages, and its machines
+    ("RTX 20 to 50, GTX 16,", "RTX 20 到 50、GTX 16，"): [
+        *(nvidia(*each, 12) for each in RTX),
+        nvidia(*GTX_1660, 6),
+    ],
+    ("GTX 10, and any", "GTX 10，以及"): [
+        nvidia(*GTX_1080, 8),
+        *(nvidia(*each, 12, cuda=(12, 8)) for each in WITH_KERNELS),
+    ],
+    ("AMD, Intel", "AMD、Intel"): [other("rocm", 16), other("xpu", 16)],
+    ("Mac", "Mac"): [other("mps")],
+    ("No card", "没有显卡"): [other("cpu")],
+}
+UP_TO_16 = (6, 8, 12, 16)
+SLOWER = [nvidia(*GTX_1080, vram) for vram in UP_TO_16]
+SLOWER += [nvidia(*each, vram, cuda=(12, 8)) for each in WITH_KERNELS for vram in UP_TO_16]
+SLOWER += [other(device, vram) for device in ("rocm", "xpu") for vram in (8, 12, 16)]
+IN_README = {  # the same of the READMEs
+    ("RTX 20 to 50, GTX 16,", "RTX 20 到 50、GTX 16，"): [
+        nvidia(*each, vram) for each in WITH_KERNELS for vram in UP_TO_16
+    ],
+    ("RTX 30 to 50, 24 GB", "RTX 30 到 50，24 GB"): [nvidia(*each, 24) for each in RTX[1:]],
+    ("GTX 10, any of them", "GTX 10，或上面的显卡"): [*SLOWER, other("cpu")],
+    ("Mac", "Mac"): [other("mps")],
 }
 
 
@@ -307,15 +346,29 @@ def cell(file: File, machine: Machine) -> str:
     return f"{name} {choice.preset}" if choice.preset else name
 
 
-@pytest.mark.parametrize(("name", "language"), [("formats.md", 0), ("zh/formats.md", 1)])
-def test_the_table_of_the_guide_is_what_auto_takes(name: str, language: int) -> None:
-    lines = (DOCS / name).read_text(encoding="utf-8").splitlines()
-    for older in (RTX_3060, ("RTX 2060", (7, 5), 12)):  # the same row
-        for file, ram in ((f, ram) for f in (FP8, BF16) for ram in (64, 32, 16)):
-            assert cell(file, card(*older, ram)) == cell(file, card(*RTX_4070, ram))
-    for words, machine in ROWS.items():
-        found = [line for line in lines if line.startswith(f"| {words[language]}")]
-        assert len(found) == 1, words
-        cells = [part.strip().replace("`", "") for part in found[0].strip("|").split("|")]
-        expected = [cell(f, machine(ram)) for f in (FP8, BF16) for ram in (64, 32, 16)]
-        assert cells[1:] == expected, found[0]
+def said(line: str) -> list[str]:
+    """The cells of a row behind its first."""
+    plain = LABEL.sub(r"\1", line).replace("`", "").strip("|")
+    cells = [part.strip() for part in plain.split("|")][1:]
+    return ["keep" if part in KEPT else part for part in cells]
+
+
+@pytest.mark.parametrize(
+    ("name", "language", "rows"),
+    [
+        ("docs/formats.md", 0, ROWS),
+        ("docs/zh/formats.md", 1, ROWS),
+        ("README.md", 0, IN_README),
+        ("README.zh.md", 1, IN_README),
+    ],
+)
+def test_the_table_for_people_is_what_auto_takes(name: str, language: int, rows) -> None:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    head = next(i for i, line in enumerate(lines) if line.count("64 GB") == 2)
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[head + 2 :]))
+    assert len(table) == len(rows)
+    for line, (words, machines) in zip(table, rows.items(), strict=True):
+        assert line.startswith(f"| {words[language]}")
+        for machine in machines:
+            expected = [cell(f, machine(ram)) for f in (FP8, BF16) for ram in (64, 32, 16)]
+            assert said(line) == expected, (line, machine(32).title)
