@@ -33,6 +33,9 @@ UNIT = re.compile(r"(?<=\d )(?:GB|dB|%)")  # seconds are often named above a tab
 CLAUSE = re.compile(r"[;；]")
 SENTENCE = re.compile(r"(?<=[.:;])\s+(?=[A-Z0-9*(`])|\n\s*\n|\n- ")
 CODE = re.compile(r"`([^`]+)`")
+CHOICE = re.compile(r"(?<![`*])(?P<q>[`*])([A-Za-z][A-Za-z0-9, '-]*)(?P=q)(?![`*])")
+LABELLED = re.compile(r"[`*]([^`*（）\n]+)（([^`*（）\n]+)）[`*]")
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 MODULE = re.compile(r"python -m (benchmarks\.\w+|demo(?: (?!tests)\w+)?)")
 
 each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -180,6 +183,37 @@ def test_every_guide_is_in_both_languages_with_the_same_parts(guide: str) -> Non
 def test_a_chinese_page_speaks_of_the_menu_as_it_is_shown(path: Path) -> None:
     chinese = path.parent.name == "zh" or ".zh." in path.name
     assert not (chinese and re.search("Extensions [›>]", text(path)))
+
+
+def chinese_texts() -> dict[str, str]:
+    """What is read in Chinese beside the editor: README, guides and the notes of workflows."""
+    pages = [ROOT / "README.zh.md", *sorted((ROOT / "docs" / "zh").glob("*.md"))]
+    found = {page.name: text(page) for page in pages}
+    for path in sorted((ROOT / "workflows").glob("*.json")):
+        for node in json.loads(text(path))["nodes"]:
+            if node["type"] == "MarkdownNote" and CHINESE.search(node["widgets_values"][0]):
+                found[f"{path.stem}, {node['id']}"] = node["widgets_values"][0]
+    return found
+
+
+def labels() -> dict[str, set[str]]:
+    """The Chinese labels of a choice, by its value."""
+    nodes = json.loads(text(ROOT / "locales" / "zh" / "nodeDefs.json")).values()
+    every = [entry for node in nodes for entry in node.get("inputs", {}).values()]
+    found: dict[str, set[str]] = {}
+    for value, label in (pair for entry in every for pair in entry.get("options", {}).items()):
+        found.setdefault(value, set()).add(label)
+    return found
+
+
+@pytest.mark.parametrize("name", chinese_texts())
+def test_a_choice_is_written_as_the_chinese_editor_shows_it(name: str) -> None:
+    """自动（auto）, not auto: names of inputs that no choice has, files and commands stay."""
+    known, plain = labels(), FENCED.sub("", chinese_texts()[name])
+    for _, written in CHOICE.findall(plain):
+        assert written not in known, f"{written}: write {known[written]}（{written}）"
+    for label, value in LABELLED.findall(plain):
+        assert value not in known or label in known[value], (label, value)
 
 
 def test_the_children_s_guide_has_a_prompt_as_the_node_writes_it() -> None:
