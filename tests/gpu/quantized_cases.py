@@ -1,4 +1,4 @@
-"""What test_quantized_patcher.py looks at, in a ComfyUI of its own, with dynamic VRAM or without.
+"""What test_unmerged_patcher.py looks at, in a ComfyUI of its own, with dynamic VRAM or without.
 
 Run with the folders of ComfyUI, of its models and of the pack, the kind of VRAM, and the device.
 """

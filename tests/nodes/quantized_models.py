@@ -16,7 +16,7 @@ WIDTH = 128  # of both small transformers
 
 def parts(host: Host) -> SimpleNamespace:
     """The modules under test, of the pack that ComfyUI loaded."""
-    names = {"ops": "nodes.quantized_ops", "patcher": "nodes.quantized_patcher"}
+    names = {"ops": "nodes.quantized_ops", "patcher": "nodes.unmerged_patcher"}
     names |= {"layers": "core.quantized_layers", "plans": "core.quantization"}
     names |= {"low_rank": "nodes.low_rank", "architectures": "nodes.architectures"}
     load = importlib.import_module
