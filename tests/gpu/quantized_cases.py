@@ -1,4 +1,4 @@
-"""What test_unmerged_patcher.py looks at, in a ComfyUI of its own, with dynamic VRAM or without.
+"""What test_quantized_patcher.py looks at, in a ComfyUI of its own, with dynamic VRAM or without.
 
 Run with the folders of ComfyUI, of its models and of the pack, the kind of VRAM, and the device.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 HEADS, LAYERS = 48, 3  # 1536 wide: 255 M parameters
 KEPT = 160 * 2**20  # bytes of the card that are left where weights have to be streamed
-FORMATS = ("bnb_nf4", "bnb_int8", "int8", "w4a8")
+FORMATS = ("bnb_nf4", "bnb_int8", "int8", "w4a8", "fp8_e4m3fn")
 
 
 def start(comfyui: Path, base: Path, pack: Path, dynamic: bool, device: str) -> Any:

@@ -2,7 +2,7 @@
 
 The card is pretended: tensors without numbers that say they are on one, by torch's own fake mode,
 which refuses to compute with two devices. So this tells of devices and bytes, not of pictures;
-those are in test_unmerged_patcher.py (on the CPU) and tests/gpu.
+those are in test_quantized_patcher.py (on the CPU) and tests/gpu.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ CASES = [
     ("int8", "balanced", "plain", "buffers"),
     ("w4a8", "smallest", "lora", "buffers"),
     ("w4a4", "smallest", "plain", "buffers"),
+    ("fp8_e4m3fn", "", "lora", "buffers"),
+    ("fp8_e4m3fn", "", "lora", "own"),
 ]
 
 
