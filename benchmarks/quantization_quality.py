@@ -33,6 +33,7 @@ from demo.artist import Artist, Settings
 EDIT = Settings(cfg=1.0)
 LORA_RANK, LORA_SIZE = 8, 0.25  # its product, relative to the weight that it is added to
 NOTHING = "default"
+UNMERGED = " unmerged"  # after the name of an fp8 dtype: with LoRAs apart, as our loader has it
 Row = dict[str, Any]
 
 
@@ -66,6 +67,8 @@ def cells() -> Iterator[Cell]:
         for preset in text:
             yield Cell(text_encoder=format, text_preset=preset)
     yield Cell(lora=True)
+    yield Cell("fp8_e4m3fn", lora=True)
+    yield Cell(f"fp8_e4m3fn{UNMERGED}", lora=True)
     for format in ("bnb_int8", "int8", "bnb_nf4", "w4a8"):
         yield Cell(format, default, format, default)
         yield Cell(format, default, lora=True)
@@ -79,7 +82,10 @@ def options_of(kind: str, format: str, preset: str) -> dict[str, Any]:
 
     if format in quantization.FORMATS:
         return {"quantization": loading.Quantization(format, presets()[kind][preset])}
-    return {} if format == NOTHING else {"dtype": getattr(torch, f"float8_{format[4:]}")}
+    if format == NOTHING:
+        return {}
+    dtype = getattr(torch, f"float8_{format.removesuffix(UNMERGED)[4:]}")
+    return {"dtype": dtype, "unmerged_loras": format.endswith(UNMERGED)}
 
 
 def opened(cell: Cell) -> Artist:

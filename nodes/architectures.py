@@ -27,10 +27,10 @@ from comfy.text_encoders.hunyuan_video import llama_detect
 from ..core import checkpoint
 from ..core.shared import Loaded
 from ..core.sign_codes import sign_codes
-from . import finite_check, missing_weights
+from . import finite_check, fp8_ops, missing_weights
 from .quantized_loading import Weights, inputs_of, naming_the_file, read_weights
 from .quantized_ops import operations
-from .quantized_patcher import patcher_for
+from .unmerged_patcher import patcher_for
 
 log = logging.getLogger("qwen_vram")
 
@@ -73,11 +73,11 @@ def load_transformer(
     load_device = options.get("load_device", mm.get_torch_device())
     offload_device = options.get("offload_device", mm.unet_offload_device())
     set_dtypes(config, weights.state, options, load_device)
-    if weights.ours:
-        compute_dtype = config.manual_cast_dtype or config.unet_config["dtype"]
-        config.custom_operations = operations(compute_dtype, False, load_device)
+    apart = weights.ours or options.get("unmerged_loras", False)
+    if apart:
+        config.custom_operations = operations_for(config, load_device)
     model = config.get_model(weights.state, "")
-    patcher = patcher_around(model, load_device, offload_device, weights.ours, disable_dynamic)
+    patcher = patcher_around(model, load_device, offload_device, apart, disable_dynamic)
     if not mm.is_device_cpu(offload_device):
         model.to(offload_device)
     missing = missing_weights.Record()
@@ -107,15 +107,23 @@ def transformer_config(
     return config
 
 
+def operations_for(config: comfy.supported_models.QwenImage, load_device: torch.device) -> type:
+    """This pack's operations, for a file with quantised layers or for a model held in fp8."""
+    if config.quant_config is None:
+        return fp8_ops.operations(config)
+    compute_dtype = config.manual_cast_dtype or config.unet_config["dtype"]
+    return operations(compute_dtype, False, load_device)
+
+
 def patcher_around(
     model: torch.nn.Module,
     load_device: torch.device,
     offload_device: torch.device,
-    ours: bool,
+    apart: bool,
     disable_dynamic: bool,
 ) -> ModelPatcher:
-    """The host's patcher, or this pack's for layers that its own operations compute."""
-    if ours:
+    """The host's patcher, or this pack's for layers whose patches stay apart."""
+    if apart:
         return patcher_for(model, load_device, offload_device, disable_dynamic)
     patcher = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     return patcher(model, load_device=load_device, offload_device=offload_device)

@@ -38,7 +38,8 @@ PACK_SOURCES = (
     *("core/tensor_reader.py", "nodes/quantized_loading.py", "nodes/weight_choice.py"),
     *("nodes/quantized_layouts.py", "nodes/quantized_ops.py", "nodes/shared_loader.py"),
     *("core/bitsandbytes_formats.py", "core/host_formats.py", "core/quantized_entries.py"),
-    *("core/bitsandbytes_int8.py", "nodes/low_rank.py", "nodes/quantized_patcher.py"),
+    *("core/bitsandbytes_int8.py", "nodes/low_rank.py", "nodes/unmerged_patcher.py"),
+    "nodes/unmerged_linear.py",
 )
 
 # Options that cannot change a number in a conditioning. Whatever is not listed is part of the key.

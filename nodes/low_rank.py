@@ -152,6 +152,10 @@ class Patches:
             loras |= factors_of(patch, shape) is not None
         return Patches(layers, self.loras + loras)
 
+    def without(self, key: str) -> Patches:
+        """These, less those of one weight."""
+        return Patches({k: v for k, v in self.layers.items() if k != key}, self.loras)
+
     def report(self, dtype: torch.dtype) -> str:
         """One line: how they are applied; "" without any."""
         plain = [layer for layer in self.layers.values() if layer.low_rank]

@@ -1,12 +1,11 @@
 """Operations for models with quantised layers: a Linear that computes with the packed weight.
 
 A subclass of the host's own class for quantised files, so that its memory manager moves, streams
-and counts these weights as it does its own. LoRAs are added to the product (see low_rank.py).
+and counts these weights as it does its own. LoRAs are added to the product: unmerged_linear.py.
 """
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import comfy.model_management as mm
@@ -20,65 +19,42 @@ from ..core import host_formats
 from ..core.quantized_entries import check_shape, need
 from ..core.quantized_layers import QuantizedFileError, format_of
 from . import quantized_layouts
-from .low_rank import Layer
 from .quantized_loading import check_host_layer
+from .unmerged_linear import UnmergedLinear
 
 OWN = "QwenVRAM"  # what the names of this pack's layouts start with
 INTEGERS = ("TensorWiseINT8Layout", "TensorCoreConvRotW4A4Layout", "AsymW4A8Int8Layout")
 
 
-class Dequantized:
-    """A weight function of the host's: the patches of one layer, on its dequantised weight."""
-
-    def __init__(self, layer: Layer) -> None:
-        self.layer = weakref.ref(layer)
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        """(out, in), patched; as it was when the patcher that had the patches is gone."""
-        layer = self.layer()
-        return weight if layer is None else layer.apply(weight)
-
-
-class QuantizedLinear:
-    """What `operations` adds to the host's Linear; goes before it in the order of its classes.
-
-    `patches` lives as long as the patcher that is loaded: a module never keeps a LoRA alive.
-    """
-
-    patches: weakref.ref[Layer] | None = None
+class QuantizedLinear(UnmergedLinear):
+    """What `operations` adds to the host's Linear; goes before it in the order of its classes."""
 
     @property
-    def is_quantized(self) -> bool:
-        """Whether its weight is in a format whose patches are applied at run time.
+    def takes_patches(self) -> bool:
+        """Whether its weight is in a quantised format; the host's fp8, mxfp8 and nvfp4 too."""
+        return isinstance(getattr(self, "weight", None), QuantizedTensor)
 
-        The host's fp8, mxfp8 and nvfp4 are not: it patches and quantises those again itself.
+    @property
+    def is_packed(self) -> bool:
+        """Whether its weight is in a format that this class multiplies by: integers, bitsandbytes'.
+
+        With the host's other formats the host computes.
         """
-        weight = getattr(self, "weight", None)
-        if not isinstance(weight, QuantizedTensor):
-            return False
-        return weight._layout_cls in INTEGERS or weight._layout_cls.startswith(OWN)
+        layout = self.weight._layout_cls if self.takes_patches else ""
+        return layout in INTEGERS or layout.startswith(OWN)
 
-    @property
-    def layer(self) -> Layer | None:
-        """The patches of the patcher that is loaded."""
-        return self.patches() if self.patches is not None else None
-
-    def patch_with(self, layer: Layer | None, device: torch.device) -> None:
-        """Take these patches, or none; copies of other ones leave `device`."""
-        before = self.layer
-        if before is not None and before is not layer:
-            before.drop(device)
-        self.patches = weakref.ref(layer) if layer is not None else None
-        own = [Dequantized(layer)] if layer is not None and not layer.low_rank else []
-        others = [f for f in self.weight_function if not isinstance(f, Dequantized)]
-        if own or len(others) != len(self.weight_function):
-            self.weight_function = own + others  # as in the host: patches first, wrappers then
+    def dense_weight(self, device: torch.device | None = None) -> Tensor:
+        """(out, in) dequantised, without patches."""
+        weight = self.weight if device is None else self.weight.to(device)
+        return weight.dequantize()
 
     # ------------------------------------------------------------------------------- forward
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) to (..., out)."""
-        if not self.is_quantized:
+        if not self.takes_patches:
             return super().forward(input, *args, **kwargs)
+        if not self.is_packed:
+            return self.with_loras(super().forward(input, *args, **kwargs), input)
         comfy.ops.run_every_op()
         dense = bool(self.weight_function)  # the host dequantises for functions of a weight
         with comfy.ops.CastBiasWeightContext(
@@ -91,8 +67,7 @@ class QuantizedLinear:
             compute_dtype=input.dtype,
         ) as (weight, bias):
             out = self._product(input, weight, bias)
-        layer = self.layer
-        return out if layer is None or not layer.low_rank else _plus(out, input, layer)
+        return self.with_loras(out, input)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not isinstance(weight, QuantizedTensor):
@@ -172,7 +147,7 @@ class QuantizedLinear:
 
     def _apply(self, fn: Any, recurse: bool = True) -> torch.nn.Module:
         """As the host's, which fails on weights of a node's run (inference tensors) after it."""
-        ours = self.is_quantized and self.weight._qdata.is_inference()
+        ours = self.takes_patches and self.weight._qdata.is_inference()
         with torch.inference_mode(ours or torch.is_inference_mode_enabled()):
             return super()._apply(fn, recurse)
 
@@ -180,26 +155,16 @@ class QuantizedLinear:
     # weights, with other rounding. No patch of ours is among them: packed they stay as they are.
     def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs: Any) -> Tensor:
         """The weight for the host's patches: packed as it is."""
-        return weight if self.is_quantized else super().convert_weight(weight, inplace, **kwargs)
+        return weight if self.takes_patches else super().convert_weight(weight, inplace, **kwargs)
 
     def set_weight(self, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         """Take a weight of the host's; one that is packed is taken as it is."""
-        if not self.is_quantized or not isinstance(weight, QuantizedTensor):
+        if not self.takes_patches or not isinstance(weight, QuantizedTensor):
             return super().set_weight(weight, *args, **kwargs)
         if kwargs.get("return_weight"):
             return weight
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         return None
-
-
-def _plus(out: Tensor, x: Tensor, layer: Layer) -> Tensor:
-    """out + B(Ax); in place, for the feed-forward's output is the model's largest tensor."""
-    down, up = layer.factors(x.device, x.dtype)
-    hidden = linear(x, down)
-    if out.requires_grad or not out.is_contiguous():
-        return out + linear(hidden, up)
-    out.view(-1, out.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up.t())
-    return out
 
 
 def operations(

@@ -35,8 +35,8 @@ from ..core.units import size_text
 from . import architectures, environment
 from .quantized_layouts import entries_of
 from .quantized_loading import Quantization
-from .quantized_patcher import is_quantized, lora_report
 from .status import say, shown
+from .unmerged_patcher import is_unmerged, lora_report
 
 FOLDERS = {"model": "diffusion_models", "clip": "clip"}  # of the output folder, as ComfyUI's own
 SECONDS_BETWEEN_LINES = 0.5
@@ -168,7 +168,7 @@ def origin_of(kind: str, patcher: ModelPatcher) -> Origin:
 
 def refuse_other_patches(kind: str, patcher: ModelPatcher) -> None:
     """Raise ValueError if there are patches that whoever saves must expect to be in the file."""
-    layers = patcher.run_time_patches.layers.values() if is_quantized(patcher) else ()
+    layers = patcher.run_time_patches.layers.values() if is_unmerged(patcher) else ()
     if not all(layer.low_rank for layer in layers):
         raise ValueError(
             f"What was merged or patched into {kind} cannot be written ({lora_report(patcher)}); "

@@ -12,7 +12,7 @@ from typing import Any
 
 HEADS, LAYERS = 48, 3  # 1536 wide: 255 M parameters
 KEPT = 160 * 2**20  # bytes of the card that are left where weights have to be streamed
-FORMATS = ("bnb_nf4", "bnb_int8", "int8", "w4a8")
+FORMATS = ("bnb_nf4", "bnb_int8", "int8", "w4a8", "fp8_e4m3fn")
 
 
 def start(comfyui: Path, base: Path, pack: Path, dynamic: bool, device: str) -> Any:

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-VRAM = {"dynamic": "QuantizedDynamicPatcher", "not dynamic": "QuantizedPatcher"}
+VRAM = {"dynamic": "UnmergedDynamicPatcher", "not dynamic": "UnmergedPatcher"}
 
 
 @pytest.fixture(scope="module", params=list(VRAM))
@@ -48,7 +48,7 @@ def test_a_lora_comes_and_goes(found, format) -> None:
     facts = found[1][format]
     assert facts["changed"] > 0.005
     assert facts["removed"] and facts["zero"] and facts["again"]
-    assert facts["not dynamic"] and facts["kind of it"] == "QuantizedPatcher"
+    assert facts["not dynamic"] and facts["kind of it"] == "UnmergedPatcher"
 
 
 @pytest.mark.parametrize("format", quantized_cases.FORMATS)

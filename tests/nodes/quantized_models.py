@@ -12,13 +12,15 @@ from pack.tests.host import Host
 from safetensors.torch import load_file, save_file
 
 WIDTH = 128  # of both small transformers
+FP8 = torch.float8_e4m3fn  # the one format here that is not quantised
 
 
 def parts(host: Host) -> SimpleNamespace:
     """The modules under test, of the pack that ComfyUI loaded."""
-    names = {"ops": "nodes.quantized_ops", "patcher": "nodes.quantized_patcher"}
+    names = {"ops": "nodes.quantized_ops", "patcher": "nodes.unmerged_patcher"}
     names |= {"layers": "core.quantized_layers", "plans": "core.quantization"}
     names |= {"low_rank": "nodes.low_rank", "architectures": "nodes.architectures"}
+    names |= {"fp8": "nodes.fp8_ops"}
     load = importlib.import_module
     return SimpleNamespace(
         **{short: load(f"{host.pack.__name__}.{name}") for short, name in names.items()}
@@ -37,7 +39,9 @@ def quantized_state(
     preset: str = "smallest",
     device: str = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """The same with the entries of the layers that the preset chooses."""
+    """The same with the entries of the layers that the preset chooses; "fp8_e4m3fn": all matrices."""
+    if format == "fp8_e4m3fn":
+        return {k: t.to(FP8) if t.ndim == 2 else t for k, t in plain.items()}
     it = parts(host)
     layers = {k[:-7]: t.shape for k, t in plain.items() if k.endswith(".weight") and t.ndim == 2}
     rules = it.plans.presets()["diffusion_models"][preset]
@@ -68,8 +72,12 @@ def model_of(
     rows = {k: checkpoint.Tensor("BF16", tuple(t.shape)) for k, t in plain.items()}
     config.unet_config.update(checkpoint.transformer_config(checkpoint.Header("", rows)))
     config.quant_config = None
-    config.set_inference_dtype(dtype, None, device=device)
-    config.custom_operations = it.ops.operations(dtype, full_precision=False, device=device)
+    if any(t.dtype is FP8 for t in state.values()):
+        config.set_inference_dtype(FP8, dtype, device=device)
+        config.custom_operations = it.fp8.operations(config)
+    else:
+        config.set_inference_dtype(dtype, None, device=device)
+        config.custom_operations = it.ops.operations(dtype, full_precision=False, device=device)
     model = config.get_model(dict(state), "")
     patcher = it.patcher.patcher_for(model, device, cpu, disable_dynamic)
     model.load_model_weights(dict(state), "", assign=True)

@@ -39,6 +39,8 @@ CASES = [
     ("int8", "balanced", "plain", "buffers"),
     ("w4a8", "smallest", "lora", "buffers"),
     ("w4a4", "smallest", "plain", "buffers"),
+    ("fp8_e4m3fn", "", "lora", "buffers"),
+    ("fp8_e4m3fn", "", "lora", "own"),
 ]
 
 

@@ -115,7 +115,7 @@ def test_code_and_library_that_quantise_are_part_of_the_keys(host) -> None:
     environment = host.part("nodes.environment")
     sources = {path.rpartition("/")[2] for path in environment.PACK_SOURCES}
     working = ("bitsandbytes_formats", "bitsandbytes_int8", "host_formats", "quantized_layers")
-    working += ("quantized_layouts", "quantized_ops", "low_rank", "quantized_patcher")
+    working += ("quantized_layouts", "quantized_ops", "low_rank", "unmerged_patcher")
     working += ("quantized_loading",)
     assert {f"{name}.py" for name in working} <= sources
     assert "bitsandbytes" in environment.surroundings()["libraries"][1]

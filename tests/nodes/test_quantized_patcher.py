@@ -410,9 +410,9 @@ def test_the_factors_of_loras_have_room_beside_the_weights(host, pair) -> None:
 
 def test_on_a_cpu_there_is_no_dynamic_vram(host, pair) -> None:
     it, cpu = parts(host).patcher, torch.device("cpu")
-    assert type(it.QuantizedDynamicPatcher(pair[0].model, cpu, cpu)) is it.QuantizedPatcher
-    assert type(it.patcher_for(pair[0].model, cpu, cpu)) is it.QuantizedPatcher
-    assert type(pair[0].clone(disable_dynamic=True)) is it.QuantizedPatcher
+    assert type(it.UnmergedDynamicPatcher(pair[0].model, cpu, cpu)) is it.UnmergedPatcher
+    assert type(it.patcher_for(pair[0].model, cpu, cpu)) is it.UnmergedPatcher
+    assert type(pair[0].clone(disable_dynamic=True)) is it.UnmergedPatcher
 
 
 def test_copies_of_factors_belong_to_a_device(host) -> None:

@@ -1,4 +1,4 @@
-"""ModelPatchers for models with quantised layers: no patch enters a packed weight."""
+"""ModelPatchers for models whose patches stay apart: none enters a packed weight, or one in fp8."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import comfy.float
+import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.utils
 import torch
-from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
+from comfy.model_patcher import LazyCastingParam, ModelPatcher, ModelPatcherDynamic
 from comfy.quant_ops import QuantizedTensor
 
-from .low_rank import Patch, Patches
-from .quantized_ops import QuantizedLinear
+from .low_rank import Patch, Patches, changes_nothing, factors_of
 from .status import say
+from .unmerged_linear import UnmergedLinear
 
 KEY = "qwen_vram.patches"
 LEAST = 0.1  # bytes: what the host asks for when nothing fits; below 0 it would unload
@@ -28,22 +31,22 @@ NO_HOOKS = (
 )
 
 
-class _Quantized:
+class _Unmerged:
     """What both patchers have in common; goes before the host's class."""
 
     @property
     def run_time_patches(self) -> Patches:
-        """What LoRAs and others ask of quantised layers; clones share it."""
+        """What LoRAs and others ask of these layers; clones share it."""
         return self.get_attachment(KEY) or Patches()
 
-    def _layers(self) -> Iterator[tuple[str, QuantizedLinear]]:
-        """(name of the weight, module) of every quantised layer."""
+    def _layers(self) -> Iterator[tuple[str, UnmergedLinear]]:
+        """(name of the weight, module) of every layer whose patches stay apart."""
         for name, module in self.model.named_modules():
-            if isinstance(module, QuantizedLinear) and module.is_quantized:
+            if isinstance(module, UnmergedLinear) and module.takes_patches:
                 yield f"{name}.weight", module
 
-    def _module(self, key: str | tuple[Any, ...]) -> QuantizedLinear | None:
-        """The quantised layer whose weight a patch is for, by the host's key, or None."""
+    def _module(self, key: str | tuple[Any, ...]) -> UnmergedLinear | None:
+        """The layer of these whose weight a patch is for, by the host's key, or None."""
         name, _, leaf = (key if isinstance(key, str) else key[0]).rpartition(".")
         if leaf != "weight":
             return None
@@ -51,24 +54,41 @@ class _Quantized:
             module = self.model.get_submodule(name)
         except AttributeError:  # the host, too, passes over what a model does not have
             return None
-        return module if isinstance(module, QuantizedLinear) and module.is_quantized else None
+        return module if isinstance(module, UnmergedLinear) and module.takes_patches else None
 
     # ------------------------------------------------------------------------------- patches
     def add_patches(
         self, patches: dict[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
     ) -> list[Any]:
-        """As the host's: the keys that were found. Those of quantised weights are kept apart."""
-        own = {k: m for k in patches if (m := self._module(k)) is not None}
-        rest = {k: v for k, v in patches.items() if k not in own}
-        found = super().add_patches(rest, strength_patch, strength_model)
-        added = []
-        for key, module in own.items():
+        """As the host's: the keys that were found. Those of these layers are kept apart.
+
+        But in fp8 only LoRAs: the host merges the rest, and what came before it.
+        """
+        rest, added, own = {}, [], []
+        for key, value in patches.items():
+            module = self._module(key)
+            if module is None:
+                rest[key] = value
+                continue
             name, offset, function = (*([key] if isinstance(key, str) else key), None, None)[:3]
-            patch = Patch(strength_patch, patches[key], strength_model, offset, function)
-            added.append((name, tuple(module.weight.shape), patch))
+            patch = Patch(strength_patch, value, strength_model, offset, function)
+            shape = tuple(module.weight.shape)
+            if module.host_merges and not (changes_nothing(patch) or factors_of(patch, shape)):
+                self._hand_over(name)
+                rest[key] = value
+                continue
+            own.append(key)
+            added.append((name, shape, patch))
+        found = super().add_patches(rest, strength_patch, strength_model)
         if added:
             self.set_attachments(KEY, self.run_time_patches.plus(added))
         return [*found, *own]
+
+    def _hand_over(self, key: str) -> None:
+        """Give the host a layer's LoRAs, since a later patch may multiply what they added."""
+        if (layer := self.run_time_patches.layers.get(key)) is not None:
+            self.patches[key] = [*self.patches.get(key, []), *layer.patches]
+            self.set_attachments(KEY, self.run_time_patches.without(key))
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[Any]]:
         """As the host's, of every parameter: what merging nodes take from this model.
@@ -82,7 +102,7 @@ class _Quantized:
             backup, hooked = self.backup.get(key), self.hook_backup.get(key)
             weight = weight if backup is None else backup.weight
             weight = weight if hooked is None else hooked[0]
-            own = patches[key].patches if key in patches else self.patches.get(key, [])
+            own = [*self.patches.get(key, []), *(patches[key].patches if key in patches else [])]
             quantized = isinstance(weight, QuantizedTensor)
             convert = _dequantized if quantized or convert is None else convert
             found[key] = [(weight, convert), *own]
@@ -106,10 +126,14 @@ class _Quantized:
         strength_model: float = 1.0,
     ) -> list[Any]:
         """As the host's, for what is not quantised. Raises ValueError, a sentence, for the rest."""
-        own = next((k for k in patches if self._module(k) is not None), None)
+        own = next((k for k in patches if not self._merged_by_host(k)), None)
         if own is not None:
             raise ValueError(NO_HOOKS.format(own if isinstance(own, str) else own[0]))
         return super().add_hook_patches(hook, patches, strength_patch, strength_model)
+
+    def _merged_by_host(self, key: str | tuple[Any, ...]) -> bool:
+        module = self._module(key)
+        return module is None or module.host_merges
 
     # ------------------------------------------------------------------------- plain weights
     def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, Any]:
@@ -124,27 +148,51 @@ class _Quantized:
         return_weight: bool = False,
         force_cast: bool = False,
     ) -> Any:
-        """As the host's; a quantised weight that is asked for comes dequantised and patched."""
-        if return_weight and self._module(key) is not None:
+        """As the host's; a weight of these layers that is asked for comes with its patches.
+
+        A quantised one dequantised, one in fp8 rounded to what the file has, as the host does.
+        """
+        module = self._module(key)
+        if return_weight and module is not None and key in self.run_time_patches.layers:
+            dense = self.plain_weight(key, device_to)
+            if not module.host_merges:
+                return dense
+            seed = comfy.utils.string_to_seed(key)
+            return comfy.float.stochastic_rounding(dense, module.weight.dtype, seed=seed)
+        if return_weight and not self._merged_by_host(key):
             return self.plain_weight(key, device_to)
         return super().patch_weight_to_device(
             key, device_to, inplace_update, return_weight, force_cast
         )
 
     def plain_weight(self, key: str, device: torch.device | None = None) -> torch.Tensor:
-        """A quantised layer's weight (out, in) as the model computes with it, patches included."""
-        weight = self._module(key).weight
-        dense = (weight if device is None else weight.to(device)).dequantize()
+        """A layer's weight (out, in) as the model computes with it, patches included."""
+        dense = self._module(key).dense_weight(device)
+        if key in self.patches and key not in self.backup:  # of the host's, and not merged yet
+            dense = comfy.lora.calculate_weight(self.patches[key], dense.clone(), key)
         layer = self.run_time_patches.layers.get(key)
         return dense if layer is None else layer.apply(dense)
 
     def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict[str, Any]:
-        """Refused: the host would dequantise every layer, or write what it cannot read."""
-        raise ValueError(NO_SAVING)
+        """As the host's, of fp8. Quantised layers it would dequantise, or write what it cannot
+        read: ValueError.
+        """
+        self._refuse_saving()
+        state = super().model_state_dict_for_saving(model, prefix)
+        for key in self.run_time_patches.layers:  # the host takes what is loaded for patched
+            if key.startswith(prefix) and key.removeprefix(prefix) in state:
+                lazy = LazyCastingParam(self, key, self._module(key).weight)
+                state[key.removeprefix(prefix)] = lazy
+        return state
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Refused, as above."""
-        raise ValueError(NO_SAVING)
+        """As above."""
+        self._refuse_saving()
+        return super().state_dict_for_saving(*args, **kwargs)
+
+    def _refuse_saving(self) -> None:
+        if not all(module.host_merges for _, module in self._layers()):
+            raise ValueError(NO_SAVING)
 
     # ------------------------------------------------------------------------------- loading
     def load(self, device_to: torch.device | None = None, *args: Any, **kwargs: Any) -> None:
@@ -157,7 +205,7 @@ class _Quantized:
         for key, module in self._layers():
             module.patch_with(patches.layers.get(key), self.load_device)
         if report := patches.report(self._dtype()):
-            logging.info("Quantised layers: %s", report)
+            logging.info("Qwen VRAM: %s", report)
             say(report)
 
     def partially_load(
@@ -208,7 +256,7 @@ class _Quantized:
         """As the host's, which makes its own plain class of a clone without dynamic VRAM."""
         copy = super().clone(disable_dynamic, *args, **kwargs)
         if type(copy) is ModelPatcher:
-            copy.__class__ = QuantizedPatcher
+            copy.__class__ = UnmergedPatcher
         return copy
 
     def _dtype(self) -> torch.dtype:
@@ -229,7 +277,7 @@ class _PlainWeights(dict[str, Any]):
     All of them at once would be the plain model.
     """
 
-    def __init__(self, patcher: _Quantized, state: dict[str, Any]) -> None:
+    def __init__(self, patcher: _Unmerged, state: dict[str, Any]) -> None:
         super().__init__(state)
         self._patcher = patcher
 
@@ -239,19 +287,19 @@ class _PlainWeights(dict[str, Any]):
         return self._patcher.plain_weight(key)
 
 
-class QuantizedPatcher(_Quantized, ModelPatcher):
-    """The host's patcher for models with quantised layers."""
+class UnmergedPatcher(_Unmerged, ModelPatcher):
+    """The host's patcher for models whose patches stay apart."""
 
 
-class QuantizedDynamicPatcher(_Quantized, ModelPatcherDynamic):
-    """The host's patcher with dynamic VRAM for models with quantised layers."""
+class UnmergedDynamicPatcher(_Unmerged, ModelPatcherDynamic):
+    """The host's patcher with dynamic VRAM for models whose patches stay apart."""
 
     def __new__(
         cls, model: Any = None, load_device: Any = None, *args: Any, **kwargs: Any
     ) -> ModelPatcher:
         """On a CPU, as in the host, a plain one, but of this kind."""
         if load_device is not None and comfy.model_management.is_device_cpu(load_device):
-            return QuantizedPatcher(model, load_device, *args, **kwargs)
+            return UnmergedPatcher(model, load_device, *args, **kwargs)
         return super().__new__(cls, model, load_device, *args, **kwargs)
 
 
@@ -261,17 +309,17 @@ def patcher_for(
     offload_device: torch.device,
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
-    """The patcher of a model that was built with quantized_ops.operations."""
+    """The patcher of a model that was built with the operations of quantized_ops or fp8_ops."""
     dynamic = issubclass(comfy.model_patcher.CoreModelPatcher, ModelPatcherDynamic)
-    kind = QuantizedDynamicPatcher if dynamic and not disable_dynamic else QuantizedPatcher
+    kind = UnmergedDynamicPatcher if dynamic and not disable_dynamic else UnmergedPatcher
     return kind(model, load_device=load_device, offload_device=offload_device)
 
 
 def lora_report(patcher: ModelPatcher) -> str:
-    """One line: how LoRAs and other patches of quantised layers are applied; "" without any."""
-    return patcher.run_time_patches.report(patcher._dtype()) if is_quantized(patcher) else ""
+    """One line: how LoRAs and other patches of these layers are applied; "" without any."""
+    return patcher.run_time_patches.report(patcher._dtype()) if is_unmerged(patcher) else ""
 
 
-def is_quantized(patcher: ModelPatcher) -> bool:
+def is_unmerged(patcher: ModelPatcher) -> bool:
     """Whether a patcher is one of these."""
-    return isinstance(patcher, _Quantized)
+    return isinstance(patcher, _Unmerged)
