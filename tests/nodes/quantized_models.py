@@ -72,7 +72,7 @@ def model_of(
     rows = {k: checkpoint.Tensor("BF16", tuple(t.shape)) for k, t in plain.items()}
     config.unet_config.update(checkpoint.transformer_config(checkpoint.Header("", rows)))
     config.quant_config = None
-    if any(t.dtype is FP8 for t in state.values()):
+    if any(t.dtype is FP8 for name, t in state.items() if name.endswith(".weight")):
         config.set_inference_dtype(FP8, dtype, device=device)
         config.custom_operations = it.fp8.operations(config)
     else:
