@@ -109,33 +109,44 @@ def first_part(graph: Graph) -> Graph:
     return kept
 
 
-def stock(graph: Graph, prompt: Callable[..., tuple[str, str]]) -> Graph:
+def stock(
+    graph: Graph, prompt: Callable[..., tuple[str, str]], keep: frozenset[str] = frozenset()
+) -> Graph:
     """The same by stock nodes: the same texts, files, steps and size.
 
     `prompt` gives the two texts for the inputs of Cute Animal Prompt. Clear VRAM has no stock
-    counterpart and goes.
+    counterpart and goes. The classes `keep` stay ours.
     """
     graph = first_part(graph)
     key = the_one(graph, PROMPT)
     source, name = behind(graph, key, "words")
     inputs = {n: v for n, v in graph[key]["inputs"].items() if not is_link(v)}
     texts = prompt(**{**inputs, "words": graph[source]["inputs"][name]})
-    saved = needed(graph, of_class(graph, "SaveImage"))
+    ends = of_class(graph, "SaveImage", *(("PreviewAny",) if WORDS in keep else ()))
     made: Graph = {}
-    for node_id, node in saved.items():
+    for node_id, node in needed(graph, ends).items():
         kind, inputs = node["class_type"], node["inputs"]
-        if kind in (WORDS, PROMPT):
+        if kind in (WORDS, PROMPT) and kind not in keep:
             continue
-        inputs = {n: texts[v[1]] if is_link(v) and v[0] == key else v for n, v in inputs.items()}
-        if kind in STOCK:
+        inputs = {
+            n: texts[v[1]] if is_link(v) and v[0] == key and not _linked(v, keep) else v
+            for n, v in inputs.items()
+        }
+        # The pack keeps the prompts of unmodified workflows too, unless a node says otherwise.
+        meta = {} if kind in keep else {"qwen_vram": {"keep_nothing": "stock, without the cache"}}
+        if kind in STOCK and kind not in keep:
             kind, names, more = STOCK[kind]
             inputs = {n: inputs[n] for n in names if n in inputs} | more
-        if kind.startswith("QwenVRAM"):
+        if kind.startswith("QwenVRAM") and kind not in keep:
             raise ValueError(f"The benchmark knows no stock node for {kind}.")
-        # The pack keeps the prompts of unmodified workflows too, unless a node says otherwise.
-        meta = {"qwen_vram": {"keep_nothing": "stock, without the cache"}}
         made[node_id] = {"class_type": kind, "inputs": inputs, "_meta": meta}
-    return needed(made, of_class(made, "SaveImage"))
+    return needed(made, ends)
+
+
+def _linked(link: list[Any], keep: frozenset[str]) -> bool:
+    """Whether a text still comes from Cute Animal Prompt. The negative, which never changes, only
+    where ours encodes it: stock would encode it again for each new prompt."""
+    return PROMPT in keep and (link[1] == 0 or "QwenVRAMCachedTextEncode" in keep)
 
 
 def graph_of(side: str, graph: Graph, prompt: Callable[..., tuple[str, str]]) -> Graph:
