@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -45,7 +46,9 @@ from .small_machine import Gauge
 from .text_to_image import ROOT, device_bytes_used, small_card
 
 PROBE = "/exchange_probe"
+TOLD = ("exchange", "side", "counts", "seconds", "RAM")  # while it runs
 A, B = "A", "B"
+SPENT = ("load_models_gpu", "pin_memory", "reset_cast_buffers")  # functions worth a column
 CLEAR = "QwenVRAMClear"
 # What B has of ours, in the order of suspicion; "clear" is put behind the decode.
 EXCHANGES: dict[str, frozenset[str]] = {
@@ -142,8 +145,24 @@ def pair(options: argparse.Namespace, exchange: str) -> Iterator[Row]:
                     "classes": classes,
                 }  # fmt: skip
                 last = side
+            yield {"exchange": exchange, "end": True, "RAM": ram_by_node(server.pid)}
         finally:
             gauge.running = False
+
+
+def ram_by_node(pid: int) -> dict[str, int] | None:
+    """Bytes of a process by NUMA node: RAM far from the card is copied there slower. None where
+    the system does not tell."""
+    try:
+        text = Path(f"/proc/{pid}/numa_maps").read_text()
+    except OSError:
+        return None
+    found: dict[str, int] = {}
+    for line in text.splitlines():
+        size = re.search(r" kernelpagesize_kB=(\d+)", line)
+        for node, pages in re.findall(r" (N\d+)=(\d+)", line):
+            found[node] = found.get(node, 0) + int(pages) * int(size[1] if size else 4) * 1024
+    return found
 
 
 def run(options: argparse.Namespace) -> None:
@@ -175,9 +194,11 @@ def _pairs(options: argparse.Namespace, until: float) -> None:
         with small_card(None if options.rehearse else FREE_GIB[options.card]):
             for row in pair(options, exchange):
                 rows.append(row)
-                print({k: row[k] for k in ("exchange", "side", "counts", "seconds")}, flush=True)
+                print({k: row[k] for k in TOLD if k in row}, flush=True)
         took = round(time.monotonic() - begin, 1)
-        pairs[exchange] = {"card": options.card, "args": options.args, "took": took, "rows": rows}
+        *rows, end = rows
+        facts = {"card": options.card, "args": options.args, "took": took, "RAM": end["RAM"]}
+        pairs[exchange] = {**facts, "rows": rows}
         whole = options.out.with_suffix(".writing")
         whole.write_text(json.dumps(pairs), encoding="utf-8")
         whole.replace(options.out)
@@ -281,6 +302,7 @@ def node_lines(exchange: str, rows: list[Row]) -> Iterator[str]:
                 gigabytes(middle(n["after"]["pinned"] for n in nodes)),
                 gigabytes(middle(_known(n["after"].get("reserved") for n in nodes))),
                 calls_text(nodes),
+                *(spent(nodes, name) for name in SPENT),
             ]  # fmt: skip
             yield f"| {' | '.join(cells)} |"
 
@@ -292,6 +314,13 @@ def _known(values: Iterable[Any]) -> list[Any]:
 def gigabytes(value: float | None) -> str:
     """GB, or that there is nothing."""
     return "-" if value is None else f"{value / 1e9:.2f}"
+
+
+def spent(nodes: list[Row], name: str) -> str:
+    """Median seconds within one function: of calls that are listed, or only counted."""
+    listed = [sum(c["seconds"] for c in n["calls"] if c["call"] == name) for n in nodes]
+    counted = [n["counts"].get(name, (0, 0, 0.0))[2] for n in nodes]
+    return seconds(middle(a + b for a, b in zip(listed, counted, strict=True)))
 
 
 def calls_text(nodes: list[Row]) -> str:
@@ -308,6 +337,7 @@ HEAD = (
 NODE_HEAD = (
     "exchanged", "side", "node", "inside, s", "of it the worker's CPU, s", "on the device, GB",
     "brought in, GB", "torch's peak, GB", "pinned, GB", "torch's reserved, GB", "calls",
+    *(f"in {name}, s" for name in SPENT),
 )  # fmt: skip
 
 
@@ -318,7 +348,18 @@ def table(pairs: dict[str, Row]) -> str:
     lines += ["", f"| {' | '.join(NODE_HEAD)} |", "|" + "---|" * len(NODE_HEAD)]
     for name, found in pairs.items():
         lines += node_lines(name, found["rows"])
+    lines += [
+        "",
+        *(f"RAM of {name} by NUMA node: {ram_text(p['RAM'])}." for name, p in pairs.items()),
+    ]
     return "\n".join(lines)
+
+
+def ram_text(found: dict[str, int] | None) -> str:
+    """Of each NUMA node."""
+    if not found:
+        return "not measurable, the system does not tell"
+    return ", ".join(f"{node} {gigabytes(size)} GB" for node, size in sorted(found.items()))
 
 
 def main() -> None:

@@ -26,7 +26,6 @@ STOCK: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "QwenVRAMDecode": ("VAEDecode", ("samples", "vae"), {}),
 }  # fmt: skip
 SECOND_PART = ("QwenVRAMColouringPage", "QwenVRAMStickerSheet")  # nothing in stock does it
-OUTPUTS = ("SaveImage", "PreviewImage", "PreviewAny", "QwenVRAMClear", "QwenVRAMReport")
 LOADER = "QwenVRAMLoadDiffusionModel"
 WORDS, PROMPT = "QwenVRAMKindWords", "QwenVRAMCuteAnimalPrompt"
 
@@ -97,16 +96,9 @@ def _downstream(graph: Graph, keys: set[str]) -> set[str]:
 
 def first_part(graph: Graph) -> Graph:
     """Only what draws the animal: without the colouring page and the stickers, which have no
-    counterpart, and with Clear VRAM behind the picture if it was behind them."""
-    second = of_class(graph, *SECOND_PART)
-    gone = _downstream(graph, set(second)) - set(of_class(graph, "QwenVRAMClear"))
-    kept = copy.deepcopy({key: node for key, node in graph.items() if key not in gone})
-    picture = [the_one(kept, "QwenVRAMDecode"), 0]
-    for node in kept.values():
-        for name, value in list(node["inputs"].items()):
-            if is_link(value) and value[0] in gone:
-                node["inputs"][name] = picture
-    return kept
+    counterpart, and without Clear VRAM behind them: nothing else asks for its output."""
+    gone = _downstream(graph, set(of_class(graph, *SECOND_PART)))
+    return copy.deepcopy({key: node for key, node in graph.items() if key not in gone})
 
 
 def stock(

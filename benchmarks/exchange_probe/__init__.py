@@ -2,7 +2,7 @@
 
 It wraps functions of ComfyUI, which only a benchmark may do. GET /exchange_probe gives the rows
 since the last call: one for each node that ran, then one ("end") for the moment of the call. The
-wrappers cost the same whoever owns a node.
+wrappers cost the same whoever owns a node. "counts" are calls, bytes and seconds.
 """
 
 import functools
@@ -85,15 +85,16 @@ def listed(owner, name):
     setattr(owner, name, call)
 
 
-def counted(owner, name, size=lambda result: 0):
-    """Only count the calls of a function that runs often, with seconds and the bytes it gives."""
+def counted(owner, name, size=lambda result, more: 0):
+    """Only count the calls of a function that runs often, with seconds and bytes: `size` of what
+    it gave and of its arguments by name."""
     real = getattr(owner, name)
 
     @functools.wraps(real)
     def call(*arguments, **more):
         begin = time.perf_counter()
         result = real(*arguments, **more)
-        count(name, 1, size(result), time.perf_counter() - begin)
+        count(name, 1, size(result, more), time.perf_counter() - begin)
         return result
 
     setattr(owner, name, call)
@@ -179,10 +180,14 @@ for function in ("free_memory", "load_models_gpu", "reset_cast_buffers", "free_p
     listed(mm, function)
 for function in ("soft_empty_cache", "synchronize", "free_registrations", "get_free_memory"):
     counted(mm, function)
-counted(comfy.pinned_memory, "pin_memory")
+counted(
+    comfy.pinned_memory,
+    "pin_memory",
+    size=lambda pinned, more: (more.get("size") or 0) if pinned else 0,
+)
 patcher = comfy.model_patcher.ModelPatcherDynamic
 for method in ("partially_unload", "partially_unload_ram", "unregister_inactive_pins"):
-    counted(patcher, method, size=lambda freed: int(freed or 0))
+    counted(patcher, method, size=lambda freed, more: int(freed or 0))
 for method in ("load", "detach", "unpatch_model"):
     counted(patcher, method)
 follow_pages()

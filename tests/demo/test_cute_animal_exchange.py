@@ -58,7 +58,6 @@ def test_the_negative_which_never_changes_is_not_encoded_again_because_of_the_wo
 def test_all_is_what_the_benchmark_calls_ours() -> None:
     graph = cute_animal_graphs.with_words(whole(), "a cat", 7)
     ours = cute_animal_graphs.graph_of("ours", graph, texts)
-    del ours["clear"]  # which nothing in it asks for, so that it never ran
     made = graph_of("all")
     told = {k: (v["class_type"], v["inputs"]) for k, v in made.items()}
     assert told == {k: (v["class_type"], v["inputs"]) for k, v in ours.items()}
@@ -88,7 +87,10 @@ def picture(side: str, seconds: float, counts: bool = True, settled: bool = True
     sampler = {
         "node": "19", "class": "QwenVRAMSampler" if side == "B" else "KSampler", "before": at,
         "after": then, "seconds": seconds - 1, "worker seconds": 0.5, "peak": 2 * 10**9,
-        "calls": [{"call": "load_models_gpu"}, {"call": "free_memory"}, {"call": "free_memory"}],
+        "calls": [
+            {"call": "load_models_gpu", "seconds": 0.25}, {"call": "free_memory", "seconds": 0.1},
+            {"call": "free_memory", "seconds": 0.1},
+        ],
         "counts": {"pin_memory": [7, 70, 0.1]},
         "streamed": {"QwenImage": {"resident": [9, 5], "brought in": [2, 3 * 10**9],
                                    "streamed past": [1, 10**9]}},
@@ -105,14 +107,29 @@ def test_the_table_has_medians_of_what_counts() -> None:
         picture("A", 99.0, counts=False), picture("A", 4.0), picture("B", 9.0, settled=False),
         picture("B", 5.0), picture("A", 4.2, settled=False), picture("A", 4.1),
     ]  # fmt: skip
-    table = exchange.table({"sampler": {"rows": rows}}).splitlines()
+    ram = {"N0": 30 * 10**9, "N1": 10**9}
+    *table, _, last = exchange.table({"sampler": {"rows": rows, "RAM": ram}}).splitlines()
+    assert last == "RAM of sampler by NUMA node: N0 30.00 GB, N1 1.00 GB."
     assert table[2] == (
         "| sampler | 3 / 2 | 4.10 / 7.00 | 4.05 / 5.00 | - / - | 3.60 / 6.50 | - / - | - / - |"
     )
     assert table[-1] == (
         "| sampler | B | sampler | 6.00 | 0.50 | QwenImage 16.00 to 20.00 | QwenImage 4.00 | 2.00 "
-        "| 0.00 | 1.00 | free_memory 2, load_models_gpu 1, pin_memory 7 |"
+        "| 0.00 | 1.00 | free_memory 2, load_models_gpu 1, pin_memory 7 "
+        "| 0.25 | 0.10 | 0.00 |"
     )
+
+
+def test_the_ram_of_a_process_by_its_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "numa_maps").write_text(
+        "7f00 default anon=3 N0=2 N1=1 kernelpagesize_kB=4\n"
+        "7f10 default huge anon=1 N0=1 kernelpagesize_kB=2048\n7f20 default\n"
+    )
+    monkeypatch.setattr(exchange, "Path", lambda path: tmp_path / Path(path).name)
+    assert exchange.ram_by_node(1) == {"N0": 8192 + 2048 * 1024, "N1": 4096}
+    monkeypatch.setattr(exchange, "Path", lambda path: tmp_path / "nowhere")
+    assert exchange.ram_by_node(1) is None
+    assert exchange.ram_text(None).startswith("not measurable")
 
 
 def test_a_pair_that_is_in_the_file_is_not_run_again(
@@ -125,6 +142,7 @@ def test_a_pair_that_is_in_the_file_is_not_run_again(
         yield {**picture("A", 4.0), "exchange": name}
         if len(begun) == 2:
             raise KeyboardInterrupt
+        yield {"end": True, "RAM": None}
 
     monkeypatch.setattr(exchange, "pair", pair)
     monkeypatch.setattr(cute_animal, "prepared", lambda *_: contextlib.nullcontext())
