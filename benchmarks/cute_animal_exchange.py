@@ -12,6 +12,12 @@ would push each other out: there it is A A A A B B B B, and the first of each do
 exchange_probe writes down around each node what lies where, what was streamed again, and which
 functions of ComfyUI were called with which numbers of bytes.
 
+Expected on 24 GB, on either side: encoding brings in all of the encoder that text needs (7.6 GB),
+since the decode's memory has pushed it out; sampling brings in what the encoder pushed out of the
+transformer, both models together less the card, 4.4 to 4.8 GB, whatever sampler and decode take.
+If both sides bring in the same bytes in other times, and those differ between pairs but not within
+one, it is the process and where its RAM lies, not a node.
+
 `run` goes on where it was stopped: a pair that is in the file is not run again, and with --seconds
 none is begun that would not end by then. On a card a pair takes 60 to 75 s: all of them 8 minutes.
 --rehearse draws on the CPU with the embedded model: the calls are real, the seconds mean nothing.
