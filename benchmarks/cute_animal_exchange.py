@@ -32,13 +32,10 @@ import os
 import re
 import shutil
 import signal
-import statistics
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -48,40 +45,29 @@ from demo.server import Server
 from . import cute_animal
 from . import cute_animal_graphs as graphs
 from .cute_animal import FREE_GIB, WORDS, Row
+from .cute_animal_exchange_table import CLEAR, LOADERS, A, B, table
 from .small_machine import Gauge
 from .text_to_image import ROOT, device_bytes_used, small_card
 
 PROBE = "/exchange_probe"
 TOLD = ("exchange", "side", "counts", "seconds", "RAM")  # while it runs
-A, B = "A", "B"
-SPENT = ("load_models_gpu", "pin_memory", "reset_cast_buffers")  # functions worth a column
-CLEAR = "QwenVRAMClear"
 # What B has of ours, in the order of suspicion; "clear" is put behind the decode.
 EXCHANGES: dict[str, frozenset[str]] = {
     "all": frozenset({*graphs.STOCK, graphs.WORDS, graphs.PROMPT}),
     "sampler": frozenset({"QwenVRAMSampler"}),
     "encode": frozenset({"QwenVRAMCachedTextEncode"}),
-    "loaders": frozenset(name for name in graphs.STOCK if name.startswith("QwenVRAMLoad")),
+    "loaders": LOADERS,
     "words": frozenset({graphs.WORDS, graphs.PROMPT}),
     "decode": frozenset({"QwenVRAMDecode"}),
     "clear": frozenset({CLEAR}),
 }
 GUESS = 75.0  # seconds of a pair, before one has been run
-ROLES = {  # what a node does, by either side's class
-    **{name: kind for kind, name in (("load", n) for n in EXCHANGES["loaders"])},
-    **{graphs.STOCK[n][0]: "load" for n in EXCHANGES["loaders"]},
-    **dict.fromkeys(("QwenVRAMCachedTextEncode", "CLIPTextEncode"), "encode"),
-    **dict.fromkeys(("QwenVRAMSampler", "KSampler"), "sampler"),
-    **dict.fromkeys(("QwenVRAMDecode", "VAEDecode"), "decode"),
-    **{"SaveImage": "save", CLEAR: "clear"},
-    **dict.fromkeys((graphs.WORDS, graphs.PROMPT), "words"),
-}
 
 
 # ------------------------------------------------------------------------------------ what to draw
 def turns(exchange: str, each: int, rounds: int) -> list[tuple[str, bool]]:
     """(side, whether it counts) of each picture of a pair."""
-    own_models = bool(EXCHANGES[exchange] & EXCHANGES["loaders"])
+    own_models = bool(EXCHANGES[exchange] & LOADERS)
     if own_models:
         return [(side, number > 0) for side in (A, B) for number in range(each * rounds)]
     sides = [side for _ in range(rounds) for side in (A, B) for _ in range(each)]
@@ -214,158 +200,6 @@ def _pairs(options: argparse.Namespace, until: float) -> None:
 def read(path: Path) -> dict[str, Row]:
     """The pairs so far."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-# --------------------------------------------------------------------------------------- the table
-def middle(values: Iterable[float]) -> float | None:
-    """The median, or None of nothing."""
-    found = list(values)
-    return statistics.median(found) if found else None
-
-
-def role_of(kind: str) -> str:
-    """What a node of this class does."""
-    return ROLES.get(kind, "other")
-
-
-def brought(node: Row, model: str) -> float:
-    """Bytes of a model's weights that came from the RAM while a node ran."""
-    kinds = node["streamed"].get(model, {})
-    return sum(size for kind, (_, size) in kinds.items() if kind != "resident")
-
-
-def called(node: Row) -> dict[str, int]:
-    """How often each function was called while a node ran."""
-    found = Counter(call["call"] for call in node["calls"])
-    return dict(found) | {name: number for name, (number, _, _) in node["counts"].items()}
-
-
-def held(node: Row, when: str, model: str) -> int | None:
-    """Bytes of a model on its device before or after a node; None where it is not loaded."""
-    found = node.get(when, {}).get("models", {}).get(model)
-    return sum(facts["device"] for facts in found) if found else None
-
-
-def sides(rows: list[Row], settled: bool = False) -> dict[str, list[Row]]:
-    """The pictures that count, by side; `settled`: only those behind one of the same side."""
-    counted = [r for r in rows if r["counts"] and (r["settled"] or not settled)]
-    return {side: [r for r in counted if r["side"] == side] for side in (A, B)}
-
-
-def seconds(value: float | None) -> str:
-    """Two digits."""
-    return "-" if value is None else f"{value:.2f}"
-
-
-def seconds_line(exchange: str, rows: list[Row]) -> str:
-    """Of whole pictures and of the four nodes that take time: A, B."""
-    every, settled = sides(rows), sides(rows, settled=True)
-    cells = [exchange, " / ".join(str(len(every[side])) for side in (A, B))]
-    for group in (every, settled):
-        cells.append(" / ".join(seconds(middle(r["seconds"] for r in group[s])) for s in (A, B)))
-    for role in ("encode", "sampler", "decode", "words"):
-        pairs = [by_role_seconds(every[side], role) for side in (A, B)]
-        cells.append(" / ".join(map(seconds, pairs)))
-    return f"| {' | '.join(cells)} |"
-
-
-def by_role_seconds(rows: list[Row], role: str) -> float | None:
-    """Median of the seconds as a client sees them, with what ComfyUI does behind a node."""
-    kinds = ({k: role_of(r["classes"].get(k, "")) for k in r["nodes"]} for r in rows)
-    ran = [
-        [seconds for key, seconds in row["nodes"].items() if kind[key] == role]
-        for row, kind in zip(rows, kinds, strict=True)
-    ]
-    return middle(sum(found) for found in ran if found)
-
-
-def models_in(rows: list[Row]) -> list[str]:
-    """Every model that was loaded."""
-    names = {m: None for r in rows for n in r["probe"] for m in n["before"]["models"]}
-    return sorted(names)
-
-
-def node_lines(exchange: str, rows: list[Row]) -> Iterator[str]:
-    """Of each kind of node: bytes held before and after, brought in, and calls; medians."""
-    for side, pictures in sides(rows).items():
-        for role in ("encode", "sampler", "decode", "clear"):
-            nodes = [n for r in pictures for n in r["probe"] if role_of(n["class"]) == role]
-            if not nodes:
-                continue
-            held_, brought_ = [], []
-            for model in models_in(rows):
-                ends = [
-                    middle(_known(held(n, w, model) for n in nodes)) for w in ("before", "after")
-                ]
-                held_.append(f"{model} {gigabytes(ends[0])} to {gigabytes(ends[1])}")
-                if (size := middle(brought(n, model) for n in nodes)) is not None and size > 0:
-                    brought_.append(f"{model} {gigabytes(size)}")
-            cells = [
-                exchange, side, role, seconds(middle(n["seconds"] for n in nodes)),
-                seconds(middle(n["worker seconds"] for n in nodes)),
-                ", ".join(held_), ", ".join(brought_) or "-",
-                gigabytes(middle(_known(n.get("peak") for n in nodes))),
-                gigabytes(middle(n["after"]["pinned"] for n in nodes)),
-                gigabytes(middle(_known(n["after"].get("reserved") for n in nodes))),
-                calls_text(nodes),
-                *(spent(nodes, name) for name in SPENT),
-            ]  # fmt: skip
-            yield f"| {' | '.join(cells)} |"
-
-
-def _known(values: Iterable[Any]) -> list[Any]:
-    return [value for value in values if value is not None]
-
-
-def gigabytes(value: float | None) -> str:
-    """GB, or that there is nothing."""
-    return "-" if value is None else f"{value / 1e9:.2f}"
-
-
-def spent(nodes: list[Row], name: str) -> str:
-    """Median seconds within one function: of calls that are listed, or only counted."""
-    listed = [sum(c["seconds"] for c in n["calls"] if c["call"] == name) for n in nodes]
-    counted = [n["counts"].get(name, (0, 0, 0.0))[2] for n in nodes]
-    return seconds(middle(a + b for a, b in zip(listed, counted, strict=True)))
-
-
-def calls_text(nodes: list[Row]) -> str:
-    """Median number of calls of each function, those of none left out."""
-    counts = [called(node) for node in nodes]
-    medians = {n: middle(c.get(n, 0) for c in counts) for c in counts for n in c}
-    return ", ".join(f"{name} {number:g}" for name, number in sorted(medians.items()) if number)
-
-
-HEAD = (
-    "exchanged", "pictures A / B", "picture, s", "picture behind one of its side, s",
-    "encode, s", "sampler, s", "decode, s", "words, s",
-)  # fmt: skip
-NODE_HEAD = (
-    "exchanged", "side", "node", "inside, s", "of it the worker's CPU, s", "on the device, GB",
-    "brought in, GB", "torch's peak, GB", "pinned, GB", "torch's reserved, GB", "calls",
-    *(f"in {name}, s" for name in SPENT),
-)  # fmt: skip
-
-
-def table(pairs: dict[str, Row]) -> str:
-    """Markdown: seconds of each pair, then what lay where and who was called."""
-    lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
-    lines += [seconds_line(name, found["rows"]) for name, found in pairs.items()]
-    lines += ["", f"| {' | '.join(NODE_HEAD)} |", "|" + "---|" * len(NODE_HEAD)]
-    for name, found in pairs.items():
-        lines += node_lines(name, found["rows"])
-    lines += [
-        "",
-        *(f"RAM of {name} by NUMA node: {ram_text(p['RAM'])}." for name, p in pairs.items()),
-    ]
-    return "\n".join(lines)
-
-
-def ram_text(found: dict[str, int] | None) -> str:
-    """Of each NUMA node."""
-    if not found:
-        return "not measurable, the system does not tell"
-    return ", ".join(f"{node} {gigabytes(size)} GB" for node, size in sorted(found.items()))
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pack.benchmarks import cute_animal, cute_animal_graphs
 from pack.benchmarks import cute_animal_exchange as exchange
+from pack.benchmarks import cute_animal_exchange_table as of_table
 from pack.tests.demo.test_cute_animal_benchmark import texts, whole
 
 
@@ -108,7 +109,7 @@ def test_the_table_has_medians_of_what_counts() -> None:
         picture("B", 5.0), picture("A", 4.2, settled=False), picture("A", 4.1),
     ]  # fmt: skip
     ram = {"N0": 30 * 10**9, "N1": 10**9}
-    *table, _, last = exchange.table({"sampler": {"rows": rows, "RAM": ram}}).splitlines()
+    *table, _, last = of_table.table({"sampler": {"rows": rows, "RAM": ram}}).splitlines()
     assert last == "RAM of sampler by NUMA node: N0 30.00 GB, N1 1.00 GB."
     assert table[2] == (
         "| sampler | 3 / 2 | 4.10 / 7.00 | 4.05 / 5.00 | - / - | 3.60 / 6.50 | - / - | - / - |"
@@ -120,6 +121,15 @@ def test_the_table_has_medians_of_what_counts() -> None:
     )
 
 
+def test_both_encodings_of_a_picture_count_as_one() -> None:
+    node = picture("A", 4.0)["probe"][0]
+    hit = {**node, "calls": [], "counts": {"pin_memory": [1, 2, 0.5]}, "streamed": {}, "peak": None}
+    one = of_table.as_one([hit, node])
+    assert (one["seconds"], one["worker seconds"], one["peak"]) == (6.0, 1.0, 2 * 10**9)
+    assert one["counts"]["pin_memory"] == [8, 72, 0.6] and len(one["calls"]) == 3
+    assert of_table.brought(one, "QwenImage") == 4 * 10**9
+
+
 def test_the_ram_of_a_process_by_its_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "numa_maps").write_text(
         "7f00 default anon=3 N0=2 N1=1 kernelpagesize_kB=4\n"
@@ -129,7 +139,7 @@ def test_the_ram_of_a_process_by_its_nodes(tmp_path: Path, monkeypatch: pytest.M
     assert exchange.ram_by_node(1) == {"N0": 8192 + 2048 * 1024, "N1": 4096}
     monkeypatch.setattr(exchange, "Path", lambda path: tmp_path / "nowhere")
     assert exchange.ram_by_node(1) is None
-    assert exchange.ram_text(None).startswith("not measurable")
+    assert of_table.ram_text(None).startswith("not measurable")
 
 
 def test_a_pair_that_is_in_the_file_is_not_run_again(
