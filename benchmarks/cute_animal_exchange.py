@@ -6,8 +6,10 @@
 
 A is the graph from stock nodes, B the same with one thing exchanged for ours. Each pair has a
 server process of its own and draws A A B B A A B B, every picture from another new prompt; the
-first of the process does not count. Where the loaders are exchanged, the models of both sides
-would push each other out: there it is A A A A B B B B, and the first of each does not count.
+first of the process does not count. Where loaders or encoders are exchanged it is A A A A B B B B,
+and the first of each does not count: the models of both sides would push each other out, and
+ComfyUI lets go of the other side's conditioning of the negative prompt, which it then encodes anew.
+Nodes are compared in pictures behind one of the same side, if there are any.
 
 exchange_probe writes down around each node what lies where, what was streamed again, and which
 functions of ComfyUI were called with which numbers of bytes.
@@ -67,8 +69,7 @@ GUESS = 75.0  # seconds of a pair, before one has been run
 # ------------------------------------------------------------------------------------ what to draw
 def turns(exchange: str, each: int, rounds: int) -> list[tuple[str, bool]]:
     """(side, whether it counts) of each picture of a pair."""
-    own_models = bool(EXCHANGES[exchange] & LOADERS)
-    if own_models:
+    if EXCHANGES[exchange] & {*LOADERS, "QwenVRAMCachedTextEncode"}:
         return [(side, number > 0) for side in (A, B) for number in range(each * rounds)]
     sides = [side for _ in range(rounds) for side in (A, B) for _ in range(each)]
     return [(side, number > 0) for number, side in enumerate(sides)]

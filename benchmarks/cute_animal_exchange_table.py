@@ -82,6 +82,12 @@ def sides(rows: list[Row], settled: bool = False) -> dict[str, list[Row]]:
     return {side: [r for r in counted if r["side"] == side] for side in (A, B)}
 
 
+def compared(rows: list[Row]) -> dict[str, list[Row]]:
+    """Those in which nodes are compared: what the other side has left is not to count."""
+    settled = sides(rows, settled=True)
+    return settled if all(settled.values()) else sides(rows)
+
+
 def seconds(value: float | None) -> str:
     """Two digits."""
     return "-" if value is None else f"{value:.2f}"
@@ -94,7 +100,7 @@ def seconds_line(exchange: str, rows: list[Row]) -> str:
     for group in (every, settled):
         cells.append(" / ".join(seconds(middle(r["seconds"] for r in group[s])) for s in (A, B)))
     for role in ("encode", "sampler", "decode", "words"):
-        pairs = [by_role_seconds(every[side], role) for side in (A, B)]
+        pairs = [by_role_seconds(found, role) for found in compared(rows).values()]
         cells.append(" / ".join(map(seconds, pairs)))
     return f"| {' | '.join(cells)} |"
 
@@ -117,7 +123,7 @@ def models_in(rows: list[Row]) -> list[str]:
 
 def node_lines(exchange: str, rows: list[Row]) -> Iterator[str]:
     """Of each kind of node: bytes held before and after, brought in, and calls; medians."""
-    for side, pictures in sides(rows).items():
+    for side, pictures in compared(rows).items():
         for role in ("encode", "sampler", "decode", "clear"):
             found = ([n for n in r["probe"] if role_of(n["class"]) == role] for r in pictures)
             nodes = [as_one(each) for each in found if each]

@@ -71,12 +71,13 @@ def test_clear_stands_in_the_way_of_the_picture() -> None:
 
 
 def test_the_sides_take_turns_unless_their_models_push_each_other_out() -> None:
-    turns = exchange.turns("encode", 2, 2)
+    turns = exchange.turns("sampler", 2, 2)
     assert "".join(side for side, _ in turns) == "AABBAABB"
     assert [counts for _, counts in turns] == [False, *[True] * 7]
     turns = exchange.turns("loaders", 2, 2)
     assert "".join(side for side, _ in turns) == "AAAABBBB"
     assert [n for n, (_, counts) in enumerate(turns) if not counts] == [0, 4]
+    assert turns == exchange.turns("encode", 2, 2) == exchange.turns("all", 2, 2)
     words = [exchange.words_of(number) for number in range(45)]
     assert len(set(words)) == 45  # all of them new
 
@@ -112,13 +113,18 @@ def test_the_table_has_medians_of_what_counts() -> None:
     *table, _, last = of_table.table({"sampler": {"rows": rows, "RAM": ram}}).splitlines()
     assert last == "RAM of sampler by NUMA node: N0 30.00 GB, N1 1.00 GB."
     assert table[2] == (
-        "| sampler | 3 / 2 | 4.10 / 7.00 | 4.05 / 5.00 | - / - | 3.60 / 6.50 | - / - | - / - |"
+        "| sampler | 3 / 2 | 4.10 / 7.00 | 4.05 / 5.00 | - / - | 3.55 / 4.50 | - / - | - / - |"
     )
     assert table[-1] == (
-        "| sampler | B | sampler | 6.00 | 0.50 | QwenImage 16.00 to 20.00 | QwenImage 4.00 | 2.00 "
+        "| sampler | B | sampler | 4.00 | 0.50 | QwenImage 16.00 to 20.00 | QwenImage 4.00 | 2.00 "
         "| 0.00 | 1.00 | free_memory 2, load_models_gpu 1, pin_memory 7 "
         "| 0.25 | 0.10 | 0.00 |"
     )
+
+
+def test_without_two_of_a_side_in_a_row_all_pictures_are_compared() -> None:
+    rows = [picture("A", 4.0, settled=False), picture("B", 9.0, settled=False)]
+    assert {side: len(found) for side, found in of_table.compared(rows).items()} == {"A": 1, "B": 1}
 
 
 def test_both_encodings_of_a_picture_count_as_one() -> None:
