@@ -132,7 +132,7 @@ def write_stock_encoder(models: Path) -> None:
     save_file(tensors, models / "text_encoders" / STOCK_ENCODER)
 
 
-def _tiny(graph: graphs.Graph) -> graphs.Graph:
+def tiny(graph: graphs.Graph) -> graphs.Graph:
     """A graph of either side on the embedded model, with weights as stock's loader takes them."""
     from demo.substitutions import substitute
 
@@ -190,7 +190,7 @@ def session(options: argparse.Namespace, cell: Row) -> Iterator[Row]:
             for number, (kind, words, seed) in enumerate(work(cell["phase"], options.images)):
                 graph = graphs.with_words(workflow, words, seed)
                 graph = graphs.graph_of(cell["side"], graph, texts)
-                graph = _tiny(graph) if options.rehearse else graph
+                graph = tiny(graph) if options.rehearse else graph
                 row = one(server, gauge, before, graph)
                 if "failed validation" in row["error"]:  # a file is missing, say: no result
                     raise SystemExit(f"{cell}: {row['error']}")

@@ -26,7 +26,6 @@ STOCK: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "QwenVRAMDecode": ("VAEDecode", ("samples", "vae"), {}),
 }  # fmt: skip
 SECOND_PART = ("QwenVRAMColouringPage", "QwenVRAMStickerSheet")  # nothing in stock does it
-OUTPUTS = ("SaveImage", "PreviewImage", "PreviewAny", "QwenVRAMClear", "QwenVRAMReport")
 LOADER = "QwenVRAMLoadDiffusionModel"
 WORDS, PROMPT = "QwenVRAMKindWords", "QwenVRAMCuteAnimalPrompt"
 
@@ -97,45 +96,49 @@ def _downstream(graph: Graph, keys: set[str]) -> set[str]:
 
 def first_part(graph: Graph) -> Graph:
     """Only what draws the animal: without the colouring page and the stickers, which have no
-    counterpart, and with Clear VRAM behind the picture if it was behind them."""
-    second = of_class(graph, *SECOND_PART)
-    gone = _downstream(graph, set(second)) - set(of_class(graph, "QwenVRAMClear"))
-    kept = copy.deepcopy({key: node for key, node in graph.items() if key not in gone})
-    picture = [the_one(kept, "QwenVRAMDecode"), 0]
-    for node in kept.values():
-        for name, value in list(node["inputs"].items()):
-            if is_link(value) and value[0] in gone:
-                node["inputs"][name] = picture
-    return kept
+    counterpart, and without Clear VRAM behind them: nothing else asks for its output."""
+    gone = _downstream(graph, set(of_class(graph, *SECOND_PART)))
+    return copy.deepcopy({key: node for key, node in graph.items() if key not in gone})
 
 
-def stock(graph: Graph, prompt: Callable[..., tuple[str, str]]) -> Graph:
+def stock(
+    graph: Graph, prompt: Callable[..., tuple[str, str]], keep: frozenset[str] = frozenset()
+) -> Graph:
     """The same by stock nodes: the same texts, files, steps and size.
 
     `prompt` gives the two texts for the inputs of Cute Animal Prompt. Clear VRAM has no stock
-    counterpart and goes.
+    counterpart and goes. The classes `keep` stay ours.
     """
     graph = first_part(graph)
     key = the_one(graph, PROMPT)
     source, name = behind(graph, key, "words")
     inputs = {n: v for n, v in graph[key]["inputs"].items() if not is_link(v)}
     texts = prompt(**{**inputs, "words": graph[source]["inputs"][name]})
-    saved = needed(graph, of_class(graph, "SaveImage"))
+    ends = of_class(graph, "SaveImage", *(("PreviewAny",) if WORDS in keep else ()))
     made: Graph = {}
-    for node_id, node in saved.items():
+    for node_id, node in needed(graph, ends).items():
         kind, inputs = node["class_type"], node["inputs"]
-        if kind in (WORDS, PROMPT):
+        if kind in (WORDS, PROMPT) and kind not in keep:
             continue
-        inputs = {n: texts[v[1]] if is_link(v) and v[0] == key else v for n, v in inputs.items()}
-        if kind in STOCK:
+        inputs = {
+            n: texts[v[1]] if is_link(v) and v[0] == key and not _linked(v, keep) else v
+            for n, v in inputs.items()
+        }
+        # The pack keeps the prompts of unmodified workflows too, unless a node says otherwise.
+        meta = {} if kind in keep else {"qwen_vram": {"keep_nothing": "stock, without the cache"}}
+        if kind in STOCK and kind not in keep:
             kind, names, more = STOCK[kind]
             inputs = {n: inputs[n] for n in names if n in inputs} | more
-        if kind.startswith("QwenVRAM"):
+        if kind.startswith("QwenVRAM") and kind not in keep:
             raise ValueError(f"The benchmark knows no stock node for {kind}.")
-        # The pack keeps the prompts of unmodified workflows too, unless a node says otherwise.
-        meta = {"qwen_vram": {"keep_nothing": "stock, without the cache"}}
         made[node_id] = {"class_type": kind, "inputs": inputs, "_meta": meta}
-    return needed(made, of_class(made, "SaveImage"))
+    return needed(made, ends)
+
+
+def _linked(link: list[Any], keep: frozenset[str]) -> bool:
+    """Whether a text still comes from Cute Animal Prompt. The negative, which never changes, only
+    where ours encodes it: stock would encode it again for each new prompt."""
+    return PROMPT in keep and (link[1] == 0 or "QwenVRAMCachedTextEncode" in keep)
 
 
 def graph_of(side: str, graph: Graph, prompt: Callable[..., tuple[str, str]]) -> Graph:
