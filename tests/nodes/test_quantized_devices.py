@@ -131,7 +131,8 @@ def passes(model: Any) -> None:
 def test_nothing_is_on_the_wrong_device(
     host: Any, monkeypatch: pytest.MonkeyPatch, format: str, preset: str, kind: str, way: str
 ) -> None:
-    plain = state_of(host, UNET)
+    # One block: fake tensors take a hundred times as long as those of so small a model.
+    plain = {k: t for k, t in state_of(host, UNET).items() if "blocks.1." not in k}
     bare = model_of(host, plain, quantized_state(host, plain, format, preset), torch.bfloat16)
     bare.load_device = CARD
     model = with_patches(host, bare, kind)
