@@ -319,7 +319,7 @@ def test_parts_of_the_picture_are_not_mistaken_for_it(reuse) -> None:
 
 # ------------------------------------------------------------------------------ a model that draws
 @torch.inference_mode()
-def pig_with_a_hat(host: Host, patch: Any, steps: int = 20) -> list[Tensor]:
+def pig_with_a_hat(host: Host, patch: Any, steps: int = 40) -> list[Tensor]:
     """(H, W, C) in 0..1 by ComfyUI alone, and by what each of `patch` makes of the model."""
     import comfy.sample
 

@@ -57,7 +57,7 @@ def test_no_seam_no_shift_and_no_drift_is_left(faulty, kind: str, mode: str) -> 
 
 @pytest.mark.parametrize("kind", ["gradient", "text"])
 def test_without_corrections_the_faults_are_seen(faulty, kind: str) -> None:
-    off = {"registration": False, "colour_match": False}
+    off = {"registration": False, "colour_match": False, "steps": 2}
     found = figures(faulty, kind, "one after another", FAULTS["one after another"], **off)
     assert found.colour > 2 and found.step > 3 * STEP
     assert found.seam > 1.05 or kind in ("textured", "text")  # their own edges hide it there

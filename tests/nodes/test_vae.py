@@ -126,7 +126,7 @@ def test_tiles_have_the_bits_of_stock_s_untiled_pass(host, vae, act, width, heig
 
 
 def test_with_more_threads_tiles_are_exact_up_to_rounding(host, vae) -> None:
-    samples = latents(160, 128)
+    samples = latents(256, 192)
     torch.set_num_threads(2)  # the fixture restores it
     exact = stock_decode(host, vae, samples)
     tiled, said = decode(host, vae, samples, least(host, vae, decode, samples))
@@ -155,7 +155,7 @@ def test_the_nodes_stand_where_stock_s_do(fresh) -> None:
 
 
 def test_a_batch_is_decoded_as_stock_does(host, vae) -> None:
-    samples = latents(128, 160, batch=3)
+    samples = latents(192, 256, batch=3)
     stock = stock_decode(host, vae, samples)
     whole, said = decode(host, vae, samples)
     assert said["how"] == "whole" and whole.equal(stock)
