@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import time
 import types
+import weakref
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -75,6 +76,7 @@ _ENCODING_MODULES = frozenset(
 )
 _ENCODING_PACKAGES = ("comfy.text_encoders.", "comfy.weight_adapter.")
 _CALLABLES = (types.FunctionType, types.MethodType, staticmethod, classmethod, functools.partial)
+_foreign: weakref.WeakKeyDictionary[Any, frozenset[str]] = weakref.WeakKeyDictionary()
 
 
 @functools.cache
@@ -157,8 +159,13 @@ def foreign_sources(function: Any) -> frozenset[str]:
     """Source files of a function, and of all that it wraps, that are no host's and no library's."""
     function = getattr(function, "__func__", function)
     function = getattr(function, "func", function)  # functools.partial
-    files = (code.co_filename for code in _codes_of(function))
-    return frozenset(f for f in files if not f.startswith("<") and not is_trusted(f))
+    if not isinstance(function, types.FunctionType):
+        return frozenset()
+    if function not in _foreign:
+        files = {code.co_filename for code in _codes_of(function)}
+        foreign = (f for f in files if not f.startswith("<") and not is_trusted(f))
+        _foreign[function] = frozenset(foreign)
+    return _foreign[function]
 
 
 def _intruder(file: str, place: str) -> str:
