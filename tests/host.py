@@ -48,6 +48,7 @@ class Host:
         import folder_paths
         import nodes
         import server
+        import torch
 
         self.execution, self.nodes, self.folder_paths = execution, nodes, folder_paths
         self.loop = asyncio.new_event_loop()
@@ -66,6 +67,8 @@ class Host:
             nodes.load_custom_node(str(pack), module_parent="custom_nodes")
         )
         self.pack = self._module(pack)
+        # PreviewAny writes tensors out: six numbers of each row took a twentieth of all time.
+        torch.set_printoptions(edgeitems=1, threshold=4)
         gc.collect()
         gc.freeze()  # what lives now lives on: collecting takes a quarter of a second otherwise
         self.restart()

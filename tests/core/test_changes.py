@@ -95,9 +95,9 @@ def test_a_faint_watermark_on_16_megapixels_is_a_change(grain: float, size: int)
     letters = torch.frombuffer(bytearray(layer.tobytes()), dtype=torch.uint8)
     opacity[0, 3400:3600, :, 0] = letters.view(200, side) / 255 * 0.15
     noise = torch.randn(1, side, side, 1, generator=torch.Generator().manual_seed(0))
-    clean = (0.5 + grain * noise).expand(-1, -1, -1, 3)
-    small = reduced(clean, 1024, 1024)
-    change = change_map(reduced(clean * (1 - opacity) + opacity, 1024, 1024), small)
+    clean = 0.5 + grain * noise
+    both = (reduced(one, 1024, 1024) for one in (clean * (1 - opacity) + opacity, clean))
+    change = change_map(*(one.expand(-1, -1, -1, 3) for one in both))  # grey: thrice the same
     found = changed_tiles(change, TileGrid.cover(side, side, 1024, 128, 32, 16), DEFAULT)
     assert 0 < len(found) <= 6
     taken = share(change, DEFAULT)[0]

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 @pytest.mark.parametrize("size", [SQUARE, *OTHER_SIZES])
 def test_it_knows_the_renderers_pictures_at_every_size(size) -> None:
-    scenes = scenes_to_judge(60)
+    scenes = scenes_to_judge(60 if size == SQUARE else 24)
     images = to_tensor([drawn(scene, size) for scene in scenes])
     hits = classifier.right(classifier.load(), images, scenes)
     assert min(share.float().mean() for share in hits.values()) >= 0.98

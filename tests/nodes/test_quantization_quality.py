@@ -30,7 +30,7 @@ def psnr(one: Tensor, other: Tensor) -> float:
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
-def drawn(host: Host, steps: int = 8, loaders: tuple[str, ...] = BOTH, **options: str) -> Run:
+def drawn(host: Host, steps: int = 4, loaders: tuple[str, ...] = BOTH, **options: str) -> Run:
     """The picture of the models with these inputs of their loaders."""
     graph = embedded_text_to_image(TEXT)
     graph["sampler"]["inputs"].update(steps=steps, seed=SEED)

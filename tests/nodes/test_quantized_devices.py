@@ -133,7 +133,8 @@ def passes(model: Any) -> None:
 def test_nothing_is_on_the_wrong_device(
     host: Any, monkeypatch: pytest.MonkeyPatch, format: str, preset: str, kind: str, way: str
 ) -> None:
-    plain = state_of(host, UNET)
+    # One block is enough, and to compute with fake tensors takes much longer than with real ones.
+    plain = {k: t for k, t in state_of(host, UNET).items() if "blocks.1." not in k}
     bare = model_of(host, plain, quantized_state(host, plain, format, preset), torch.bfloat16)
     bare.load_device = CARD
     model = with_patches(host, bare, kind)
@@ -146,8 +147,8 @@ def test_nothing_is_on_the_wrong_device(
             passes(model)
             found.append(weights_on_the_card(model))
             # ComfyUI counts the descriptions of packed weights too, which lie in RAM: of such small
-            # layers they are 5 %.
-            assert abs(found[-1] - model.loaded_size()) < 0.06 * size
+            # layers they are 7 %.
+            assert abs(found[-1] - model.loaded_size()) < 0.08 * size
         assert 0 < found[0] < found[1]
         assert sum(layer.resident_bytes(CARD) for layer in layers) == sum(
             layer.bytes_of(torch.bfloat16) for layer in layers

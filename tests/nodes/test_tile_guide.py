@@ -66,7 +66,7 @@ def done(host: Host, small_guide) -> Edit:
     ) -> Run:
         name = f"real_{list(EDITS).index(instruction)}.png"
         animals.draw(EDITS[instruction][0], *size).save(host.base / "input" / name)
-        graph = edit(name, instruction, **{**defaults, "steps": 6, **inputs})
+        graph = edit(name, instruction, **{**defaults, "steps": 4, **inputs})
         return host.run({**graph, **(extra or {})})
 
     return run

@@ -340,7 +340,7 @@ def test_out_of_memory_anywhere_changes_no_bit(host, vae, act) -> None:
     source = latents(160, 104) if act is decode else picture(160, 104)
     exact, said = act(host, vae, source)
     tight = max(said["predicted_bytes"] / 2e9, least(host, vae, act, source))
-    for limit, every in ((0.0, 12), (tight, 5)):
+    for limit, every in ((0.0, 17), (tight, 8)):
         with Memory(lambda call, _: False) as memory:
             act(host, vae, source, limit)
         for failing in range(1, memory.calls + 1, every):

@@ -36,17 +36,22 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@functools.cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """All that is in a file's code, found once for all tests."""
+    return tuple(ast.walk(tree_of(path)))
+
+
 def import_lines(path: Path) -> list[str]:
     """Every import statement of a file, as written."""
-    tree = tree_of(path)
-    found = (n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)))
+    found = (n for n in nodes_of(path) if isinstance(n, (ast.Import, ast.ImportFrom)))
     return [ast.unparse(node) for node in found]
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
     """(relative level, module) of every import in a file."""
     found = []
-    for node in ast.walk(tree_of(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             found += [(0, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -84,10 +89,11 @@ def test_nothing_is_pickled_printed_fetched_or_evaluated(path: Path) -> None:
     modules = [m for level, m in imports(path) if level == 0 and m != "urllib.parse"]
     outside = {m.split(".")[0] for m in modules}
     assert not banned & outside
-    for node in ast.walk(tree_of(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.Call):
             assert getattr(node.func, "id", "") not in {"print", "eval", "exec"}
-            assert ast.unparse(node.func) != "torch.load"
+            if getattr(node.func, "attr", "") == "load":
+                assert ast.unparse(node.func) != "torch.load"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
@@ -102,7 +108,7 @@ def test_nothing_refers_to_files_that_are_not_in_the_repository(path: Path) -> N
 def test_every_function_is_typed_and_short_and_every_public_one_explained(path: Path) -> None:
     tree = tree_of(path)
     assert ast.get_docstring(tree), f"{path.name} has no docstring"
-    for node in ast.walk(tree):
+    for node in nodes_of(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             inner = node.col_offset > 4
             assert inner or node.name.startswith("_") or ast.get_docstring(node), (
