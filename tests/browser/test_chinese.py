@@ -83,7 +83,8 @@ def test_choices_are_shown_in_chinese_and_saved_as_they_are(chinese: Editor) -> 
     assert "允许近似（allow approximations）" in menu.inner_text()
     screenshot(chinese.page, "choices_chinese")
     menu.get_by_text("允许近似").click()
-    assert chinese.widgets(1)["policy"] == "allow approximations"
+    chosen = chinese.once(lambda: chinese.widgets(1)["policy"], "allow approximations")
+    assert chosen == "allow approximations"
     chinese.page.evaluate(HTML_NODES, True)
     try:
         chinese.page.get_by_text("允许近似（allow approximations）").first.wait_for()
@@ -103,20 +104,25 @@ def test_the_panel_and_the_menu_speak_chinese(chinese: Editor) -> None:
     labels = json.loads((ROOT / "locales/zh/commands.json").read_text(encoding="utf-8"))
     commands = {key: entry["label"] for key, entry in labels.items()}
     ours = {label for key, label in commands.items() if key.startswith("QwenVRAM_")}
-    offered = menu_items(chinese)
-    assert {label.removesuffix("（Qwen VRAM）") for label in ours} <= offered
+    wanted = {label.removesuffix("（Qwen VRAM）") for label in ours}
+    offered = menu_items(chinese, wanted)
+    assert wanted <= offered
     assert not ours & offered  # the name of the pack stands above them
 
 
-def menu_items(editor: Editor) -> set[str]:
-    """What ComfyUI's menu offers under Extensions, Qwen VRAM."""
+def menu_items(editor: Editor, wanted: set[str]) -> set[str]:
+    """What ComfyUI's menu offers under Extensions, Qwen VRAM, once it has the wanted items."""
     page = editor.page
     page.locator(".comfy-menu-button-wrapper").first.click()
     page.wait_for_timeout(SETTLE_MS)  # it minds the mouse once it has the focus
     page.get_by_role("menuitem", name="扩展", exact=True).first.hover()
     page.get_by_role("menuitem", name="Qwen VRAM", exact=True).first.hover()
-    page.wait_for_timeout(SETTLE_MS)
+
+    def read() -> set[str]:
+        texts = map(str.strip, page.get_by_role("menuitem").all_inner_texts())
+        return {text.splitlines()[0] for text in texts if text}  # without the shortcut
+
+    items = editor.once(read, wanted.issubset)
     screenshot(page, "menu_chinese")
-    items = page.get_by_role("menuitem").all_inner_texts()
     page.keyboard.press("Escape")
-    return {item.strip().splitlines()[0] for item in items if item.strip()}  # without the shortcut
+    return items

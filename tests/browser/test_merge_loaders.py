@@ -12,7 +12,7 @@ import PIL.Image
 from pack.demo.server import Result, Server
 from pack.demo.substitutions import substitute
 from pack.tests import official
-from pack.tests.browser.editor import SETTLE_MS, Editor
+from pack.tests.browser.editor import Editor
 
 Workflow = dict[str, Any]
 MERGE = "() => app.extensionManager.command.execute('QwenVRAM.MergeLoaders')"
@@ -60,19 +60,19 @@ def merge(editor: Editor) -> str:
     editor.page.evaluate(MERGE)
     text = editor.page.locator(".p-toast-detail").first.inner_text()
     editor.page.evaluate(CLEAR_TOASTS)
-    editor.page.wait_for_timeout(SETTLE_MS)
+    editor.settle()
     return text
 
 
 def undo(editor: Editor) -> None:
     """As a user: Ctrl+Z over the canvas."""
-    editor.page.keyboard.press("Control+z")
-    editor.page.wait_for_timeout(2 * SETTLE_MS)
+    editor.press_and_load("Control+z")
 
 
 def test_merged_tidily_and_undone_in_one_step(editor: Editor, workflow: Workflow) -> None:
     editor.open(twice(workflow))
     editor.page.evaluate(REROUTE, POSITIVE)
+    editor.settle()
     before = editor.saved()
     steps = editor.page.evaluate(UNDO_STEPS)
 
@@ -92,8 +92,7 @@ def test_merged_tidily_and_undone_in_one_step(editor: Editor, workflow: Workflow
 
     undo(editor)
     assert without_view(editor.saved()) == without_view(before)
-    editor.page.keyboard.press("Control+y")
-    editor.page.wait_for_timeout(2 * SETTLE_MS)
+    editor.press_and_load("Control+y")
     assert without_view(editor.saved()) == without_view(after)
     assert merge(editor).startswith("Nothing to merge")
     assert without_view(editor.saved()) == without_view(after)
