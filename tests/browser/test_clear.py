@@ -12,7 +12,7 @@ import pytest
 from pack.demo.server import Server
 from pack.tests.browser.editor import Editor
 from pack.tests.graphs import UNET, VAE, text_to_image
-from pack.tests.server.test_clear import sampling
+from pack.tests.server.test_clear import STEPS, sampling
 from playwright.sync_api import Locator, Page, Request, Route, expect
 
 ROUTE = "**/qwen_vram/clear"
@@ -158,8 +158,10 @@ def test_a_workflow_that_cannot_be_read_gets_a_message(page: Page) -> None:
 
 
 def test_while_a_node_runs_the_button_says_so_and_tells_the_result_later(
-    page: Page, official_names: Server
+    editor: Editor, page: Page, official_names: Server
 ) -> None:
+    waits = "Memory is freed as soon as the running node ends."
+
     def hasten(route: Route) -> None:
         """Let it wait no second for the end of the node."""
         body = {**json.loads(route.request.post_data), "wait_seconds": 0}
@@ -167,11 +169,16 @@ def test_while_a_node_runs_the_button_says_so_and_tells_the_result_later(
 
     page.route(ROUTE, hasten)
     try:
-        with sampling(official_names):
-            button(page).click()
-            toast(page, "Memory is freed as soon as the running node ends.")
-            screenshot(page, "clear_waits")
-        toast(page, UNLOADED)
+        for steps in STEPS:
+            editor.dismiss()
+            with sampling(official_names, steps):
+                button(page).click()
+                told = toast(page, "Clear VRAM").inner_text()
+                screenshot(page, "clear_waits")
+            toast(page, UNLOADED)
+            if waits in told:
+                break
+        assert waits in told
     finally:
         page.unroute(ROUTE)
 

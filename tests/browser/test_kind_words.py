@@ -63,9 +63,9 @@ def test_the_example_runs_and_the_answer_is_a_message(editor: Editor, words: str
 def test_the_words_are_added_in_the_settings(editor: Editor) -> None:
     open_panel(editor)
     dialog = editor.page.get_by_role("dialog")
-    assert "Words for children" in dialog.inner_text()
+    expect(dialog).to_contain_text("Words for children")
     for name in ("Also avoid", "Always allow"):
-        assert dialog.get_by_text(name, exact=True).count() == 1
+        expect(dialog.get_by_text(name, exact=True)).to_have_count(1)
     dialog.get_by_text("Also avoid", exact=True).scroll_into_view_if_needed()
     screenshot(editor.page, "kind_words_settings")
     close_dialogs(editor.page)

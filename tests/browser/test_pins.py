@@ -141,7 +141,7 @@ def test_a_lost_pin_is_told_in_words_and_on_its_node(editor: Editor, ready, serv
     panel.get_by_text("Last used").scroll_into_view_if_needed()
     screenshot(editor.page, "panel_pins")
     row.get_by_role("button", name="Delete").click()
-    expect(editor.page.get_by_role("dialog")).to_have_count(2)
+    editor.page.get_by_text("Delete this pinned output?").wait_for()
     editor.page.get_by_role("button", name="Delete").last.click()
     panel.get_by_text("Removed: 1 pinned output.").wait_for()
     close_dialogs(editor.page)

@@ -29,7 +29,6 @@ STATE = """() => {
 CAPTURE = "() => app.extensionManager.workflow.activeWorkflow.changeTracker.captureCanvasState()"
 AGAIN = """graph =>  // as undo does
     app.loadGraphData(graph, true, true, app.extensionManager.workflow.activeWorkflow)"""
-TIDY = "() => app.extensionManager.toast.removeAll?.()"
 
 
 EMPTY: dict[str, list[Any]] = {"queue_running": [], "queue_pending": []}
@@ -42,7 +41,7 @@ def clean(editor: Editor, server: Server) -> Iterator[Editor]:
     yield editor
     editor.page.unroute(ROUTE)
     editor.page.evaluate(SETTING, [AUTOMATIC, "off"])
-    editor.page.evaluate(TIDY)
+    editor.dismiss()
     queue = editor.once(lambda: server.get_json("/queue"), EMPTY)
     assert (queue, editor.problems) == (EMPTY, [])
 
