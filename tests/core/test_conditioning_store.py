@@ -295,7 +295,7 @@ from core.conditioning_store import ConditioningStore
 store = ConditioningStore(Path({str(tmp_path)!r}), 1 << 20, 1 << 20)
 store.put({key(1)!r}, Entry([[torch.full((1, 1000), 1.0), {{}}]], 0.0, {{}}, "cpu"))
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
     assert first(ConditioningStore(tmp_path, 1 << 20, 1 << 20), 1) == 1.0
 
 

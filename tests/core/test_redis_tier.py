@@ -165,7 +165,7 @@ while store._redis.state != "connected": time.sleep(0.01)
 print(store.lookup({key(1)!r}).entry.value[0][0][0, 0].item())
 """
     run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
     )
     assert run.stdout == "1.0\n", run.stderr
 

@@ -53,6 +53,7 @@ def pair(
     link_folder(base / "models", server.base / "models")
     shutil.copytree(ROOT / "tests" / "teach_stock", base / "custom_nodes" / "teach_stock")
     options = {"cpu": True, "extra_args": ["--use-pytorch-cross-attention"]}
+    options["start_seconds"] = 600.0
     options["environment"] = {"QWEN_VRAM_REDIS_URL": redis_server.url}
     server.post_json("/api/settings", {REDIS: redis_server.url})
     try:
