@@ -40,8 +40,9 @@ SET_WIDGETS = """(values) => {
             if (widget.name in inputs && !Array.isArray(inputs[widget.name]))  // a link
                 widget.value = inputs[widget.name];
 }"""
-# Some nodes get their size when they are drawn, and what Vue draws comes some frames after the call
-# that caused it: the same graph in two pictures, however long a picture takes.
+# Some nodes get their size when they are drawn, switches find their types in the picture after one
+# is loaded, and what Vue draws comes some frames after the call that caused it: the same graph in
+# two pictures, however long a picture takes.
 AT_REST = """async () => {
     const file = () => JSON.stringify(app.rootGraph.serialize());
     const frame = () => new Promise(resolve => requestAnimationFrame(resolve));

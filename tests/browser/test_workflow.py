@@ -64,12 +64,18 @@ def test_the_editor_would_complain(editor: Editor, workflow: Workflow, what: str
 
 
 def test_workflow_survives_load_and_save(editor: Editor, bundled: Workflow) -> None:
+    def read() -> list[Any]:
+        saved = editor.saved()
+        for node in saved["nodes"]:  # the frontend adds up heights: 350.00000000000006
+            node["size"] = [round(side, 6) for side in node["size"]]
+        return [saved[part] for part in parts]
+
+    parts = ("nodes", "links", "groups")
     editor.open(bundled)
-    saved = editor.saved()
-    for node in saved["nodes"]:  # the frontend adds up heights: 350.00000000000006
-        node["size"] = [round(side, 6) for side in node["size"]]
-    for part in ("nodes", "links", "groups"):
-        assert saved[part] == bundled[part]
+    for found, wanted in zip(
+        editor.once(read, [bundled[part] for part in parts]), map(bundled.get, parts), strict=True
+    ):
+        assert found == wanted
 
 
 def test_comfy_cli_converts_it_as_the_frontend_does(
