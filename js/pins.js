@@ -91,6 +91,7 @@ async function listening(act) {
       check();
     }, () => {}); // ComfyUI does not answer now; it tells when it does
     check();
+    look(); // it may have been taken out of the queue before its number was known here
   });
   try {
     return await act(outcome);

@@ -176,5 +176,6 @@ def server(comfyui: Path, make_base: Callable[[str], Path]) -> Iterator[Server]:
     from pack.demo.server import Server
 
     options = {"cpu": True, "extra_args": ["--use-pytorch-cross-attention"]}
+    options["start_seconds"] = 600.0  # a machine may be busy
     with Server(comfyui, make_base("server"), ROOT, **options) as running:
         yield running

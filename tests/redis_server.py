@@ -43,7 +43,7 @@ class RedisServer:
     def kill(self) -> None:
         """End it at once, also when it is stopped."""
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
     def client(self, **options: object) -> object:
         """To look into it, and to spoil it."""
@@ -60,7 +60,7 @@ def need_redis() -> None:
         missing("the package redis (requirements-test.txt)")
 
 
-def eventually(check: Callable[[], object], seconds: float = 10.0) -> bool:
+def eventually(check: Callable[[], object], seconds: float = 30.0) -> bool:
     """Whether the check comes true, or stops raising, in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

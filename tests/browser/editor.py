@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -39,8 +40,22 @@ SET_WIDGETS = """(values) => {
             if (widget.name in inputs && !Array.isArray(inputs[widget.name]))  // a link
                 widget.value = inputs[widget.name];
 }"""
-# Some nodes get their size when they are drawn.
-FRAMES = "() => new Promise(r => requestAnimationFrame(() => requestAnimationFrame(() => r())))"
+# Some nodes get their size when they are drawn, switches find their types in the picture after one
+# is loaded, and what Vue draws comes some frames after the call that caused it: the same graph in
+# two pictures, however long a picture takes.
+AT_REST = """async () => {
+    const file = () => JSON.stringify(app.rootGraph.serialize());
+    const frame = () => new Promise(resolve => requestAnimationFrame(resolve));
+    const end = performance.now() + 60_000;
+    for (let same = 0, before = file(); same < 2;) {
+        app.canvas.setDirty(true, true);
+        do await frame(); while (app.canvas.dirty_canvas && performance.now() < end);
+        if (performance.now() > end) throw new Error('The graph changes with every picture.');
+        const now = file();
+        same = now === before ? same + 1 : 0;
+        before = now;
+    }
+}"""
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 FINISHED = "(ends) => window.qwenVramEvents.some(([name]) => ends.includes(name))"
 CENTRE = "(id) => app.canvas.centerOnNode(app.graph.getNodeById(id))"
@@ -69,8 +84,22 @@ HASTEN = """([usual, instead]) => {
     window.setTimeout = (act, delay, ...rest) => real(act, delay === usual ? instead : delay, ...rest);
     window.unhasten = () => { window.setTimeout = real; };
 }"""
-# Vue draws the error overlay and the status lines some frames after the call that caused them.
+TRACKER = "app.extensionManager.workflow.activeWorkflow.changeTracker"
+# Undo replaces it at the end of its work.
+STATE = f"() => {TRACKER}.activeState"
+OTHER_STATE = f"before => {TRACKER}.activeState !== before"
+HOLD_BACK = """held => {
+    const real = window.setTimeout;
+    const acts = [];
+    window.setTimeout = (act, delay, ...rest) =>
+        delay === held ? acts.push(() => act(...rest)) : real(act, delay, ...rest);
+    window.letGo = () => acts.splice(0).forEach(act => act());
+    window.unhasten = () => { window.setTimeout = real; };
+}"""
+# For what can be seen only by its not being there, and for pictures that people look at.
 SETTLE_MS = 300
+PATIENCE_SECONDS = 30.0  # a machine may be busy
+POLL_MS = 50
 
 # What every start on an empty profile logs: files that only exist once a user has made them.
 # A help page is first looked for under the language.
@@ -119,7 +148,7 @@ class Editor:
         """Loads the frontend, or loads it again, and waits until it has our nodes."""
         self.page.goto(self.url, wait_until="domcontentloaded")
         self.page.wait_for_function(READY, timeout=60_000)
-        self.page.wait_for_timeout(SETTLE_MS)
+        self.settle()
         self.page.evaluate(LISTEN)
 
     def tidy(self) -> None:
@@ -150,14 +179,50 @@ class Editor:
         finally:
             self.page.evaluate("() => window.unhasten()")
 
+    @contextlib.contextmanager
+    def held_back(self, usual_ms: int) -> Iterator[Callable[[], None]]:
+        """The page's timers of one duration end when the function that it yields is called."""
+        self.page.evaluate(HOLD_BACK, usual_ms)
+        try:
+            yield lambda: self.page.evaluate("() => window.letGo()")
+        finally:
+            self.page.evaluate("() => window.unhasten()")
+
     def open(self, workflow: dict[str, Any]) -> None:
         """Opens a workflow as a dropped file would."""
         self.page.evaluate(LOAD, workflow)
-        self.page.evaluate(FRAMES)
-        self.page.wait_for_timeout(SETTLE_MS)
+        self.settle()
+
+    def settle(self) -> None:
+        """Waits until the graph is drawn and stays as it is."""
+        self.page.evaluate(AT_REST)
+
+    def once(self, read: Callable[[], Any], wanted: object) -> Any:
+        """What `read` gives when it is `wanted`, or when patience ends: for the caller to compare.
+
+        `wanted` is a value, or says of one whether it will do.
+        """
+        end = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < end:
+            found = read()
+            if wanted(found) if callable(wanted) else found == wanted:
+                return found
+            self.page.wait_for_timeout(POLL_MS)
+        return read()
+
+    def press_and_load(self, keys: str) -> None:
+        """Presses the keys of undo or redo over the canvas; waits until the other state is there.
+
+        Without one to go to, it waits until patience ends: the caller compares what there is.
+        """
+        before = self.page.evaluate_handle(STATE)
+        self.page.keyboard.press(keys)
+        self.once(lambda: self.page.evaluate(OTHER_STATE, before), True)
+        self.settle()
 
     def complaint(self) -> str:
         """What the editor's overlay says about missing nodes or models, or nothing."""
+        self.page.wait_for_timeout(SETTLE_MS)
         overlay = self.page.get_by_test_id("error-overlay")
         dialog = self.page.get_by_role("dialog")
         return "\n".join(shown.first.inner_text() for shown in (overlay, dialog) if shown.count())
@@ -207,7 +272,7 @@ class Editor:
         """Waits for the end of the run that was started last."""
         self.page.wait_for_function(FINISHED, arg=ENDS, timeout=180_000)
         events = self.page.evaluate("() => window.qwenVramEvents")
-        self.page.wait_for_timeout(SETTLE_MS)
+        self.settle()
         executed = {top_level(detail) for name, detail in events if name == "executing" and detail}
         cached = [detail["nodes"] for name, detail in events if name == "execution_cached"]
         status, detail = next(event for event in events if event[0] in ENDS)

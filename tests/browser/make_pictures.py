@@ -20,7 +20,6 @@ from pack.demo.examples import BY_MENU, EXAMPLES
 from pack.demo.server import Server
 from pack.tests.browser.editor import ENDS, FINISHED, SETTLE_MS, Editor
 from pack.tests.browser.test_pins import menu, toast
-from pack.tests.browser.test_workflow import FORGET
 from pack.tests.conftest import ROOT
 from playwright.sync_api import Browser
 
@@ -47,6 +46,11 @@ RUN_WITH: dict[str, dict[str, Any]] = {
 TWICE = ("QwenVRAMCachedTextEncode", "QwenVRAMCachedImageEditEncode")  # then the prompt is known
 MORE_TRIES, NOTICE_MS = 4, 8000  # so long the editor tells that the last run has ended
 NOTICE = "queue-notification-banner"
+FORGET = """() => fetch("/api/free", {
+  method: "POST",
+  headers: { "Content-Type": "application/json" },
+  body: JSON.stringify({ unload_models: true, free_memory: true }),
+}).then(() => null)"""
 MENU_ITEMS = {"en": "Pin output (Qwen VRAM)", "zh": "固定输出 (Qwen VRAM)"}
 IS_PINNED = {"en": "is pinned (", "zh": "已固定"}
 TO_BE_PINNED = 3  # the node of that example

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 import urllib.request
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pack.demo.server import Server
-from pack.tests.browser.editor import SETTLE_MS, Editor
+from pack.tests.browser.editor import POLL_MS, SETTLE_MS, Editor
 from pack.tests.graphs import CLIP, encode, loader, node, preview
 from playwright.sync_api import Locator, Page, expect
 
@@ -25,6 +28,7 @@ SHOW_NODE = """id => {
     app.canvas.draw(true, true);  // at once: a click counts where the last picture has a node
 }"""
 # Every event makes new badges, and one has no place before the canvas was drawn.
+NONE: dict[int, list[str]] = {STOCK: [], OURS: []}
 PLACE_OF_BADGE = """id => {
     const node = app.graph.getNodeById(id);
     const badge = node.badges.map(b => (typeof b === 'function' ? b() : b)).find(b => b.onClick);
@@ -42,6 +46,8 @@ ADD_NOTE = """() => {
     note.title = 'innocent';
     app.graph.add(note);
 }"""
+COLOUR = "e => getComputedStyle(e).color.match(/[0-9.]+/g).slice(0, 3).map(Number)"
+SAVED = re.compile(r"/api/settings")
 COMMAND = "id => { app.extensionManager.command.execute(id); }"
 
 
@@ -59,15 +65,41 @@ def graph(text: str) -> dict[str, Any]:
 def open_graph(editor: Editor, text: str) -> None:
     """Open the graph as a dropped API file."""
     editor.page.evaluate(LOAD_API, graph(text))
-    editor.page.wait_for_timeout(SETTLE_MS)
+    editor.settle()
 
 
-def badges(editor: Editor) -> dict[int, list[str]]:
-    """What the badges of the two encode nodes say; no other node may have one."""
-    editor.page.wait_for_timeout(SETTLE_MS)
-    found = {int(i): texts for i, texts in editor.page.evaluate(BADGES).items()}
-    assert [i for i, texts in found.items() if texts and i not in (STOCK, OURS)] == []
-    return {i: found[i] for i in (STOCK, OURS)}
+def badges(editor: Editor, wanted: object) -> dict[int, list[str]]:
+    """What the badges of the two encode nodes say, once it is `wanted`; no other node may have one.
+
+    They are made after the server was asked which workflow runs.
+    """
+    if wanted == NONE:
+        editor.page.wait_for_timeout(SETTLE_MS)
+
+    def read() -> dict[int, list[str]]:
+        return {int(i): texts for i, texts in editor.page.evaluate(BADGES).items()}
+
+    def of_encode_nodes() -> dict[int, list[str]]:
+        found = read()
+        return {i: found[i] for i in (STOCK, OURS)}
+
+    told = editor.once(of_encode_nodes, wanted)
+    assert [i for i, texts in read().items() if texts and i not in (STOCK, OURS)] == []
+    return told
+
+
+def both(start: str) -> Callable[[dict[int, list[str]]], bool]:
+    """Says whether each has one badge that begins so."""
+    return lambda told: all(len(t) == 1 and t[0].startswith(start) for t in told.values())
+
+
+def stored(server: Server, place: str, wanted: int) -> int:
+    """How many prompts lie in memory or on disk, where they are written in the background."""
+    for _ in range(600):
+        if (entries := server.get_json("/qwen_vram/conditioning")[place]["entries"]) == wanted:
+            break
+        time.sleep(POLL_MS / 1000)
+    return entries
 
 
 def forget(editor: Editor, server: Server) -> None:
@@ -119,29 +151,31 @@ def click_badge(page: Page, node_id: int) -> None:
 def test_badges_tell_miss_then_comfyuis_cache_then_hit(editor: Editor, server: Server) -> None:
     delete(server, "?everything=true")
     open_graph(editor, "a red fox")
-    assert badges(editor) == {STOCK: [], OURS: []}
+    assert badges(editor, NONE) == NONE
     assert editor.run().status == "execution_success"
-    assert badges(editor) == {STOCK: ["miss · new text"], OURS: ["miss · new text"]}
+    missed = {STOCK: ["miss · new text"], OURS: ["miss · new text"]}
+    assert badges(editor, missed) == missed
     screenshot(editor.page, "badges_miss")
     click_badge(editor.page, STOCK)
     editor.page.get_by_text("new text · took ").wait_for()
     editor.dismiss()
 
     editor.run()
-    assert badges(editor) == {STOCK: ["ComfyUI's cache"], OURS: ["ComfyUI's cache"]}
+    kept = {STOCK: ["ComfyUI's cache"], OURS: ["ComfyUI's cache"]}
+    assert badges(editor, kept) == kept
     screenshot(editor.page, "badges_comfy")
 
     forget(editor, server)
     try:
         editor.run()
-        for texts in badges(editor).values():
-            assert len(texts) == 1 and texts[0].startswith("hit · disk")
+        told = badges(editor, both("hit · disk"))
+        assert both("hit · disk")(told), told
         screenshot(editor.page, "badges_hit")
     finally:
         editor.page.evaluate(SETTING, [MEMORY, 256])
 
     open_graph(editor, "another workflow")
-    assert badges(editor) == {STOCK: [], OURS: []}
+    assert badges(editor, NONE) == NONE
     assert editor.problems == []
 
 
@@ -155,7 +189,7 @@ def test_html_nodes_show_badges_with_tooltips(editor: Editor) -> None:
         badge.wait_for()
         assert (badge.get_attribute("title") or "").startswith("new text · took ")
         screenshot(page, "badges_html")
-        assert page.get_by_text("miss · new text").count() == 2
+        expect(page.get_by_text("miss · new text")).to_have_count(2)
     finally:
         page.evaluate(SETTING, ["Comfy.VueNodes.Enabled", False])
 
@@ -168,12 +202,12 @@ def test_a_tab_gets_its_badges_back_and_its_run_is_not_shown_in_another(
     second = {**first, "id": str(uuid.uuid4())}
     editor.open(first)
     editor.run()
-    shown = badges(editor)
+    shown = badges(editor, lambda told: all(told.values()))
     assert shown[STOCK] and shown[OURS]
     editor.open(second)
-    assert badges(editor) == {STOCK: [], OURS: []}
+    assert badges(editor, NONE) == NONE
     editor.open(first)
-    assert badges(editor) == shown
+    assert badges(editor, shown) == shown
 
 
 # ----------------------------------------------------------------------------------- the panel
@@ -182,19 +216,20 @@ def test_the_panel_shows_what_is_stored_and_clears_it(editor: Editor, server: Se
     open_graph(editor, "panel")
     editor.run()
     page = editor.page
+    assert stored(server, "disk", 2) == 2
     panel = open_panel(editor)
     screenshot(page, "panel_dark")
     told = server.get_json("/qwen_vram/conditioning")
     assert told["disk"]["entries"] == told["memory"]["entries"] == 2
     disk = panel.get_by_role("row").filter(has_text="On disk")
-    assert disk.get_by_role("cell").all_inner_texts()[1] == "2"
+    expect(disk.get_by_role("cell").nth(1)).to_have_text("2")
     saved = panel.get_by_role("row").filter(has_text="In total").get_by_role("cell")
     assert saved.all_inner_texts()[1:3] == ["0", "2"]  # hits, misses
     assert told["folder"] in panel.inner_text()
 
     panel.locator("input").fill("many")
     panel.get_by_role("button", name="Clear what was unused for").click()
-    assert "Days must be a number" in panel.get_by_role("status").inner_text()
+    expect(panel.get_by_role("status")).to_contain_text("Days must be a number")
     panel.locator("input").fill("30")
     panel.get_by_role("button", name="Clear what was unused for").click()
     page.get_by_text("was not used for 30 days").wait_for()
@@ -208,6 +243,7 @@ def test_the_panel_shows_what_is_stored_and_clears_it(editor: Editor, server: Se
     page.get_by_role("button", name="Cancel").last.click()
     assert server.get_json("/qwen_vram/conditioning")["disk"]["entries"] == 2
     panel.get_by_role("button", name="Clear prompt cache").click()
+    page.get_by_text("Remove all stored prompts").wait_for()
     page.get_by_role("button", name="Delete").last.click()
     panel.get_by_text("Removed: In memory: 2").wait_for()
     expect(disk.get_by_role("cell").nth(1)).to_have_text("0")  # fetched after it
@@ -230,15 +266,12 @@ def test_the_panel_is_readable_on_a_light_theme(editor: Editor) -> None:
     page = editor.page
     page.evaluate(SETTING, ["Comfy.ColorPalette", "light"])
     try:
-        page.wait_for_timeout(SETTLE_MS)
+        editor.settle()
         screenshot(page, "badges_light")
         panel = open_panel(editor)
-        colours = panel.evaluate(
-            "e => [getComputedStyle(e).color, e.querySelectorAll('table').length]"
-        )
+        assert max(editor.once(lambda: panel.evaluate(COLOUR), lambda rgb: max(rgb) < 100)) < 100
         screenshot(page, "panel_light")
-        assert max(map(int, colours[0].removeprefix("rgb(").rstrip(")").split(","))) < 100
-        assert colours[1] >= 2
+        assert panel.locator("table").count() >= 2
         close_dialogs(page)
     finally:
         page.evaluate(SETTING, ["Comfy.ColorPalette", "dark"])
@@ -246,10 +279,10 @@ def test_the_panel_is_readable_on_a_light_theme(editor: Editor) -> None:
 
 # ------------------------------------------------------------------------------------ settings
 def choose(page: Page, setting: str, option: str) -> None:
-    """Choose an option of a setting in the open dialog."""
+    """Choose an option of a setting in the open dialog; the server knows it then."""
     page.locator(f'[data-setting-id="{setting}"]').get_by_role("combobox").click()
-    page.get_by_role("option", name=option, exact=True).click()
-    page.wait_for_timeout(SETTLE_MS)
+    with page.expect_response(SAVED):
+        page.get_by_role("option", name=option, exact=True).click()
 
 
 def test_a_setting_changed_in_the_dialog_counts_from_the_next_run(
@@ -264,13 +297,14 @@ def test_a_setting_changed_in_the_dialog_counts_from_the_next_run(
     memory.click()
     memory.press("Control+a")
     memory.press_sequentially("100")
-    memory.press("Tab")
-    page.wait_for_timeout(SETTLE_MS)
+    with page.expect_response(SAVED):
+        memory.press("Tab")
     told = server.get_json("/qwen_vram/conditioning")
     assert told["keep"] == "nothing" and told["memory"]["bound_bytes"] == 100_000_000
     close_dialogs(page)
     editor.run()
-    assert badges(editor) == {STOCK: ["off"], OURS: ["off"]}
+    off = {STOCK: ["off"], OURS: ["off"]}
+    assert badges(editor, off) == off
     assert server.get_json("/qwen_vram/conditioning")["disk"]["entries"] == 0
     open_panel(editor)
     choose(page, keep, "all nodes")
@@ -278,7 +312,7 @@ def test_a_setting_changed_in_the_dialog_counts_from_the_next_run(
     page.evaluate(SETTING, [MEMORY, 256])
     open_graph(editor, "to be kept")
     editor.run()
-    assert server.get_json("/qwen_vram/conditioning")["disk"]["entries"] == 2
+    assert stored(server, "disk", 2) == 2
 
 
 # ------------------------------------------------------------------------------------- prefill
@@ -296,8 +330,8 @@ def test_a_list_of_prompts_is_encoded_from_the_menu_command(
     page.get_by_text("3 prompts: 0 known, 3 encoded in").wait_for(timeout=60_000)
     screenshot(page, "prefill_toast")
     editor.run()
-    for texts in badges(editor).values():
-        assert texts[0].startswith("hit · memory")
+    told = badges(editor, both("hit · memory"))
+    assert both("hit · memory")(told), told
     sent = server.base / "temp" / "qwen_vram" / "prompts.csv"
     assert sent.exists()
     delete(server, "?everything=true")

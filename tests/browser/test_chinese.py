@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import pytest
 from pack.demo.server import Server
 from pack.tests.browser.conftest import new_page
-from pack.tests.browser.editor import SETTLE_MS, Editor
+from pack.tests.browser.editor import Editor
 from pack.tests.browser.test_cache_panel import close_dialogs, open_panel, screenshot
 from pack.tests.conftest import ROOT
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
 
 SPEED = ("QwenVRAMReferenceCache", "QwenVRAMAttention", "QwenVRAMEarlyExit")
 LABELS = """types => Object.fromEntries(types.map(type => {
@@ -38,6 +38,7 @@ PLACE = """name => {
     return [box.left + left, box.top + top];
 }"""
 HTML_NODES = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
+FOCUSED = "() => Boolean(document.activeElement?.closest('[role=menubar], [role=menu]'))"
 TITLES = "types => Object.fromEntries(types.map(t => [t, LiteGraph.createNode(t)?.title]))"
 
 
@@ -83,7 +84,8 @@ def test_choices_are_shown_in_chinese_and_saved_as_they_are(chinese: Editor) -> 
     assert "允许近似（allow approximations）" in menu.inner_text()
     screenshot(chinese.page, "choices_chinese")
     menu.get_by_text("允许近似").click()
-    assert chinese.widgets(1)["policy"] == "allow approximations"
+    chosen = chinese.once(lambda: chinese.widgets(1)["policy"], "allow approximations")
+    assert chosen == "allow approximations"
     chinese.page.evaluate(HTML_NODES, True)
     try:
         chinese.page.get_by_text("允许近似（allow approximations）").first.wait_for()
@@ -96,27 +98,33 @@ def test_choices_are_shown_in_chinese_and_saved_as_they_are(chinese: Editor) -> 
 def test_the_panel_and_the_menu_speak_chinese(chinese: Editor) -> None:
     panel = open_panel(chinese)
     screenshot(chinese.page, "panel_chinese")
-    assert "清除提示词缓存" in panel.inner_text() and "全部删除" in panel.inner_text()
-    dialog = chinese.page.get_by_role("dialog").inner_text()
-    assert "磁盘上限（GB）" in dialog and "提示词缓存" in dialog
+    for text in ("清除提示词缓存", "全部删除"):
+        expect(panel).to_contain_text(text)
+    for text in ("磁盘上限（GB）", "提示词缓存"):
+        expect(chinese.page.get_by_role("dialog")).to_contain_text(text)
     close_dialogs(chinese.page)
     labels = json.loads((ROOT / "locales/zh/commands.json").read_text(encoding="utf-8"))
     commands = {key: entry["label"] for key, entry in labels.items()}
     ours = {label for key, label in commands.items() if key.startswith("QwenVRAM_")}
-    offered = menu_items(chinese)
-    assert {label.removesuffix("（Qwen VRAM）") for label in ours} <= offered
+    wanted = {label.removesuffix("（Qwen VRAM）") for label in ours}
+    offered = menu_items(chinese, wanted)
+    assert wanted <= offered
     assert not ours & offered  # the name of the pack stands above them
 
 
-def menu_items(editor: Editor) -> set[str]:
-    """What ComfyUI's menu offers under Extensions, Qwen VRAM."""
+def menu_items(editor: Editor, wanted: set[str]) -> set[str]:
+    """What ComfyUI's menu offers under Extensions, Qwen VRAM, once it has the wanted items."""
     page = editor.page
     page.locator(".comfy-menu-button-wrapper").first.click()
-    page.wait_for_timeout(SETTLE_MS)  # it minds the mouse once it has the focus
+    page.wait_for_function(FOCUSED)  # then it minds the mouse
     page.get_by_role("menuitem", name="扩展", exact=True).first.hover()
     page.get_by_role("menuitem", name="Qwen VRAM", exact=True).first.hover()
-    page.wait_for_timeout(SETTLE_MS)
+
+    def read() -> set[str]:
+        texts = map(str.strip, page.get_by_role("menuitem").all_inner_texts())
+        return {text.splitlines()[0] for text in texts if text}  # without the shortcut
+
+    items = editor.once(read, wanted.issubset)
     screenshot(page, "menu_chinese")
-    items = page.get_by_role("menuitem").all_inner_texts()
     page.keyboard.press("Escape")
-    return {item.strip().splitlines()[0] for item in items if item.strip()}  # without the shortcut
+    return items

@@ -12,7 +12,7 @@ import pytest
 from pack.demo.server import Server
 from pack.tests.browser.editor import Editor
 from pack.tests.graphs import UNET, VAE, text_to_image
-from pack.tests.server.test_clear import sampling
+from pack.tests.server.test_clear import STEPS, sampling
 from playwright.sync_api import Locator, Page, Request, Route, expect
 
 ROUTE = "**/qwen_vram/clear"
@@ -122,24 +122,26 @@ def test_letters_of_altgr_and_option_can_be_typed(editor: Editor, page: Page, wo
     assert len([url for url in sent if "/qwen_vram/" in url]) == 1
 
 
-def test_every_level_has_a_command(page: Page) -> None:
-    for count, level in enumerate(("cache", "models", "everything"), start=1):
+def test_every_level_has_a_command(editor: Editor, page: Page) -> None:
+    for level in ("cache", "models", "everything"):
         command = f"QwenVRAM.Clear.{level.capitalize()}"
         body = pressed(page, lambda command=command: page.evaluate(COMMAND, command))
         assert body["level"] == level
-        expect(page.locator(TOAST).filter(has_text="RAM:")).to_have_count(count)
+        toast(page, "RAM:")
+        editor.dismiss()
 
 
 def test_a_strange_reply_gets_a_message(editor: Editor, page: Page) -> None:
     replies = [reply for reply, _ in HOSTILE]
     page.route(ROUTE, lambda route: route.fulfill(**replies.pop(0)))
     try:
-        for count, (_, said) in enumerate(HOSTILE, start=1):
+        for _, said in HOSTILE:
             button(page).click()
             toast(page, said)
-            expect(page.locator(TOAST)).to_have_count(count)
-        screenshot(page, "clear_hostile")
-        assert page.locator(TOAST).locator("b").count() == 0
+            expect(page.locator(TOAST)).to_have_count(1)
+            screenshot(page, "clear_hostile")
+            assert page.locator(TOAST).locator("b").count() == 0
+            editor.dismiss()
     finally:
         page.unroute(ROUTE)
         # The browser itself notes the status of a failed request.
@@ -156,8 +158,10 @@ def test_a_workflow_that_cannot_be_read_gets_a_message(page: Page) -> None:
 
 
 def test_while_a_node_runs_the_button_says_so_and_tells_the_result_later(
-    page: Page, official_names: Server
+    editor: Editor, page: Page, official_names: Server
 ) -> None:
+    waits = "Memory is freed as soon as the running node ends."
+
     def hasten(route: Route) -> None:
         """Let it wait no second for the end of the node."""
         body = {**json.loads(route.request.post_data), "wait_seconds": 0}
@@ -165,11 +169,16 @@ def test_while_a_node_runs_the_button_says_so_and_tells_the_result_later(
 
     page.route(ROUTE, hasten)
     try:
-        with sampling(official_names):
-            button(page).click()
-            toast(page, "Memory is freed as soon as the running node ends.")
-            screenshot(page, "clear_waits")
-        toast(page, UNLOADED)
+        for steps in STEPS:
+            editor.dismiss()
+            with sampling(official_names, steps):
+                button(page).click()
+                told = toast(page, "Clear VRAM").inner_text()
+                screenshot(page, "clear_waits")
+            toast(page, UNLOADED)
+            if waits in told:
+                break
+        assert waits in told
     finally:
         page.unroute(ROUTE)
 
@@ -178,9 +187,10 @@ def test_a_reply_that_never_comes_gets_a_message(editor: Editor, page: Page) -> 
     held: list[Route] = []
     page.route(ROUTE, lambda route: held.append(route))
     try:
-        with editor.hastened(30_000, 1000):
+        with editor.held_back(30_000) as let_go:
             pressed(page, lambda: button(page).click())
             button(page).click()  # nothing: the first is under way
+            let_go()
             toast(page, "The server does not answer.")
         assert len(held) == 1
     finally:

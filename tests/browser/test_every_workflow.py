@@ -66,6 +66,7 @@ def show_all(editor: Editor, room: tuple[float, float], scale: float | None = No
     scale = scale or min(room[0] / (right - left), room[1] / (bottom - top))
     corner = (EDGE + BARS) / scale
     editor.page.evaluate(LOOK, [scale, corner - left, corner - top])
+    editor.settle()
 
 
 def photograph(editor: Editor, name: str) -> None:

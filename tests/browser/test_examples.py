@@ -7,7 +7,7 @@ from typing import Any
 
 from pack.demo.example_blocks import block_in, page
 from pack.demo.examples import EXAMPLES
-from pack.tests.browser.editor import SETTLE_MS, Editor
+from pack.tests.browser.editor import Editor
 from pack.tests.browser.test_workflow import open_help
 
 PASTE = """async (text) => {
@@ -33,7 +33,7 @@ def block(node_id: str, language: str = "en") -> str:
 def arrived(editor: Editor, workflow: dict[str, Any]) -> None:
     """Nodes, wires and values are there as in the line, and nothing is red."""
     editor.page.wait_for_function(ARRIVED, arg=[n["type"] for n in workflow["nodes"]])
-    editor.page.wait_for_timeout(SETTLE_MS)
+    editor.settle()
     nodes = editor.nodes()
     assert {i: n["type"] for i, n in nodes.items()} == {
         n["id"]: n["type"] for n in workflow["nodes"]
@@ -63,7 +63,7 @@ def test_a_reader_copies_it_from_the_help_panel(editor: Editor) -> None:
         open_help(editor, 1)
         shown = editor.page.locator(".node-help-content pre").first
         shown.locator("code").click(click_count=3)
-        assert editor.page.evaluate(SELECTED).strip() == line
+        assert editor.once(lambda: editor.page.evaluate(SELECTED).strip(), line) == line
         editor.page.keyboard.press("Control+C")
         editor.page.evaluate(NEW_TAB)
         editor.page.mouse.click(400, 760)

@@ -8,6 +8,7 @@ import pytest
 from pack.tests.browser.editor import SETTLE_MS, Editor
 from pack.tests.browser.test_cache_panel import close_dialogs, open_panel, screenshot
 from pack.tests.conftest import ROOT
+from playwright.sync_api import expect
 
 EXAMPLE = re.compile(r"```json\n(\{.*?)\n```", re.S)
 PASTE = """text => {
@@ -26,12 +27,16 @@ def paste(editor: Editor, page: str) -> None:
     text = (ROOT / "js" / "docs" / page).read_text(encoding="utf-8")
     editor.page.evaluate(PASTE, EXAMPLE.search(text).group(1))
     editor.page.wait_for_function("() => app.graph.nodes.length === 3")
-    editor.page.wait_for_timeout(SETTLE_MS)
+    editor.settle()
 
 
-def messages(editor: Editor) -> list[str]:
-    """What the toasts say."""
-    return editor.page.locator(".p-toast-message").all_inner_texts()
+def messages(editor: Editor, count: int = 1) -> list[str]:
+    """What the toasts say, of which so many are expected."""
+    if not count:
+        editor.page.wait_for_timeout(SETTLE_MS)
+    toasts = editor.page.locator(".p-toast-message")
+    expect(toasts).to_have_count(count)
+    return toasts.all_inner_texts()
 
 
 @pytest.mark.parametrize("words", FRIENDLY)
@@ -52,15 +57,15 @@ def test_the_example_runs_and_the_answer_is_a_message(editor: Editor, words: str
     editor.set_widgets({"1": {"words": "a bear with a hat"}})
     editor.dismiss()
     editor.run()
-    assert messages(editor) == [] and editor.problems == []
+    assert messages(editor, 0) == [] and editor.problems == []
 
 
 def test_the_words_are_added_in_the_settings(editor: Editor) -> None:
     open_panel(editor)
     dialog = editor.page.get_by_role("dialog")
-    assert "Words for children" in dialog.inner_text()
+    expect(dialog).to_contain_text("Words for children")
     for name in ("Also avoid", "Always allow"):
-        assert dialog.get_by_text(name, exact=True).count() == 1
+        expect(dialog.get_by_text(name, exact=True)).to_have_count(1)
     dialog.get_by_text("Also avoid", exact=True).scroll_into_view_if_needed()
     screenshot(editor.page, "kind_words_settings")
     close_dialogs(editor.page)

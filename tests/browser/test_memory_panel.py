@@ -31,6 +31,7 @@ CLEAR_COMMAND = """() => {
     const command = { id: 'QwenVRAM.Clear.SomeTest', label: 'Clear for a test', function: act };
     app.registerExtension({ name: 'QwenVRAM.Test', commands: [command] });
 }"""
+REACHED = "id => window.qwenVramEvents.some(([name, node]) => name === 'executing' && node === id)"
 HOSTILE_NAME = "<img src=x onerror='window.hacked=1'>\u202e.safetensors"
 
 
@@ -141,14 +142,13 @@ def test_focus_folds_and_scroll_stay_while_figures_change(editor: Editor, answer
     summary = panel.locator("summary")
     summary.click()
     summary.focus()
-    editor.page.mouse.move(200, 500)
-    editor.page.mouse.wheel(0, 150)
-    editor.page.wait_for_timeout(300)
+    editor.page.evaluate(
+        "() => { document.querySelector('.sidebar-content-container').scrollTop = 150; }"
+    )
     scrolled = "() => document.querySelector('.sidebar-content-container').scrollTop"
     top, first = editor.page.evaluate(scrolled), panel.inner_text()
     assert top > 0
-    editor.page.wait_for_timeout(1300)
-    assert panel.inner_text() != first
+    assert editor.once(panel.inner_text, lambda text: text != first) != first
     assert editor.page.evaluate(scrolled) == top
     expect(summary).to_be_focused()
     expect(panel.locator("details")).to_have_attribute("open", "")
@@ -178,7 +178,7 @@ def test_buttons_run_commands(editor: Editor, answer) -> None:
     panel = open_panel(editor)
     for buttons in (panel.locator(".finding button"), panel.locator(".actions button").last):
         buttons.click()
-    assert editor.page.evaluate("() => window.cleared") == 2
+    assert editor.once(lambda: editor.page.evaluate("() => window.cleared"), 2) == 2
 
 
 def test_probe_on_request_only(editor: Editor, answer) -> None:
@@ -199,10 +199,7 @@ def test_probe_on_request_only(editor: Editor, answer) -> None:
     panel = open_panel(editor)
     panel.get_by_role("button", name="Probe the largest allocation").click()
     expect(panel.get_by_text("the largest allocation that succeeds now is 8.10 GB")).to_be_visible()
-    for _ in range(100):  # it asks once a second
-        if asked[-1] == "GET":
-            break
-        editor.page.wait_for_timeout(100)
+    editor.once(lambda: asked[-1], "GET")  # it asks once a second
     assert asked.count("POST") == 1 and asked[0] == asked[-1] == "GET"
     expect(panel.get_by_text("succeeds now is 8.10 GB")).to_be_visible()
     panel.get_by_role("button", name="Look at the free blocks").click()
@@ -233,13 +230,13 @@ BAD = {
 def test_bad_answers_are_told_and_forgotten(editor: Editor, answer) -> None:
     for name, (handler, told) in BAD.items():
         answer(handler)
-        with editor.hastened(5000, 500 if name == "never" else 5000):
+        with editor.hastened(5000, 500 if name == "never" else 60_000):
             said = open_panel(editor).locator(".said")
-            expect(said).to_contain_text("No answer: ", timeout=12_000)
-        expect(said).to_contain_text(told)
+            expect(said).to_contain_text("No answer: ")
+            expect(said).to_contain_text(told)
         began = time.monotonic()
         assert editor.page.evaluate("() => app.graph !== null")
-        assert time.monotonic() - began < 1, f"{name}: the page hangs"
+        assert time.monotonic() - began < 10, f"{name}: the page hangs"
         close_panel(editor)
 
     answer(with_json(sample()))
@@ -275,14 +272,16 @@ def test_asks_each_second_only_while_it_is_seen(editor: Editor, answer) -> None:
     page.on("requestfinished", ended)
     try:
         answer(with_json(sample()))
+        start = time.monotonic()
         open_panel(editor)
-        page.wait_for_timeout(2200)
-        assert 2 <= asked <= 4 and most == 1
+        assert editor.once(lambda: asked, lambda times: times > 2) > 2
+        assert asked <= time.monotonic() - start + 2 and most == 1
         # Another tab of the frontend's own takes the place; destroy() is not called then.
         page.evaluate(
             "() => app.extensionManager.command.execute('Workspace.ToggleSidebarTab.workflows')"
         )
-        page.wait_for_timeout(300)
+        page.wait_for_timeout(SETTLE_MS)
+        assert editor.once(lambda: open_now, 0) == 0
         before = asked
         page.wait_for_timeout(1300)
         assert asked == before
@@ -290,8 +289,7 @@ def test_asks_each_second_only_while_it_is_seen(editor: Editor, answer) -> None:
             "() => app.extensionManager.command.execute('Workspace.ToggleSidebarTab.workflows')"
         )
         open_panel(editor)
-        page.wait_for_timeout(300)
-        assert asked > before
+        assert editor.once(lambda: asked, lambda times: times > before) > before
     finally:
         page.remove_listener("request", began)
         page.remove_listener("requestfinished", ended)
@@ -299,18 +297,22 @@ def test_asks_each_second_only_while_it_is_seen(editor: Editor, answer) -> None:
 
 def test_real_report_while_a_workflow_runs(editor: Editor, server: Server, workflow) -> None:
     editor.open(workflow)
-    editor.shrink()
+    editor.shrink(steps=10_000)
     positive, _ = ids_of(workflow, "QwenVRAMCachedTextEncode")
+    (sampler,) = ids_of(workflow, "KSampler")
     editor.set_widgets({str(positive): {"text": f"a red fox {uuid.uuid4()}"}})
     panel = open_panel(editor)
     ram = panel.locator(".device").last
     expect(ram.locator(".bar")).to_be_visible()
-    editor.page.get_by_test_id("queue-button").first.click()
-    expect(panel.get_by_text("A workflow is running.")).to_be_visible(timeout=20_000)
+    editor.press_run()
+    expect(panel.get_by_text("A workflow is running.")).to_be_visible(timeout=60_000)
+    editor.page.wait_for_function(REACHED, arg=str(sampler), timeout=60_000)
     screenshot(editor.page, "memory_panel_running")
+    server.post_json("/interrupt", {})
+    assert editor.ran().status == "execution_interrupted"
     expect(panel.get_by_text("Nothing is running.")).to_be_visible(timeout=60_000)
-    report = server.get_json("/qwen_vram/report")
-    shown = panel.locator(".models tbody tr").count()
-    assert shown == len(report["models"]) > 0
+    models = len(server.get_json("/qwen_vram/report")["models"])
+    rows = panel.locator(".models tbody tr")
+    assert editor.once(rows.count, models) == models > 0
     close_panel(editor)
     assert editor.problems == []

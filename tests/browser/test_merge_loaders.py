@@ -12,7 +12,7 @@ import PIL.Image
 from pack.demo.server import Result, Server
 from pack.demo.substitutions import substitute
 from pack.tests import official
-from pack.tests.browser.editor import SETTLE_MS, Editor
+from pack.tests.browser.editor import Editor
 
 Workflow = dict[str, Any]
 MERGE = "() => app.extensionManager.command.execute('QwenVRAM.MergeLoaders')"
@@ -54,25 +54,30 @@ def without_view(saved: Workflow) -> Workflow:
     return {**saved, "extra": extra}
 
 
+def saved(editor: Editor, wanted: Workflow) -> Workflow:
+    """The graph as Save would write it, once it is the wanted one."""
+    return editor.once(lambda: without_view(editor.saved()), without_view(wanted))
+
+
 def merge(editor: Editor) -> str:
     """Run the command and return what its toast says."""
     editor.dismiss()
     editor.page.evaluate(MERGE)
     text = editor.page.locator(".p-toast-detail").first.inner_text()
     editor.page.evaluate(CLEAR_TOASTS)
-    editor.page.wait_for_timeout(SETTLE_MS)
+    editor.settle()
     return text
 
 
 def undo(editor: Editor) -> None:
-    """As a user: Ctrl+Z over the canvas."""
-    editor.page.keyboard.press("Control+z")
-    editor.page.wait_for_timeout(2 * SETTLE_MS)
+    """As a user: Ctrl+Z over the canvas, in whose next pictures switches find their types again."""
+    editor.press_and_load("Control+z")
 
 
 def test_merged_tidily_and_undone_in_one_step(editor: Editor, workflow: Workflow) -> None:
     editor.open(twice(workflow))
     editor.page.evaluate(REROUTE, POSITIVE)
+    editor.settle()
     before = editor.saved()
     steps = editor.page.evaluate(UNDO_STEPS)
 
@@ -91,10 +96,9 @@ def test_merged_tidily_and_undone_in_one_step(editor: Editor, workflow: Workflow
     assert editor.page.evaluate(UNDO_STEPS) == steps + 2  # the reroute, and all of the merge
 
     undo(editor)
-    assert without_view(editor.saved()) == without_view(before)
-    editor.page.keyboard.press("Control+y")
-    editor.page.wait_for_timeout(2 * SETTLE_MS)
-    assert without_view(editor.saved()) == without_view(after)
+    assert saved(editor, before) == without_view(before)
+    editor.press_and_load("Control+y")
+    assert saved(editor, after) == without_view(after)
     assert merge(editor).startswith("Nothing to merge")
     assert without_view(editor.saved()) == without_view(after)
     assert editor.problems == []
@@ -131,7 +135,7 @@ def test_what_app_mode_shows_stays_and_an_error_tells_what_was_done(
     assert text[0] == "Merging was broken off by an error: odd"
     assert "2 loaders are now one" in text[1] and text[-1].startswith("Undo takes back in one step")
     undo(editor)
-    assert without_view(editor.saved()) == without_view(before)
+    assert saved(editor, before) == without_view(before)
     editor.page.evaluate("() => { app.graphToPrompt = () => { throw new Error('broken'); }; }")
     try:
         text = merge(editor)
@@ -201,5 +205,5 @@ def test_in_a_subgraph_and_the_picture_stays(editor: Editor, official_names: Ser
     assert len(loaders) == 1 and ran == loaders
     assert same == picture
     undo(editor)
-    assert without_view(editor.saved()) == without_view(before)
+    assert saved(editor, before) == without_view(before)
     assert editor.problems == []

@@ -12,7 +12,7 @@ from typing import Any
 import PIL.Image
 import pytest
 from pack.demo.server import Server
-from pack.tests.browser.editor import SETTLE_MS, Editor
+from pack.tests.browser.editor import Editor
 from pack.tests.browser.test_cache_panel import close_dialogs, open_panel, screenshot
 from pack.tests.browser.test_workflow import STATUS, ids_of
 from pack.tests.graphs import text_to_image
@@ -53,6 +53,17 @@ def ready(editor: Editor, workflow: Workflow) -> Workflow:
     editor.set_widgets({str(sampler): {"control_after_generate": "fixed", "seed": 7}})
     names = ("positive", "negative", "sampler", "save", "clip", "latent")
     return dict(zip(names, (positive, negative, sampler, save, clip, latent), strict=True))
+
+
+def badges(editor: Editor, node_id: int) -> list[str]:
+    """What the badges of a node say; one that is not drawn is left out."""
+    return [text for text in editor.page.evaluate(BADGES, node_id) if text]
+
+
+def has_badge(editor: Editor, node_id: int, text: str, wanted: bool = True) -> None:
+    """A badge of the node says this, or none, as soon as the page knows it."""
+    told = editor.once(lambda: badges(editor, node_id), lambda told: (text in told) == wanted)
+    assert (text in told) == wanted, told
 
 
 def menu(editor: Editor, node_id: int, item: str) -> None:
@@ -104,18 +115,18 @@ def test_pinned_through_a_reload_and_a_change_until_unpinned(
     assert re.fullmatch("[0-9a-f]{64}", mark["content"]) and mark["types"] == ["CONDITIONING"]
     editor.start()
     editor.open(saved)
-    assert [b for b in editor.page.evaluate(BADGES, positive) if b.startswith("pinned")]
+    has_badge(editor, positive, f"pinned {size_of(mark)}")
 
     editor.set_widgets({str(positive): {"text": "a blue fox at night"}})
     assert picture(editor, ids, server) == first
     changed = f"pinned {size_of(mark)} · values changed since"
-    assert changed in editor.page.evaluate(BADGES, positive)
+    has_badge(editor, positive, changed)
     assert editor.widgets(positive)[STATUS] == "pinned: the values shown here are not used"
     menu(editor, positive, "Unpin output (Qwen VRAM)")
-    assert (
-        "qwen_vram"
-        not in next(n for n in editor.saved()["nodes"] if n["id"] == positive)["properties"]
-    )
+    pinned = editor.once(lambda: editor.page.evaluate(PINNED, positive), False)
+    assert not pinned
+    (properties,) = [n["properties"] for n in editor.saved()["nodes"] if n["id"] == positive]
+    assert "qwen_vram" not in properties
     assert picture(editor, ids, server) != first
     assert editor.problems == []
 
@@ -130,15 +141,16 @@ def test_a_lost_pin_is_told_in_words_and_on_its_node(editor: Editor, ready, serv
     panel.get_by_text("Last used").scroll_into_view_if_needed()
     screenshot(editor.page, "panel_pins")
     row.get_by_role("button", name="Delete").click()
+    editor.page.get_by_text("Delete this pinned output?").wait_for()
     editor.page.get_by_role("button", name="Delete").last.click()
     panel.get_by_text("Removed: 1 pinned output.").wait_for()
     close_dialogs(editor.page)
-    assert "pin is missing" in editor.page.evaluate(BADGES, positive)
+    has_badge(editor, positive, "pin is missing")
     editor.page.get_by_test_id("queue-button").first.click()
     toast(editor, f'The pinned value of "{title}" is not on this machine')
     screenshot(editor.page, "pin_missing")
     menu(editor, positive, "Unpin output (Qwen VRAM)")
-    assert "pin is missing" not in editor.page.evaluate(BADGES, positive)
+    has_badge(editor, positive, "pin is missing", False)
     assert editor.run().status == "execution_success"
     of_refusal = ("/api/prompt", "Prompt execution failed")  # which the console repeats
     assert [text for text in editor.problems if not any(t in text for t in of_refusal)] == []
@@ -176,8 +188,11 @@ def test_a_run_that_is_taken_out_of_the_queue_is_told(
     long = {"prompt": text_to_image(str(uuid.uuid4()), steps=10_000)}
     server.post_json("/prompt", long)
     menu(editor, ready["latent"], "Pin output (Qwen VRAM)")
-    editor.page.wait_for_timeout(SETTLE_MS)
-    ((_, waiting, *_),) = server.get_json("/queue")["queue_pending"]
+
+    def pending() -> list[Any]:
+        return server.get_json("/queue")["queue_pending"]
+
+    ((_, waiting, *_),) = editor.once(pending, lambda queue: len(queue) == 1)
     server.post_json("/queue", {"delete": [waiting]})
     toast(editor, "no longer in ComfyUI's queue")
     server.post_json("/interrupt", {})
@@ -212,8 +227,8 @@ def test_a_private_run_and_a_private_node(editor: Editor, ready, server: Server)
     for node_id in (positive, negative):
         assert entry["outputs"][str(node_id)]["qwen_vram"][0]["why"] == "this run keeps nothing"
     expect(editor.page.get_by_text("This run is not in the prompt cache.")).to_be_visible()
-    badges = (editor.page.evaluate(BADGES, node_id) for node_id in (positive, negative))
-    assert all("not kept" in texts for texts in badges)
+    for node_id in (positive, negative):
+        has_badge(editor, node_id, "not kept")
     assert "qwen_vram" not in entry["prompt"][3]["extra_pnginfo"]["workflow"]["extra"]
     assert "qwen_vram" not in editor.saved()["extra"]
     assert not editor.page.evaluate(MARKED_STATES)
@@ -222,12 +237,13 @@ def test_a_private_run_and_a_private_node(editor: Editor, ready, server: Server)
     assert "qwen_vram" not in editor.saved()["extra"]
 
     menu(editor, positive, "Keep nothing of this node (Qwen VRAM)")
-    assert "keeps nothing" in editor.page.evaluate(BADGES, positive)
+    has_badge(editor, positive, "keeps nothing")
     editor.set_widgets({str(positive): {"text": "never to be kept either"}})
     assert editor.run().status == "execution_success"
     (told,) = last_run(server)["outputs"][str(positive)]["qwen_vram"]
     assert (told["why"], told["result"]) == ("this node keeps nothing", "not kept")
-    assert [b for b in editor.page.evaluate(BADGES, positive)[1:] if b] == ["keeps nothing"]
+    own = editor.once(lambda: badges(editor, positive)[1:], ["keeps nothing"])
+    assert own == ["keeps nothing"]
     menu(editor, positive, "Keep what this node gives again (Qwen VRAM)")
-    assert "keeps nothing" not in editor.page.evaluate(BADGES, positive)
+    has_badge(editor, positive, "keeps nothing", False)
     assert editor.problems == []

@@ -30,7 +30,7 @@ def test_it_shows_the_map_on_a_wire_and_makes_nothing_run_again(editor: Editor) 
     assert ran.status == "execution_success" and ran.executed == {image, report, shown}
     width, height = editor.picture(report)
     assert width == 800 and height > 250
-    assert editor.page.get_by_text("RAM: ").count() > 0
+    editor.page.get_by_text("RAM: ").first.wait_for(state="attached")
     assert editor.run().executed == set()
     assert editor.page.evaluate(HELP, "memory_map.png") == 200
     assert editor.problems == []

@@ -25,6 +25,11 @@ DROP = """async (encoded) => {
 }"""
 
 
+def types_in(saved: dict[str, Any]) -> dict[int, str]:
+    """The type of each node."""
+    return {node["id"]: node["type"] for node in saved["nodes"]}
+
+
 @pytest.fixture
 def ours(workflow: dict[str, Any]) -> dict[str, Any]:
     """The bundled workflow with our sampler in the KSampler's place."""
@@ -58,11 +63,8 @@ def test_a_saved_picture_tells_what_was_done_and_opens_as_its_workflow(
     before = editor.saved()
     editor.tidy()
     editor.page.evaluate(DROP, encoded)
-    editor.page.wait_for_timeout(500)
-    again = editor.saved()
-    assert {n["id"]: n["type"] for n in again["nodes"]} == {
-        n["id"]: n["type"] for n in before["nodes"]
-    }
+    again = editor.once(editor.saved, lambda saved: types_in(saved) == types_in(before))
+    assert types_in(again) == types_in(before)
     assert again["links"] == before["links"]
     assert editor.widgets(sampler)["policy"] == "exact only"
     assert editor.problems == []

@@ -46,5 +46,9 @@ def test_it_edits_in_the_size_of_the_photo_and_shows_the_plan(
     assert editor.picture(only(tiled, "MaskPreview")) == [WIDTH, HEIGHT]
     assert max(editor.picture(only(tiled, "PreviewImage"))) == 1024  # drawn large, to be read
     assert "4 tiles" in editor.widgets(edit)[STATUS]
-    assert "4 tiles" in editor.page.evaluate(REPORT, only(tiled, "PreviewAny"))
+    shown = editor.once(
+        lambda: editor.page.evaluate(REPORT, only(tiled, "PreviewAny")),
+        lambda text: "4 tiles" in text,
+    )
+    assert "4 tiles" in shown
     assert editor.problems == []

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from pack.demo.server import Server
-from pack.tests.browser.editor import SETTLE_MS, Editor
+from pack.tests.browser.editor import Editor
 from pack.tests.browser.test_cache_panel import COMMAND, LOAD_API, SETTING, screenshot
 from pack.tests.browser.test_workflow import ids_of
 from pack.tests.graphs import node, text_to_image
@@ -29,7 +29,9 @@ STATE = """() => {
 CAPTURE = "() => app.extensionManager.workflow.activeWorkflow.changeTracker.captureCanvasState()"
 AGAIN = """graph =>  // as undo does
     app.loadGraphData(graph, true, true, app.extensionManager.workflow.activeWorkflow)"""
-TIDY = "() => app.extensionManager.toast.removeAll?.()"
+
+
+EMPTY: dict[str, list[Any]] = {"queue_running": [], "queue_pending": []}
 
 
 @pytest.fixture
@@ -39,9 +41,9 @@ def clean(editor: Editor, server: Server) -> Iterator[Editor]:
     yield editor
     editor.page.unroute(ROUTE)
     editor.page.evaluate(SETTING, [AUTOMATIC, "off"])
-    editor.page.evaluate(TIDY)
-    queue = server.get_json("/queue")
-    assert (queue, editor.problems) == ({"queue_running": [], "queue_pending": []}, [])
+    editor.dismiss()
+    queue = editor.once(lambda: server.get_json("/queue"), EMPTY)
+    assert (queue, editor.problems) == (EMPTY, [])
 
 
 def button(editor: Editor) -> Locator:
@@ -83,7 +85,7 @@ def open_long(editor: Editor, samplers: int = 24) -> None:
     for name, number in numbers.items():
         text = text.replace(f'["{name}", ', f'["{number}", ')
     editor.page.evaluate(LOAD_API, dict(zip(numbers.values(), json.loads(text), strict=True)))
-    editor.page.wait_for_timeout(SETTLE_MS)
+    editor.settle()
 
 
 def test_a_press_warms_up_and_leaves_no_trace(clean: Editor, workflow, server: Server) -> None:
@@ -100,6 +102,7 @@ def test_a_press_warms_up_and_leaves_no_trace(clean: Editor, workflow, server: S
             str(sampler): {"control_after_generate": "randomize"},
         }
     )
+    editor.settle()
     editor.page.evaluate(CAPTURE)
     before, history = files(server), server.get_json("/history")
     state, saved = editor.page.evaluate(STATE), editor.saved()
@@ -126,7 +129,7 @@ def test_progress_is_shown_and_a_second_press_or_run_cancels(clean: Editor, serv
     button(editor).click()
     idle(editor)
     assert toast(editor).startswith("Cancelled.")
-    editor.page.evaluate(TIDY)
+    editor.dismiss()
     open_long(editor, 12)  # another: of the first one, results are kept
     button(editor).click()
     expect(button(editor)).to_have_text(re.compile(r"^\d+ %$"), timeout=60_000)
@@ -232,7 +235,7 @@ def test_by_itself_when_a_workflow_is_opened(clean: Editor) -> None:
     opening = "([graph, name]) => app.loadGraphData(graph, true, true, name)"
     editor.page.evaluate(opening, [saved, name])
     assert toast(editor).startswith("Ready after")
-    editor.page.evaluate(TIDY)
+    editor.dismiss()
     editor.page.evaluate(AGAIN, saved)
     editor.page.wait_for_timeout(1300)
     expect(editor.page.locator(".p-toast-detail")).to_have_count(0)

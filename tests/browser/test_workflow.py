@@ -13,14 +13,10 @@ from pack.demo.server import LINK_NAME, Server
 from pack.demo.substitutions import NUMBERS
 from pack.tests.browser.editor import Editor
 from pack.tests.conftest import ROOT
+from playwright.sync_api import expect
 
 STATUS = "$$node-text-preview"
 Workflow = dict[str, Any]
-FORGET = """() => fetch("/api/free", {
-  method: "POST",
-  headers: { "Content-Type": "application/json" },
-  body: JSON.stringify({ unload_models: true, free_memory: true }),
-}).then(() => null)"""
 
 
 def ids_of(workflow: Workflow, node_type: str) -> list[int]:
@@ -64,16 +60,22 @@ def test_the_editor_would_complain(editor: Editor, workflow: Workflow, what: str
         node["widgets_values"][0] = "no_such_file.safetensors"
         node["widgets_values_named"]["vae_name"] = "no_such_file.safetensors"
     editor.open(broken)
-    assert editor.complaint() != ""
+    assert editor.once(editor.complaint, lambda said: said != "") != ""
 
 
 def test_workflow_survives_load_and_save(editor: Editor, bundled: Workflow) -> None:
+    def read() -> list[Any]:
+        saved = editor.saved()
+        for node in saved["nodes"]:  # the frontend adds up heights: 350.00000000000006
+            node["size"] = [round(side, 6) for side in node["size"]]
+        return [saved[part] for part in parts]
+
+    parts = ("nodes", "links", "groups")
     editor.open(bundled)
-    saved = editor.saved()
-    for node in saved["nodes"]:  # the frontend adds up heights: 350.00000000000006
-        node["size"] = [round(side, 6) for side in node["size"]]
-    for part in ("nodes", "links", "groups"):
-        assert saved[part] == bundled[part]
+    for found, wanted in zip(
+        editor.once(read, [bundled[part] for part in parts]), map(bundled.get, parts), strict=True
+    ):
+        assert found == wanted
 
 
 def test_comfy_cli_converts_it_as_the_frontend_does(
@@ -89,10 +91,11 @@ def test_comfy_cli_converts_it_as_the_frontend_does(
 
 # ---------------------------------------------------------------------------------------- running
 def test_run_button_makes_a_picture_and_the_nodes_say_how(
-    editor: Editor, workflow: Workflow
+    editor: Editor, workflow: Workflow, server: Server
 ) -> None:
-    editor.page.evaluate(FORGET)  # other tests may have run the same loaders on this server
-    editor.page.wait_for_timeout(1000)
+    # Other tests may have run the same loaders on this server.
+    cleared = server.post_json("/qwen_vram/clear", {"level": "everything", "wait_seconds": 60})
+    assert cleared["done"], cleared
     editor.open(workflow)
     editor.shrink()
     positive, negative = ids_of(workflow, "QwenVRAMCachedTextEncode")
@@ -155,22 +158,24 @@ def test_help_pages_are_served(server: Server, workflow: Workflow) -> None:
         assert server.get(f"/extensions/{LINK_NAME}/docs/{name}") == page.read_bytes()
 
 
+HELP = ".node-help-content"
+
+
 def heading(page: str) -> str:
     """The first heading of a help page."""
     return next(line.lstrip("# ") for line in page.splitlines() if line.startswith("#"))
 
 
-def open_help(editor: Editor, node_id: int) -> str:
-    """What the panel shows after a click on the info button of a selected node."""
+def open_help(editor: Editor, node_id: int) -> None:
+    """Clicks on the info button of a selected node, and waits for a page in the panel."""
     editor.page.evaluate("id => app.canvas.selectNode(app.graph.getNodeById(id))", node_id)
     editor.page.get_by_test_id("info-button").click()
-    panel = editor.page.locator(".node-help-content")
-    panel.locator("h1, h2").first.wait_for()
-    return panel.inner_text()
+    editor.page.locator(HELP).locator("h1, h2").first.wait_for()
 
 
 def test_help_panel_shows_the_page(editor: Editor, workflow: Workflow) -> None:
     editor.open(workflow)
     (loader,) = ids_of(workflow, "QwenVRAMLoadTextEncoder")
     page = (ROOT / "js" / "docs" / "QwenVRAMLoadTextEncoder.md").read_text(encoding="utf-8")
-    assert heading(page) in open_help(editor, loader)
+    open_help(editor, loader)
+    expect(editor.page.locator(HELP)).to_contain_text(heading(page))

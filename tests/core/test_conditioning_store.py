@@ -122,7 +122,7 @@ def test_put_does_not_wait_for_a_slow_disk_and_lookup_finds_what_waits(store, he
     store.configure(memory_bytes=0)
     start = time.monotonic()
     assert store.put(key(1), entry(1)) is None and store.put(key(2), entry(2)) is None
-    assert time.monotonic() - start < 0.2
+    assert time.monotonic() - start < 5  # a disk that is waited for takes 20
     assert [first(store, n) for n in (1, 2)] == [1.0, 2.0]
     assert not store.flush(timeout=0.05)
     held_disk.set()
@@ -135,7 +135,7 @@ def test_a_queue_that_is_full_costs_a_moment_and_is_said(store, held_disk, monke
     start = time.monotonic()
     with caplog.at_level(logging.WARNING, "qwen_vram"):
         reasons = [store.put(key(n), entry(n)) for n in (2, 3)]
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 5  # the same
     assert all(r.startswith("kept in memory only: writing to ") for r in reasons)
     assert len(caplog.records) == 1 and first(store, 2) == 2.0
     store.configure(memory_bytes=0)
@@ -295,7 +295,7 @@ from core.conditioning_store import ConditioningStore
 store = ConditioningStore(Path({str(tmp_path)!r}), 1 << 20, 1 << 20)
 store.put({key(1)!r}, Entry([[torch.full((1, 1000), 1.0), {{}}]], 0.0, {{}}, "cpu"))
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
     assert first(ConditioningStore(tmp_path, 1 << 20, 1 << 20), 1) == 1.0
 
 

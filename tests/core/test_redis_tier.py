@@ -25,6 +25,23 @@ from pack.tests.examples import examples
 from pack.tests.redis_server import ENCODED, PASSWORD, eventually, need_redis
 from pack.tests.redis_server import RedisServer as Server
 
+LOOKUPS = 20
+OWN_ANSWER_SECONDS = redis_tier.ANSWER_SECONDS
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes longer than these is a miss, rightly, but a machine may be busy."""
+    for name in ("ANSWER_SECONDS", "CONNECT_SECONDS", "WRITE_SECONDS", "USAGE_SECONDS"):
+        monkeypatch.setattr(redis_tier, name, 30.0)
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> float:
+    """A prompt waits so many seconds for an answer; all that is told apart takes many times as long."""
+    monkeypatch.setattr(redis_tier, "ANSWER_SECONDS", 0.5)
+    return 0.5
+
 
 @pytest.fixture(scope="session")
 def package() -> None:
@@ -114,6 +131,16 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def looked_up(store: ConditioningStore) -> list[float]:
+    """Seconds of lookups of what is not there."""
+    return [timed(lambda n=n: store.lookup(key(n))) for n in range(100, 100 + LOOKUPS)]
+
+
+def stored(store: ConditioningStore) -> float:
+    """Seconds that it takes to put an entry, the best of several on a busy machine."""
+    return min(timed(lambda n=n: store.put(key(n), entry(n))) for n in range(200, 205))
+
+
 def test_another_machine_finds_the_prompt_and_then_has_it_itself(server, machine) -> None:
     put(machine(server.url), 1)
     other = machine(server.url)
@@ -130,13 +157,15 @@ def test_another_process_finds_the_prompt(server, machine, tmp_path) -> None:
 import sys, time; sys.path.insert(0, {str(Path(redis_tier.__file__).parents[1])!r})
 from pathlib import Path
 from core.conditioning_store import ConditioningStore
+from core import redis_tier
 from core.redis_tier import RedisTier
+redis_tier.ANSWER_SECONDS = 30.0
 store = ConditioningStore(Path({str(tmp_path / "p")!r}), 1, 0, RedisTier({server.url!r}, 9, 1 << 20))
 while store._redis.state != "connected": time.sleep(0.01)
 print(store.lookup({key(1)!r}).entry.value[0][0][0, 0].item())
 """
     run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
     )
     assert run.stdout == "1.0\n", run.stderr
 
@@ -269,17 +298,16 @@ def test_clear_removes_our_keys_only(server, machine) -> None:
 
 
 def test_a_server_killed_in_between_costs_little_once_and_comes_back(
-    own_server, machine, monkeypatch, caplog
+    own_server, machine, soon, monkeypatch, caplog
 ) -> None:
     monkeypatch.setattr(redis_tier, "RETRY_SECONDS", 0.2)
     store = machine(own_server.url)
     put(store, 1)
     own_server.kill()
     caplog.set_level(logging.INFO, "qwen_vram")
-    times = [timed(lambda n=n: store.lookup(key(n))) for n in range(10, 30)]
-    assert times[0] < 0.3 and sum(times[1:]) < 0.5
+    assert sum(looked_up(store)) < LOOKUPS * soon / 2
     assert eventually(lambda: store._redis.state == "unreachable")
-    assert timed(lambda: store.put(key(2), entry(2))) < 0.09 and store.flush()
+    assert stored(store) < soon and store.flush()
     assert store.usage().redis is None and store.clear(1000).redis is None
     time.sleep(0.5)
     assert caplog.text.count("it cannot be reached") == 1
@@ -290,11 +318,16 @@ def test_a_server_killed_in_between_costs_little_once_and_comes_back(
     assert found(machine(own_server.url), 3) == ("redis", 3.0)
 
 
-def test_a_server_that_hangs_costs_a_tenth_of_a_second_once(own_server, machine, caplog) -> None:
+def test_a_prompt_waits_for_a_tenth_of_a_second() -> None:
+    assert OWN_ANSWER_SECONDS == 0.1
+
+
+def test_a_server_that_hangs_costs_one_answer_once(own_server, machine, soon, monkeypatch) -> None:
     store = machine(own_server.url)
+    monkeypatch.setattr(redis_tier, "RETRY_SECONDS", 60.0)
     own_server.process.send_signal(signal.SIGSTOP)
-    times = [timed(lambda n=n: store.lookup(key(n))) for n in range(20)]
-    assert 0.09 < times[0] < 0.4 and sum(times[1:]) < 0.5
+    times = looked_up(store)
+    assert times[0] > 0.9 * soon and sum(times) < LOOKUPS * soon / 2
     own_server.process.send_signal(signal.SIGCONT)
     time.sleep(0.3)
     assert store._redis.state == "unreachable"  # one that is slow now and then is not tried at once
@@ -308,37 +341,40 @@ def test_a_connection_that_was_closed_for_idleness_is_made_again_in_time(server,
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:1", "10.255.255.1", "no-such-host.invalid"])
-def test_a_server_that_was_never_there_costs_a_tenth_of_a_second_once(
-    package, machine, host, caplog
+def test_a_server_that_was_never_there_costs_one_answer_once(
+    package, machine, soon, host, caplog
 ) -> None:
     made = []
     seconds = timed(lambda: made.append(machine(f"redis://{host}", connected=False)))
-    assert seconds < 0.1
-    times = [timed(lambda n=n: made[0].lookup(key(n))) for n in range(20)]
-    assert times[0] < 0.4 and sum(times[1:]) < 0.5
-    assert timed(lambda: made[0].put(key(1), entry(1))) < 0.09
+    assert seconds < redis_tier.CONNECT_SECONDS / 2
+    assert sum(looked_up(made[0])) < LOOKUPS * soon / 2
+    assert stored(made[0]) < soon
 
 
-def test_a_connection_that_takes_long_is_waited_for_once(package, machine, monkeypatch) -> None:
+def test_a_connection_that_takes_long_is_waited_for_once(
+    package, machine, soon, monkeypatch
+) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(RedisTier, "_open", lambda tier: gate.wait(10) and None)
+    monkeypatch.setattr(RedisTier, "_open", lambda tier: gate.wait(60) and None)
     store = machine("redis://127.0.0.1:1", connected=False)
-    times = [timed(lambda n=n: store.lookup(key(n))) for n in range(20)]
-    assert 0.09 < times[0] < 0.4 and sum(times[1:]) < 0.5
+    times = looked_up(store)
+    assert times[0] > 0.9 * soon and sum(times) < LOOKUPS * soon / 2
     gate.set()
     monkeypatch.undo()
     store._redis._closed.set()
 
 
 def test_a_large_entry_may_take_longer_than_the_answer(server, machine, monkeypatch) -> None:
+    monkeypatch.setattr(redis_tier, "ANSWER_SECONDS", OWN_ANSWER_SECONDS)
     store = machine(server.url, limit=100 << 20)
     store.configure(memory_bytes=100 << 20, disk_bytes=100 << 20)
     assert store.put(key(1), entry(1, 5_000_000)) is None and store.flush()
-    assert found(machine(server.url, limit=100 << 20), 1) == ("redis", 1.0)
+    # Of one answer a busy machine may take longer over some part: then it is a miss.
+    tries = (found(machine(server.url, limit=100 << 20), 1) for _ in range(5))
+    assert ("redis", 1.0) in tries
 
 
-def test_several_threads_share_one_connection(server, machine, monkeypatch) -> None:
-    monkeypatch.setattr(redis_tier, "ANSWER_SECONDS", 5.0)  # what takes longer is a miss, rightly
+def test_several_threads_share_one_connection(server, machine) -> None:
     put(machine(server.url), *range(40))
     other, wrong = machine(server.url), []
 
@@ -349,7 +385,7 @@ def test_several_threads_share_one_connection(server, machine, monkeypatch) -> N
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert not wrong
 
 

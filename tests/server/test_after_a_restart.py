@@ -16,6 +16,7 @@ from pack.demo.scenes import Scene
 from pack.demo.server import Server
 from pack.tests import official
 from pack.tests.graphs import node
+from pack.tests.redis_server import eventually
 from pack.tests.server.restarts import start_again
 
 TRANSFORMER, VAE = (PurePosixPath(name).name for name in (embedded.TRANSFORMER, embedded.VAE))
@@ -82,7 +83,13 @@ def first(server: Server) -> dict[str, Run]:
 
 @pytest.fixture(scope="module")
 def second(server: Server, first: dict[str, Run]) -> Server:
-    """A new process."""
+    """A new process, after the one before has written what it had to write."""
+
+    def written() -> bool:
+        told = server.get_json("/qwen_vram/conditioning")
+        return told["disk"]["entries"] == told["memory"]["entries"]
+
+    assert eventually(written)
     before = server.pid
     start_again(server)
     assert server.pid != before

@@ -18,7 +18,8 @@ from pack.demo.server import HOST, Server
 from pack.tests.graphs import CLIP, UNET, VAE, text_to_image
 
 PATH = "/qwen_vram/clear"
-STEPS = 60  # about a second of sampling
+# About a second of sampling; more where the machine is so busy that it was over too soon.
+STEPS = (60, 600)
 
 
 def post(server: Server, body: Any, method: str = "POST") -> tuple[int, Any]:
@@ -41,7 +42,7 @@ def run(server: Server, graph: dict[str, Any]) -> set[str]:
 
 
 @contextmanager
-def sampling(server: Server) -> Iterator[None]:
+def sampling(server: Server, steps: int) -> Iterator[None]:
     """While the sampler runs; afterwards the prompt is over."""
     begun, results = threading.Event(), []
 
@@ -51,7 +52,7 @@ def sampling(server: Server) -> Iterator[None]:
 
     def work() -> None:
         seed = uuid.uuid4().int % 2**32
-        results.append(server.submit(text_to_image(seed=seed, steps=STEPS), note))
+        results.append(server.submit(text_to_image(seed=seed, steps=steps), note))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -59,6 +60,16 @@ def sampling(server: Server) -> Iterator[None]:
     yield
     thread.join()
     assert results[0].status == "success", results[0].error
+
+
+def while_sampling(server: Server, body: dict[str, Any]) -> tuple[int, Any]:
+    """Status and answer of a request that comes while the sampler runs."""
+    for steps in STEPS:
+        with sampling(server, steps):
+            status, answer = post(server, body)
+        if answer["when"] != "at once":
+            break
+    return status, answer
 
 
 def test_a_get_frees_nothing_and_says_what_to_send(server: Server) -> None:
@@ -109,31 +120,36 @@ def test_levels_that_are_wanted_together_are_done_one_by_one_by_the_worker(serve
 
 
 def test_while_a_node_runs_it_waits_until_the_node_ends(server: Server) -> None:
-    with sampling(server):
-        status, answer = post(server, {"level": "models", "wait_seconds": 60})
-        (running, _) = server.get_json("/queue").values()
+    status, answer = while_sampling(server, {"level": "models", "wait_seconds": 60})
     assert (status, answer["when"]) == (200, "between two nodes")
     assert UNET in {m["name"] for m in answer["unloaded"]}
-    assert len(running) <= 1
 
 
 def test_everything_waits_until_the_prompt_ends(server: Server) -> None:
-    with sampling(server):
-        status, answer = post(server, {"level": "everything", "wait_seconds": 60})
+    status, answer = while_sampling(server, {"level": "everything", "wait_seconds": 60})
     assert (status, answer["when"]) == (200, "at the end of the prompt")
 
 
-def test_who_does_not_wait_is_told_later(server: Server) -> None:
+def asked_three_times(server: Server, steps: int) -> tuple[websocket.WebSocket, list[Any]]:
+    """As by an impatient user while the sampler runs: what is told later, and the answers."""
     client = uuid.uuid4().hex
     address = f"ws://{HOST}:{server.port}/ws?clientId={client}"
     events = websocket.create_connection(address, timeout=60, http_no_proxy=[HOST])
+    body = {"level": "cache", "wait_seconds": 0, "client_id": client}
+    with sampling(server, steps):
+        return events, [post(server, body) for _ in range(3)]
+
+
+def test_who_does_not_wait_is_told_later(server: Server) -> None:
+    for steps in STEPS:
+        events, answers = asked_three_times(server, steps)
+        if all(status == 202 for status, _ in answers):
+            break
+        events.close()
     try:
-        with sampling(server):
-            body = {"level": "cache", "wait_seconds": 0, "client_id": client}
-            for _ in range(3):  # as from an impatient user: it is done, and told, once
-                status, answer = post(server, body)
-                assert (status, answer["done"]) == (202, False)
-                assert answer["when"] == "between two nodes" and "running node" in answer["text"]
+        for status, answer in answers:
+            assert (status, answer["done"]) == (202, False)
+            assert answer["when"] == "between two nodes" and "running node" in answer["text"]
         post(server, {"level": "cache"})  # so that there is something behind it
         told = []
         while not told or told[-1]["type"] != "qwen_vram.cleared":

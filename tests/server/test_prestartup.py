@@ -67,7 +67,7 @@ class Installation:
         environment |= {"TEST_TEXT": text, "TEST_TORCH": str(self.user), **more}
         script = str(ROOT / "prestartup_script.py")
         command = [sys.executable, "-c", START, str(self.comfyui), script, str(self.user), *args]
-        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert run.returncode == 0, run.stderr
         *lines, last = run.stdout.splitlines()
         left, cuda_malloc, torch, marker = json.loads(last)

@@ -100,7 +100,7 @@ def test_other_methods_and_other_origins_are_refused(server: Server) -> None:
 
 
 def test_reports_come_while_a_prompt_runs_and_the_probe_is_refused(server: Server) -> None:
-    graph = text_to_image(str(uuid.uuid4()), seed=time.time_ns() % 10**9, steps=6, size=256)
+    graph = text_to_image(str(uuid.uuid4()), seed=time.time_ns() % 10**9, steps=10_000)
     results: list[Any] = []
     work = threading.Thread(target=lambda: results.append(server.submit(graph)))
     work.start()
@@ -119,11 +119,13 @@ def test_reports_come_while_a_prompt_runs_and_the_probe_is_refused(server: Serve
         if told["running"]:
             during += 1
             probes.append(ram["largest_allocation"])
+            if during == 10:
+                server.post_json("/interrupt", {})
         time.sleep(0.02)
     work.join()
-    assert results[0].status == "success" and during > 1, (during, results)
+    assert results[0].status == "interrupted" and during >= 10, (during, results)
     assert [probe["note"] for probe in probes if probe] in (
         [],
         ["Not tried: a prompt runs, and it needs the memory. Ask again when nothing runs."],
     )
-    assert any(probes) and slowest < 5
+    assert any(probes) and slowest < 30

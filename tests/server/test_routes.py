@@ -89,6 +89,7 @@ def test_a_hit_is_counted_with_the_time_that_it_saved(empty: Server) -> None:
 
 def test_clearing_tells_what_it_removed_and_keeps_the_totals(empty: Server) -> None:
     run(empty, str(uuid.uuid4()))
+    assert eventually(lambda: on_disk(empty) == 1)
     status, removed = delete(empty, "unused_days=1")
     assert status == 200 and removed["disk"]["entries"] == removed["memory"]["entries"] == 0
     status, removed = delete(empty)

@@ -39,7 +39,7 @@ def ask(
 
 def wait(server: Server, until: Callable[[Any], bool]) -> Any:
     """Ask for the state until it is what is waited for."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         _, report = ask(server, "GET")
         if until(report):
