@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -178,8 +179,29 @@ def _keep_bytecode() -> None:
 
     Where bytecode is switched off it goes to a folder of its own, not beside the sources.
     """
-    if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
-        os.environ.setdefault("PYTHONPYCACHEPREFIX", str(VENV / "bytecode"))
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", "") and "PYTHONPYCACHEPREFIX" not in os.environ:
+        folder = VENV / "bytecode"
+        os.environ["PYTHONPYCACHEPREFIX"] = str(folder)
+        if not folder.is_dir():
+            for kind in ("stdlib", "purelib"):
+                link_bytecode(Path(sysconfig.get_path(kind)), folder)
+
+
+def link_bytecode(modules: Path, folder: Path) -> None:
+    """Put there what is compiled already: Python then does not look beside the modules.
+
+    What cannot be linked, as on another disk, is compiled once more.
+    """
+    for compiled in modules.rglob("__pycache__/*.pyc"):
+        source = compiled.parent.parent
+        target = folder / source.relative_to(source.anchor) / compiled.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(compiled, target)
+        except FileExistsError:
+            continue
+        except OSError:
+            return
 
 
 def _test(comfyui: Path, rest: Sequence[str]) -> int:

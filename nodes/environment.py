@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import site
 import sys
@@ -150,10 +151,35 @@ def intruders() -> set[str]:
     found = set()
     for module_name, module in list(sys.modules.items()):
         if module_name in _ENCODING_MODULES or module_name.startswith(_ENCODING_PACKAGES):
-            for name, function in _functions_of(module):
-                for file in foreign_sources(function):
-                    found.add(_intruder(file, f"{module_name}.{name}"))
+            found.update(_intruder(file, place) for file, place in _foreign_in(module))
     return found
+
+
+# Of a module by name: its functions and classes when it was looked at, and what was foreign. Each
+# key asks for all of them again, some 2,000, of which hardly ever one is another than before.
+_looked_at: dict[str, tuple[tuple[Any, ...], frozenset[tuple[str, str]]]] = {}
+
+
+def _foreign_in(module: types.ModuleType) -> frozenset[tuple[str, str]]:
+    """(source file, name) of every function of a module that is no host's and no library's."""
+    name, members = module.__name__, _members_of(module)
+    before, found = _looked_at.get(name, ((), frozenset()))
+    if len(before) != len(members) or not all(map(operator.is_, before, members)):
+        found = frozenset(
+            (file, f"{name}.{place}")
+            for place, function in _functions_of(module)
+            for file in foreign_sources(function)
+        )
+        _looked_at[name] = members, found
+    return found
+
+
+def _members_of(module: types.ModuleType) -> tuple[Any, ...]:
+    """The functions and classes of a module, and the functions of the classes that it defines."""
+    own = [member for member in vars(module).values() if isinstance(member, (*_CALLABLES, type))]
+    classes = (c for c in own if isinstance(c, type) and c.__module__ == module.__name__)
+    inner = (m for c in classes for m in vars(c).values() if isinstance(m, _CALLABLES))
+    return (*own, *inner)
 
 
 def foreign_sources(function: Any) -> frozenset[str]:

@@ -39,15 +39,11 @@ class Schema(NamedTuple):
 
 # --------------------------------------------------------------------------- reading the schemas
 @functools.cache
-def trees() -> list[ast.Module]:
-    """The parsed modules of nodes/."""
-    return [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES]
-
-
-def walk() -> Iterator[ast.AST]:
-    """Every node of every module."""
-    for tree in trees():
-        yield from ast.walk(tree)
+def every(kind: type[ast.AST]) -> list[Any]:
+    """Every such node of the modules of nodes/, which are walked once: each worker collects this."""
+    if kind is not ast.AST:
+        return [node for node in every(ast.AST) if isinstance(node, kind)]
+    return [n for path in SOURCES for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
 
 
 @functools.cache
@@ -55,9 +51,8 @@ def constants() -> dict[str, str]:
     """The strings that the modules give a name."""
     return {
         node.targets[0].id: node.value.value
-        for node in walk()
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
+        for node in every(ast.Assign)
+        if isinstance(node.targets[0], ast.Name)
         and isinstance(node.value, ast.Constant)
         and isinstance(node.value.value, str)
     }
@@ -82,7 +77,7 @@ def inputs_in(listed: ast.expr) -> Iterator[tuple[str, str]]:
         if isinstance(item, ast.Starred):
             assert isinstance(item.value, ast.Call)
             name = item.value.func.attr  # cls.common_inputs(...)
-            function = next(n for n in walk() if isinstance(n, ast.FunctionDef) and n.name == name)
+            function = next(n for n in every(ast.FunctionDef) if n.name == name)
             yield from inputs_in(next(n.value for n in function.body if isinstance(n, ast.Return)))
         else:
             yield text(item.args[0]), text(keywords(item).get("tooltip"))
@@ -97,8 +92,8 @@ def output_name(call: ast.Call) -> str:
 def schemas() -> dict[str, Schema]:
     """Every schema of the pack by node id."""
     found = {}
-    for call in walk():
-        if isinstance(call, ast.Call) and ast.unparse(call.func) == "io.Schema":
+    for call in every(ast.Call):
+        if isinstance(call.func, ast.Attribute) and ast.unparse(call.func) == "io.Schema":
             given = keywords(call)
             found[text(given["node_id"])] = Schema(
                 text(given["display_name"]),
