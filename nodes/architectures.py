@@ -73,7 +73,7 @@ def load_transformer(
     load_device = options.get("load_device", mm.get_torch_device())
     offload_device = options.get("offload_device", mm.unet_offload_device())
     set_dtypes(config, weights.state, options, load_device)
-    apart = weights.ours or options.get("unmerged_loras", False)
+    apart = weights.ours or takes_loras_apart(config, options)
     if apart:
         config.custom_operations = operations_for(config, load_device)
     model = config.get_model(weights.state, "")
@@ -105,6 +105,14 @@ def transformer_config(
     if weights.ours:
         config.quant_config = {"mixed_ops": True}
     return config
+
+
+def takes_loras_apart(config: comfy.supported_models.QwenImage, options: dict[str, Any]) -> bool:
+    """Whether LoRAs of a model are not merged: in plain fp8 that was asked for.
+
+    In files that bring scales they are: whatever else changes weights is the host's there.
+    """
+    return options.get("unmerged_loras", False) and config.quant_config is None
 
 
 def operations_for(config: comfy.supported_models.QwenImage, load_device: torch.device) -> type:

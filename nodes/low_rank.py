@@ -1,8 +1,9 @@
-"""What LoRAs and other patches ask of quantised layers, applied while the model computes.
+"""What LoRAs and other patches ask of layers in a few bits, applied while the model computes.
 
-A packed weight cannot take a difference without being quantised again. So a LoRA's two factors
-stay two factors: the layer adds B(Ax) to its product (Hu et al. 2021, arXiv 2106.09685). Patches of
-other kinds are applied by the host's own function to the dequantised weight, at every call.
+A packed weight cannot take a difference without being quantised again, one in fp8 not without
+being rounded. So a LoRA's two factors stay two factors: the layer adds B(Ax) to its product (Hu et
+al. 2021, arXiv 2106.09685). Patches of other kinds are applied by the host's own function to the
+dequantised weight, at every call.
 """
 
 from __future__ import annotations

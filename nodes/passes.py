@@ -23,6 +23,7 @@ from .outcome import Record
 from .place import MEASURED, Place
 from .slicing import Plans
 from .transformer_options import HOLDINGS, ON_SUCCESS
+from .unmerged_patcher import lora_bytes
 from .vram_limit import VRAMLimit
 from .workload import memory_of, work_of
 
@@ -117,7 +118,7 @@ class Passes:
             if place.rung is place.rungs[-1] and self.policy != POLICIES[0]:
                 self.record.note(whole)  # else there would be more to try
             arguments = (executor, plan, x, t, c_concat, c_crossattn, control, options)
-            peak = _Peak(place.patcher.load_device, self._is_new(place))
+            peak = _Peak(place.patcher, self._is_new(place))
             restore = foreign.kept(options, x)
             output = recovery.attempt(lambda a=arguments: reductions.forward(*a, **more))
             options.pop(ON_SUCCESS)
@@ -357,11 +358,17 @@ def _size(latents: Sequence[torch.Tensor]) -> int:
 
 
 class _Peak:
-    """The peak of torch's allocations in one pass: its count costs nothing on the GPU."""
+    """The peak of torch's allocations in one pass: its count costs nothing on the GPU.
 
-    def __init__(self, device: torch.device, wanted: bool) -> None:
+    Less the factors of LoRAs that it brought in: the next pass finds them there.
+    """
+
+    def __init__(self, patcher: ModelPatcher, wanted: bool) -> None:
+        device = patcher.load_device
         self.device = device if wanted and device.type == "cuda" else None
+        self.patcher = patcher
         if self.device is not None:
+            self.loras = lora_bytes(patcher)[0]
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
 
@@ -369,4 +376,5 @@ class _Peak:
         """None where it was not measured."""
         if self.device is None:
             return None
-        return torch.cuda.max_memory_allocated(self.device) - self.before
+        brought = max(0, lora_bytes(self.patcher)[0] - self.loras)
+        return torch.cuda.max_memory_allocated(self.device) - self.before - brought

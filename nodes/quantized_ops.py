@@ -31,17 +31,14 @@ class QuantizedLinear(UnmergedLinear):
 
     @property
     def takes_patches(self) -> bool:
-        """Whether its weight is in a quantised format; the host's fp8, mxfp8 and nvfp4 too."""
-        return isinstance(getattr(self, "weight", None), QuantizedTensor)
+        """Whether its weight is in integers, or in one of bitsandbytes' formats.
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether its weight is in a format that this class multiplies by: integers, bitsandbytes'.
-
-        With the host's other formats the host computes.
+        The host's fp8, mxfp8 and nvfp4 are not: it patches and quantises those again itself.
         """
-        layout = self.weight._layout_cls if self.takes_patches else ""
-        return layout in INTEGERS or layout.startswith(OWN)
+        weight = getattr(self, "weight", None)
+        if not isinstance(weight, QuantizedTensor):
+            return False
+        return weight._layout_cls in INTEGERS or weight._layout_cls.startswith(OWN)
 
     def dense_weight(self, device: torch.device | None = None) -> Tensor:
         """(out, in) dequantised, without patches."""
@@ -53,8 +50,6 @@ class QuantizedLinear(UnmergedLinear):
         """(..., in) to (..., out)."""
         if not self.takes_patches:
             return super().forward(input, *args, **kwargs)
-        if not self.is_packed:
-            return self.with_loras(super().forward(input, *args, **kwargs), input)
         comfy.ops.run_every_op()
         dense = bool(self.weight_function)  # the host dequantises for functions of a weight
         with comfy.ops.CastBiasWeightContext(

@@ -15,7 +15,7 @@ import torch
 from comfy.model_patcher import LazyCastingParam, ModelPatcher, ModelPatcherDynamic
 from comfy.quant_ops import QuantizedTensor
 
-from .low_rank import Patch, Patches, changes_nothing, factors_of
+from .low_rank import Patch, Patches, changes_nothing, factors_of, fits
 from .status import say
 from .unmerged_linear import UnmergedLinear
 
@@ -73,12 +73,13 @@ class _Unmerged:
             name, offset, function = (*([key] if isinstance(key, str) else key), None, None)[:3]
             patch = Patch(strength_patch, value, strength_model, offset, function)
             shape = tuple(module.weight.shape)
-            if module.host_merges and not (changes_nothing(patch) or factors_of(patch, shape)):
+            own_way = not module.host_merges or factors_of(patch, shape) or changes_nothing(patch)
+            if own_way or not fits(patch, shape, name):
+                own.append(key)
+                added.append((name, shape, patch))  # less what does not fit
+            else:
                 self._hand_over(name)
                 rest[key] = value
-                continue
-            own.append(key)
-            added.append((name, shape, patch))
         found = super().add_patches(rest, strength_patch, strength_model)
         if added:
             self.set_attachments(KEY, self.run_time_patches.plus(added))
@@ -166,7 +167,7 @@ class _Unmerged:
         )
 
     def plain_weight(self, key: str, device: torch.device | None = None) -> torch.Tensor:
-        """A layer's weight (out, in) as the model computes with it, patches included."""
+        """A layer's weight (out, in) with all patches, as the file has it: not rounded to fp8."""
         dense = self._module(key).dense_weight(device)
         if key in self.patches and key not in self.backup:  # of the host's, and not merged yet
             dense = comfy.lora.calculate_weight(self.patches[key], dense.clone(), key)
@@ -318,6 +319,15 @@ def patcher_for(
 def lora_report(patcher: ModelPatcher) -> str:
     """One line: how LoRAs and other patches of these layers are applied; "" without any."""
     return patcher.run_time_patches.report(patcher._dtype()) if is_unmerged(patcher) else ""
+
+
+def lora_bytes(patcher: ModelPatcher) -> tuple[int, int]:
+    """Bytes of the factors of its LoRAs: on its device now, and when all are there."""
+    if not is_unmerged(patcher):
+        return 0, 0
+    layers, dtype = list(patcher.run_time_patches.layers.values()), patcher._dtype()
+    now = sum(layer.resident_bytes(patcher.load_device) for layer in layers)
+    return now, sum(layer.bytes_of(dtype) for layer in layers)
 
 
 def is_unmerged(patcher: ModelPatcher) -> bool:

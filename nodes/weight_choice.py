@@ -63,7 +63,7 @@ class Wanted:
         options = architectures.model_options(DTYPES.get(self.name), self.device)
         if self.name == "fp8_e4m3fn_fast":
             options["fp8_optimizations"] = True
-        if self.name in FP8:
+        if self.name in FP8:  # text encoders do not ask
             options["unmerged_loras"] = True
         if self.quantization:
             options["quantization"] = self.quantization

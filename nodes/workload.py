@@ -14,7 +14,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from ..core import measured
 from ..core.budget import Memory, Plan, Work
-from . import loaded_models
+from . import loaded_models, unmerged_patcher
 from .quantized_layouts import FOUR_BIT_LAYOUT, INT8_LAYOUT
 from .recovery import is_used
 
@@ -97,8 +97,9 @@ def dequantized_of(model: BaseModel, device: torch.device) -> Dequantized:
 
 
 def _is_dequantized(layer: torch.nn.Module, rows: int, device: torch.device) -> bool:
-    """Whether a product of so many rows needs the plain weight: the host's formats have kernels
-    that do not, unless it computes in full precision or patches the weight."""
+    """Whether a product of so many rows needs the plain weight. The host's formats do not where
+    it has kernels for them, unless it computes in full precision or patches the weight; what they
+    take where it has none, as on AMD or with CUDA 12, is not counted."""
     layout = layer.weight._layout_cls
     if getattr(layer, "weight_function", None) or layout == INT8_LAYOUT:
         return True
@@ -133,7 +134,9 @@ def memory_of(
     """The memory of a model's device now, without waiting for it; `cap` is what a limit leaves:
     within one, pages of other models do not give way by themselves."""
     device = patcher.load_device
-    free = patcher.get_free_memory(device)  # with what dynamic VRAM gives up by itself
+    now, then = unmerged_patcher.lora_bytes(patcher)  # which the first pass brings in
+    # With what dynamic VRAM gives up by itself.
+    free = patcher.get_free_memory(device) - max(0, then - now)
     if cap is not None:
         free = min(free, cap)
     if device.type == "cpu":  # nothing that is unloaded would go anywhere else

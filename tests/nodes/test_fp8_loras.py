@@ -127,25 +127,25 @@ def test_a_bf16_file_held_in_fp8_takes_them_too(host, models) -> None:
     assert error(draw(host, model), draw(host, with_loras(host, models.ours, 1.0))) < 0.01
 
 
-@pytest.mark.parametrize("layers", ["transformer_blocks.", "transformer_blocks.0.img_mlp"])
-def test_files_with_scales_take_them_too(host, layers) -> None:
+def test_with_dynamic_vram_the_parameter_may_be_what_the_file_has(models) -> None:
+    module = models.ours.model.get_submodule(f"diffusion_model.{Q}")
+    streamed = type(module)(8, 8, dtype=torch.bfloat16)
+    assert not streamed.takes_patches and module.takes_patches
+    streamed.weight_comfy_model_dtype = FP8  # as ComfyUI notes it, which casts at each use
+    assert streamed.takes_patches
+
+
+def test_files_with_scales_stay_the_hosts(host) -> None:
     folder, load = host.models / "diffusion_models", parts(host).architectures.load_transformer
     plain = {k: t.float() for k, t in state_of(host, UNET).items()}
-    state = scaled_fp8(plain, layers)
-    save_file(state, folder / "scales.safetensors")
-    for name in [n for n in state if n.endswith(".scale_weight")]:
-        weight = name.replace("scale_weight", "weight")
-        plain[weight] = state[weight].float() * state[name]
-    save_file(plain, folder / "scaled_exact.safetensors")
-    path = str(folder / "scales.safetensors")
-    ours = load(path, {"dtype": FP8, "unmerged_loras": True})
-    exact = load(str(folder / "scaled_exact.safetensors"), {"dtype": torch.float32})
-    model = with_loras(host, ours, 0.8)
-    assert model.run_time_patches.layers.keys() >= {f"diffusion_model.{MLP}.weight"}
-    expected, bare = draw(host, with_loras(host, exact, 0.8)), draw(host, exact)
-    assert error(expected, bare) > 0.05
-    before = error(draw(host, ours), bare)
-    assert error(draw(host, model), expected) < max(EXACT, 1.5 * before)
+    save_file(scaled_fp8(plain, "transformer_blocks."), folder / "scales.safetensors")
+    model = load(str(folder / "scales.safetensors"), {"dtype": FP8, "unmerged_loras": True})
+    model = with_loras(host, model, 0.8)
+    assert not is_unmerged(host, model) and len(model.patches) == len(SHAPES) + 1
+
+
+def is_unmerged(host, model: Any) -> bool:
+    return parts(host).patcher.is_unmerged(model)
 
 
 # ---------------------------------------------------------------------------- what the host merges
@@ -170,16 +170,47 @@ def test_a_patch_after_a_lora_takes_both_the_hosts_way(host, models) -> None:
     assert error(draw(host, ours), draw(host, exact)) < error(draw(host, stock), draw(host, exact))
 
 
+def test_a_lora_of_another_shape_leaves_the_others_as_they_are(host, models, caplog) -> None:
+    good = with_loras(host, models.ours, 0.7)
+    write_lora(host, "large.safetensors", {Q: (256, 256)})
+    both = lora_on(host, good, "large.safetensors")
+    assert "leaves out diffusion_model.transformer_blocks.0.attn.to_q.weight" in caplog.text
+    assert not both.patches and torch.equal(draw(host, both), draw(host, good))
+
+
+def test_a_weight_that_is_asked_for_has_all_patches(host, models) -> None:
+    key = f"diffusion_model.{Q}.weight"
+    found, exact = (with_loras(host, with_diff(host, m), 0.7) for m in (models.ours, models.exact))
+    for model in (found, exact):
+        model.detach()
+    expected = exact.patch_weight_to_device(key, exact.load_device, return_weight=True)
+    assert error(found.model_state_dict()[key], expected) < EXACT
+    assert error(found.model_state_dict()[key], models.exact.model_state_dict()[key]) > 0.1
+
+
+def test_the_factors_that_a_pass_brings_in_are_not_free(host, models, monkeypatch) -> None:
+    workload = importlib.import_module(f"{host.pack.__name__}.nodes.workload")
+    model = with_loras(host, models.ours, 1.0)
+    monkeypatch.setattr(type(model), "get_free_memory", lambda self, device: 10**9)
+    free = {"bare": workload.memory_of(models.ours, [], (), None).free}
+    free["before"] = workload.memory_of(model, [], (), None).free
+    draw(host, model)
+    free["after"] = workload.memory_of(model, [], (), None).free
+    layers = model.run_time_patches.layers.values()
+    taken = sum(4 * layer.rank * sum(layer.shape) for layer in layers)
+    assert taken > 0 and free == {"bare": 10**9, "before": 10**9 - taken, "after": 10**9}
+
+
 @pytest.mark.parametrize("loras", [(), (0.7,)])
 def test_models_merge_as_in_stock(host, models, loras) -> None:
     merge = host.nodes.NODE_CLASS_MAPPINGS["ModelMergeSimple"]().merge
     other = with_diff(host, models.exact, gain=0.3)
-    into = [
-        draw(host, merge(with_loras(host, m, *loras), other, 0.6)[0]) for m in vars(models).values()
-    ]
-    out_of = [
-        draw(host, merge(other, with_loras(host, m, *loras), 0.6)[0]) for m in vars(models).values()
-    ]
+
+    def patched(model: Any) -> Any:
+        return with_loras(host, with_diff(host, model, 0.5), *loras)
+
+    into = [draw(host, merge(patched(m), other, 0.6)[0]) for m in vars(models).values()]
+    out_of = [draw(host, merge(other, patched(m), 0.6)[0]) for m in vars(models).values()]
     for ours, stock, exact in (into, out_of):
         assert error(ours, exact) < 1.2 * error(stock, exact) + EXACT
 
@@ -208,6 +239,7 @@ def test_hooks_are_the_hosts(host, models) -> None:
     model = models.ours.clone()
     key = f"diffusion_model.{Q}.weight"
     assert model.add_hook_patches(WeightHook(), {key: ("diff", (torch.ones(128, 128),))}) == [key]
+    assert any(key in patches for patches in model.hook_patches.values())
 
 
 # -------------------------------------------------------------------------------------- the loader
