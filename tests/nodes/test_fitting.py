@@ -444,9 +444,14 @@ def test_the_peak_of_a_pass_is_counted_by_torch_on_a_card(host, card, monkeypatc
     reset: list[Any] = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 * GB)
-    assert passes._Peak(CUDA, True).bytes() == 2 * GB and reset == [CUDA]
-    assert passes._Peak(CUDA, False).bytes() is None  # once for each kind of pass is enough
-    assert passes._Peak(torch.device("cpu"), True).bytes() is None and reset == [CUDA]
+    there, here = (SimpleNamespace(load_device=d) for d in (CUDA, torch.device("cpu")))
+    assert passes._Peak(there, True).bytes() == 2 * GB and reset == [CUDA]
+    assert passes._Peak(there, False).bytes() is None  # once for each kind of pass is enough
+    assert passes._Peak(here, True).bytes() is None and reset == [CUDA]
+    factors = iter([(0, 5), (GB // 2, 5)])  # of LoRAs, before and after: the pass brought them in
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "lora_bytes", lambda _: next(factors))
+        assert passes._Peak(there, True).bytes() == 2 * GB - GB // 2
     said = host.run(within(small())).status("sampler")
     assert said["peak_bytes"] is None and "not measurable" in said["peak_is"]
 
