@@ -116,9 +116,18 @@ def menu_items(editor: Editor, wanted: set[str]) -> set[str]:
     """What ComfyUI's menu offers under Extensions, Qwen VRAM, once it has the wanted items."""
     page = editor.page
     page.locator(".comfy-menu-button-wrapper").first.click()
-    page.wait_for_function(FOCUSED)  # then it minds the mouse
-    page.get_by_role("menuitem", name="扩展", exact=True).first.hover()
-    page.get_by_role("menuitem", name="Qwen VRAM", exact=True).first.hover()
+    page.wait_for_function(FOCUSED)
+    entry = page.get_by_role("menuitem", name="扩展", exact=True).first
+    inside = page.get_by_role("menuitem", name="Qwen VRAM", exact=True).first
+
+    def unfolded() -> bool:
+        """It minds only a mouse that comes, and not yet when the menu has just opened."""
+        page.mouse.move(720, 880)
+        entry.hover()
+        return inside.is_visible()
+
+    assert editor.once(unfolded, True)
+    inside.hover()
 
     def read() -> set[str]:
         texts = map(str.strip, page.get_by_role("menuitem").all_inner_texts())
