@@ -7,8 +7,8 @@
 For each card and side two server processes: the first draws 20 different prompts, half of them in
 Chinese, and then 10 of them again with other seeds; the second, after a restart, draws two known
 prompts and a new one. A side is "stock", "ours" (the drawing), "whole" (with the colouring page
-and the stickers) or "nf4" (the drawing, its transformer quantised at load). A part of a card is the
-real one with another process holding the rest.
+and the stickers), "nf4" (the drawing, its transformer quantised at load) or "fp8" (the drawing, its
+LoRA added at run time). A part of a card is the real one with another process holding the rest.
 
 `run` goes on where it was stopped: a session whose last line is in the file is not run again, and
 with --seconds none is begun that would not end by then. --rehearse draws on the CPU with the
@@ -133,12 +133,14 @@ def write_stock_encoder(models: Path) -> None:
 
 
 def tiny(graph: graphs.Graph) -> graphs.Graph:
-    """A graph of either side on the embedded model, with weights as stock's loader takes them."""
+    """A side's graph on the embedded model, with weights as stock's loader takes them where the
+    side does not say otherwise."""
     from demo.substitutions import substitute
 
     graph = substitute(graph)
     for key in graphs.of_class(graph, graphs.LOADER):
-        graph[key]["inputs"]["weight_dtype"] = "default"
+        if graph[key]["inputs"]["weight_dtype"] == "auto":
+            graph[key]["inputs"]["weight_dtype"] = "default"
     for key in graphs.of_class(graph, "CLIPLoader"):
         graph[key]["inputs"]["clip_name"] = STOCK_ENCODER
     return graph

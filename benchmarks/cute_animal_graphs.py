@@ -8,7 +8,12 @@ from typing import Any
 
 Graph = dict[str, dict[str, Any]]
 
-SIDES = ("stock", "ours", "whole", "nf4")
+# What the sides beside "ours" have of their own, as values of the loader.
+WEIGHTS = {
+    "nf4": {"weight_dtype": "bnb_nf4", "preset": "smallest"},
+    "fp8": {"weight_dtype": "fp8_e4m3fn"},
+}
+SIDES = ("stock", "ours", "whole", *WEIGHTS)
 # Our nodes, the stock node that does the same, and the inputs that it takes.
 STOCK: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "QwenVRAMLoadDiffusionModel": ("UNETLoader", ("unet_name",), {"weight_dtype": "default"}),
@@ -142,13 +147,13 @@ def _linked(link: list[Any], keep: frozenset[str]) -> bool:
 
 
 def graph_of(side: str, graph: Graph, prompt: Callable[..., tuple[str, str]]) -> Graph:
-    """One side's graph: "stock", "ours" (the same nodes by ours), the "whole" workflow, or "nf4":
-    ours with the transformer in bnb_nf4, all of it that may be."""
+    """One side's graph: "stock", "ours" (the same nodes by ours), the "whole" workflow, "nf4": ours
+    with the transformer in bnb_nf4, all of it that may be, or "fp8": with LoRAs at run time."""
     if side == "whole":
         return graph
     if side == "stock":
         return stock(graph, prompt)
     graph = first_part(graph)
-    for key in of_class(graph, LOADER) if side == "nf4" else ():
-        graph[key]["inputs"] |= {"weight_dtype": "bnb_nf4", "preset": "smallest"}
+    for key in of_class(graph, LOADER):
+        graph[key]["inputs"] |= WEIGHTS.get(side, {})
     return graph
