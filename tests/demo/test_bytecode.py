@@ -14,7 +14,8 @@ def test_what_is_compiled_already_is_not_compiled_again(tmp_path: Path) -> None:
     source = tmp_path / "modules" / "inside" / "compiled_before.py"
     source.parent.mkdir(parents=True)
     source.write_text("found = __spec__.cached")
-    compiled = Path(py_compile.compile(str(source), doraise=True))
+    compiled = source.parent / "__pycache__" / f"compiled_before.{sys.implementation.cache_tag}.pyc"
+    py_compile.compile(str(source), cfile=str(compiled), doraise=True)
     folder = tmp_path / "bytecode"
     for _ in range(2):  # the second time it is all there
         link_bytecode(tmp_path / "modules", folder)
