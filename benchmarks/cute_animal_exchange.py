@@ -171,8 +171,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _pairs(options: argparse.Namespace, until: float) -> None:
+    here = {"card": options.card, "args": options.args, "rehearsal": options.rehearse}
     for exchange in options.exchange:
         pairs = read(options.out)
+        if any(kept[name] != here[name] for kept in pairs.values() for name in here):
+            raise SystemExit(f"{options.out} has pairs of other options; name another file.")
         if exchange in pairs:
             continue
         longest = max(
@@ -190,8 +193,7 @@ def _pairs(options: argparse.Namespace, until: float) -> None:
                 print({k: row[k] for k in TOLD if k in row}, flush=True)
         took = round(time.monotonic() - begin, 1)
         *rows, end = rows
-        facts = {"card": options.card, "args": options.args, "took": took, "RAM": end["RAM"]}
-        pairs[exchange] = {**facts, "rows": rows}
+        pairs[exchange] = {**here, "took": took, "RAM": end["RAM"], "rows": rows}
         whole = options.out.with_suffix(".writing")
         whole.write_text(json.dumps(pairs), encoding="utf-8")
         whole.replace(options.out)

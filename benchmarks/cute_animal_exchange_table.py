@@ -191,6 +191,8 @@ def table(pairs: dict[str, Row]) -> str:
         lines += node_lines(name, found["rows"])
     lines += [
         "",
+        "torch's peak counts from the first pass where the sampler is ours, from the node's start",
+        "elsewhere; calls between two nodes count as the first one's, their seconds do not.",
         *(f"RAM of {name} by NUMA node: {ram_text(p['RAM'])}." for name, p in pairs.items()),
     ]
     return "\n".join(lines)

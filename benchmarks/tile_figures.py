@@ -42,7 +42,7 @@ def measure(picture: Tensor, original: Tensor, grid: TileGrid) -> Figures:
     apart = max(float((own - wanted).mean((0, 1, 2)).abs().max()) for own, wanted in parts)
     shifts = [by for own, wanted in parts if (by := shift_of(own, wanted)) is not None]
     shift = max(shifts, default=float("nan"))
-    seam, step = _seam(picture, original, grid), _step(picture - original, grid)
+    seam, step = _seam(picture, original, grid), step_of(picture - original, grid)
     return Figures(seam, step, shift, 255 * apart)
 
 
@@ -69,7 +69,7 @@ def _seam(picture: Tensor, original: Tensor, grid: TileGrid) -> float:
     return float(slopes[0, 0] / slopes[0, 1] * slopes[1, 1] / slopes[1, 0])
 
 
-def _step(added: Tensor, grid: TileGrid) -> float:
+def step_of(added: Tensor, grid: TileGrid) -> float:
     """Of 255: |mean of an area - mean of the one across the line|, mean along each line."""
     found = []
     for starts, tile, across in (

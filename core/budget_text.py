@@ -44,7 +44,7 @@ def failure_text(
         *(f"- {_attempt_text(attempt)}" for attempt in attempts),
         *([NOT_TRIED] if others else []),
         *(f"- {rung.text}: about {size_text(need(work, rung.plan))}" for rung in others),
-        f"Free now: {size_text(memory.free)}.",
+        f"Free now: {size_text(max(0, memory.free))}.",
         _remedy(work, memory, largest, policy),
     ]
     return "\n".join(lines)

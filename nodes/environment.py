@@ -156,7 +156,8 @@ def intruders() -> set[str]:
 
 
 # Of a module by name: its functions and classes when it was looked at, and what was foreign. Each
-# key asks for all of them again, some 2,000, of which hardly ever one is another than before.
+# key asks for all of them again, some 2,000, of which hardly ever one is another than before. One
+# that was replaced lives until the next look.
 _looked_at: dict[str, tuple[tuple[Any, ...], frozenset[tuple[str, str]]]] = {}
 
 
@@ -176,9 +177,10 @@ def _foreign_in(module: types.ModuleType) -> frozenset[tuple[str, str]]:
 
 def _members_of(module: types.ModuleType) -> tuple[Any, ...]:
     """The functions and classes of a module, and the functions of the classes that it defines."""
-    own = [member for member in vars(module).values() if isinstance(member, (*_CALLABLES, type))]
+    every = list(vars(module).values())  # another thread may be importing it
+    own = [member for member in every if isinstance(member, (*_CALLABLES, type))]
     classes = (c for c in own if isinstance(c, type) and c.__module__ == module.__name__)
-    inner = (m for c in classes for m in vars(c).values() if isinstance(m, _CALLABLES))
+    inner = (m for c in classes for m in list(vars(c).values()) if isinstance(m, _CALLABLES))
     return (*own, *inner)
 
 

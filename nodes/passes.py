@@ -313,7 +313,7 @@ class Passes:
             return DoesNotFit(self._with_limit(NEVER_RAN), 0, 0.0)
         patcher = self.used[0]
         cap = self.limit.room(self.used) if patcher.load_device == self.limit.device else None
-        free = memory_of(patcher, self.used, (), cap).free
+        free = max(0, memory_of(patcher, self.used, (), cap).free)
         return DoesNotFit(self._with_limit(BESIDE.format(runs, size_text(free))), free, 1.0)
 
     def _with_limit(self, text: str) -> str:

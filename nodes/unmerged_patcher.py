@@ -330,6 +330,12 @@ def lora_bytes(patcher: ModelPatcher) -> tuple[int, int]:
     return now, sum(layer.bytes_of(dtype) for layer in layers)
 
 
+def bytes_to_come(patcher: ModelPatcher) -> int:
+    """Bytes of factors of LoRAs that the next pass brings to its device."""
+    now, then = lora_bytes(patcher)
+    return max(0, then - now)
+
+
 def is_unmerged(patcher: ModelPatcher) -> bool:
     """Whether a patcher is one of these."""
     return isinstance(patcher, _Unmerged)

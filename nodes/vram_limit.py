@@ -14,6 +14,7 @@ from .devices import device_memory
 from .loaded_models import loaded
 from .recovery import is_used, stream_more, vbar_of
 from .status import size_text
+from .unmerged_patcher import bytes_to_come
 
 GB = 1_000_000_000
 LIMIT = "qwen_vram.vram_limit"  # in transformer_options: the bytes of the patch, 0 without a limit
@@ -89,12 +90,14 @@ class VRAMLimit:
     def fit_weights(
         self, patcher: ModelPatcher, need: int, used: Sequence[ModelPatcher] = ()
     ) -> None:
-        """Once a model is loaded: keep so much of its weights streamed that `need` bytes fit.
+        """Once a model is loaded: keep so much of its weights streamed that `need` bytes fit, and
+        what its LoRAs bring in.
 
         With dynamic VRAM the models `used` beside it, as ControlNets, share what is left.
         """
         if not self.enforced:
             return
+        need += bytes_to_come(patcher)
         used = [patcher, *used]
         kept = self._pages(used)
         allowed = max(0, self.limit - self.overhead - kept - need)

@@ -134,11 +134,10 @@ def memory_of(
     """The memory of a model's device now, without waiting for it; `cap` is what a limit leaves:
     within one, pages of other models do not give way by themselves."""
     device = patcher.load_device
-    now, then = unmerged_patcher.lora_bytes(patcher)  # which the first pass brings in
-    # With what dynamic VRAM gives up by itself.
-    free = patcher.get_free_memory(device) - max(0, then - now)
+    free = patcher.get_free_memory(device)  # with what dynamic VRAM gives up by itself
     if cap is not None:
         free = min(free, cap)
+    free -= unmerged_patcher.bytes_to_come(patcher)  # below 0 where they do not fit, either
     if device.type == "cpu":  # nothing that is unloaded would go anywhere else
         return Memory(int(free), 0, 0, sum(part.bytes_held() for part in held))
     others = sum(

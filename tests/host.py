@@ -68,7 +68,7 @@ class Host:
         )
         self.pack = self._module(pack)
         # PreviewAny writes tensors out: six numbers of each row took a twentieth of all time.
-        torch.set_printoptions(edgeitems=1, threshold=4)
+        torch.set_printoptions(edgeitems=2, threshold=16)
         gc.collect()
         gc.freeze()  # what lives now lives on: collecting takes a quarter of a second otherwise
         self.restart()

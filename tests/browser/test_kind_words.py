@@ -32,10 +32,11 @@ def paste(editor: Editor, page: str) -> None:
 
 def messages(editor: Editor, count: int = 1) -> list[str]:
     """What the toasts say, of which so many are expected."""
-    if not count:
-        editor.page.wait_for_timeout(SETTLE_MS)
     toasts = editor.page.locator(".p-toast-message")
-    expect(toasts).to_have_count(count)
+    if count:
+        expect(toasts).to_have_count(count)
+    else:
+        editor.page.wait_for_timeout(SETTLE_MS)  # one that comes would go again
     return toasts.all_inner_texts()
 
 

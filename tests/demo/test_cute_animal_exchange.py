@@ -174,6 +174,8 @@ def test_a_pair_that_is_in_the_file_is_not_run_again(
     exchange.run(options)
     assert begun == ["all", "sampler", "sampler"]
     options.rehearse, options.seconds, options.exchange = False, exchange.GUESS / 2, ["words"]
+    with pytest.raises(SystemExit, match="pairs of other options"):
+        exchange.run(options)
     options.out = tmp_path / "other.json"
     exchange.run(options)
     assert "no time for another pair" in capsys.readouterr().out and len(begun) == 3

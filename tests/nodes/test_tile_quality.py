@@ -8,7 +8,7 @@ import pytest
 import torch
 from pack.benchmarks import tile_quality as quality
 from pack.benchmarks.tile_figures import Figures, measure
-from pack.benchmarks.tile_figures import _step as step_of
+from pack.benchmarks.tile_figures import step_of
 from pack.benchmarks.tile_quality import Faults
 from pack.core.tiling import TileGrid
 from pack.tests.host import Host
