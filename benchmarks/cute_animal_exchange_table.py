@@ -183,7 +183,11 @@ NODE_HEAD = (
 
 
 def table(pairs: dict[str, Row]) -> str:
-    """Markdown: seconds of each pair, then what lay where and who was called."""
+    """Markdown: seconds of each pair, then what lay where and who was called.
+
+    torch's peak counts from the first pass where the sampler is ours, from the node's start
+    elsewhere. Calls between two nodes count as the first one's; their seconds do not.
+    """
     lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
     lines += [seconds_line(name, found["rows"]) for name, found in pairs.items()]
     lines += ["", f"| {' | '.join(NODE_HEAD)} |", "|" + "---|" * len(NODE_HEAD)]
@@ -191,8 +195,6 @@ def table(pairs: dict[str, Row]) -> str:
         lines += node_lines(name, found["rows"])
     lines += [
         "",
-        "torch's peak counts from the first pass where the sampler is ours, from the node's start",
-        "elsewhere; calls between two nodes count as the first one's, their seconds do not.",
         *(f"RAM of {name} by NUMA node: {ram_text(p['RAM'])}." for name, p in pairs.items()),
     ]
     return "\n".join(lines)

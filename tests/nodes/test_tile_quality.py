@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 from pack.benchmarks import tile_quality as quality
-from pack.benchmarks.tile_figures import Figures, measure
-from pack.benchmarks.tile_figures import step_of
+from pack.benchmarks.tile_figures import Figures, measure, step_of
 from pack.benchmarks.tile_quality import Faults
 from pack.core.tiling import TileGrid
 from pack.tests.host import Host
