@@ -85,16 +85,14 @@ class Layer:
         self._factors = [f for f in found if f is not None]
         # A later patch may multiply what an earlier one added, so all go one way.
         self.low_rank = len(self._factors) == len(found)
+        # Of all its LoRAs together; 0 if they are applied to the dequantised weight.
+        self.rank = sum(down.shape[0] for _, down, _ in self._factors) if self.low_rank else 0
+        self._numbers = self.rank * sum(shape)
         self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
-
-    @property
-    def rank(self) -> int:
-        """Of all its LoRAs together; 0 if they are applied to the dequantised weight."""
-        return sum(down.shape[0] for _, down, _ in self._factors) if self.low_rank else 0
 
     def bytes_of(self, dtype: torch.dtype) -> int:
         """What the factors take on a device."""
-        return self.rank * sum(self.shape) * dtype.itemsize
+        return self._numbers * dtype.itemsize
 
     def factors(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(down (rank, in), up (out, rank)) there, strengths and alpha in `up`, scaled in fp32."""
@@ -108,9 +106,8 @@ class Layer:
         return copies
 
     def resident_bytes(self, device: torch.device) -> int:
-        """Bytes of the copies on a device."""
-        held = [pair for (place, _), pair in list(self._copies.items()) if place == device]
-        return sum(t.nbytes for pair in held for t in pair)
+        """Bytes of the copies on a device; asked of every layer before each pass."""
+        return sum(self.bytes_of(dtype) for place, dtype in list(self._copies) if place == device)
 
     def drop(self, device: torch.device) -> int:
         """Forget the copies on a device. Returns their bytes."""

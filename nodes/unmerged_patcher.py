@@ -153,15 +153,12 @@ class _Unmerged:
 
         A quantised one dequantised, one in fp8 rounded to what the file has, as the host does.
         """
-        module = self._module(key)
-        if return_weight and module is not None and key in self.run_time_patches.layers:
-            dense = self.plain_weight(key, device_to)
-            if not module.host_merges:
-                return dense
-            seed = comfy.utils.string_to_seed(key)
-            return comfy.float.stochastic_rounding(dense, module.weight.dtype, seed=seed)
         if return_weight and not self._merged_by_host(key):
             return self.plain_weight(key, device_to)
+        if return_weight and key in self.run_time_patches.layers:
+            dense, held = self.plain_weight(key, device_to), self._module(key).weight.dtype
+            seed = comfy.utils.string_to_seed(key)
+            return comfy.float.stochastic_rounding(dense, held, seed=seed)
         return super().patch_weight_to_device(
             key, device_to, inplace_update, return_weight, force_cast
         )
