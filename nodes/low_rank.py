@@ -9,6 +9,8 @@ dequantised weight, at every call.
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,10 +18,15 @@ from typing import Any, NamedTuple
 
 import comfy.lora
 import torch
+from comfy.model_management import unpin_memory
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Tensor
 
+from ..core.tensor_reader import own_memory
+from .pinning import pin
+
 NAMES = {"lora": "LoRA with DoRA, offset or reshape", "loha": "LoHa", "lokr": "LoKr"}
+_lock = threading.Lock()
 
 
 class Patch(NamedTuple):
@@ -76,7 +83,9 @@ class Layer:
     """The patches of one quantised weight, in the order in which they were added.
 
     The factors of all its LoRAs are one pair of matrices, copied to a device when it is first
-    used there. Several devices' threads may ask at a time: each only for its own.
+    used there. With dynamic VRAM that is in every run, so they wait in RAM as they are used:
+    Lightning's come in fp32, and half as many bytes from pinned memory arrive in a fraction of
+    the time. Several devices' threads may ask at a time: each only for its own.
     """
 
     def __init__(self, key: str, shape: tuple[int, int], patches: tuple[Patch, ...]) -> None:
@@ -88,6 +97,7 @@ class Layer:
         # Of all its LoRAs together; 0 if they are applied to the dequantised weight.
         self.rank = sum(down.shape[0] for _, down, _ in self._factors) if self.low_rank else 0
         self._numbers = self.rank * sum(shape)
+        self._waiting: dict[torch.dtype, Tensor] = {}  # in RAM, pinned where that can be had
         self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def bytes_of(self, dtype: torch.dtype) -> int:
@@ -98,12 +108,41 @@ class Layer:
         """(down (rank, in), up (out, rank)) there, strengths and alpha in `up`, scaled in fp32."""
         copies = self._copies.get((device, dtype))
         if copies is None:
-            # To the device first: it converts faster, and less goes over the bus.
-            downs = [down.to(device).to(dtype) for _, down, _ in self._factors]
-            ups = [(up.to(device).float() * scale).to(dtype) for up, _, scale in self._factors]
-            copies = torch.cat(downs), torch.cat(ups, dim=1)
+            if device.type == "cpu":
+                numbers = self._joined(dtype)
+            else:
+                numbers = self._in_ram(dtype).to(device, non_blocking=True)
+            copies = self._parts(numbers)
             self._copies[device, dtype] = copies
         return copies
+
+    def _in_ram(self, dtype: torch.dtype) -> Tensor:
+        """Both matrices in one piece, from where every device takes its copy."""
+        with _lock:
+            if dtype not in self._waiting:
+                numbers = self._joined(dtype)
+                if pin(numbers):
+                    weakref.finalize(self, unpin_memory, numbers).atexit = False
+                self._waiting[dtype] = numbers
+            return self._waiting[dtype]
+
+    def _joined(self, dtype: torch.dtype) -> Tensor:
+        """Both matrices in one piece of RAM, which goes back to the system with the layer."""
+        numbers = own_memory(self.bytes_of(dtype)).view(dtype)
+        down_of_all, up_of_all = self._parts(numbers)
+        start = 0
+        for up, down, scale in self._factors:
+            end = start + down.shape[0]
+            down_of_all[start:end].copy_(down)
+            up_of_all[:, start:end].copy_(up.float() * scale)
+            start = end
+        return numbers
+
+    def _parts(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """(down, up), as views of that piece."""
+        outputs, inputs = self.shape
+        down, up = numbers.split([self.rank * inputs, outputs * self.rank])
+        return down.view(self.rank, inputs), up.view(outputs, self.rank)
 
     def resident_bytes(self, device: torch.device) -> int:
         """Bytes of the copies on a device; asked of every layer before each pass."""
