@@ -7,8 +7,9 @@
 For each card and side two server processes: the first draws 20 different prompts, half of them in
 Chinese, and then 10 of them again with other seeds; the second, after a restart, draws two known
 prompts and a new one. A side is "stock", "ours" (the drawing), "whole" (with the colouring page
-and the stickers), "nf4" (the drawing, its transformer quantised at load) or "fp8" (the drawing, its
-LoRA added at run time). A part of a card is the real one with another process holding the rest.
+and the stickers), "nf4" (the drawing, its transformer quantised at load), "fp8" (the drawing, its
+LoRA added at run time: "ours" where the card does not hold both models) or "merged" (its LoRA
+merged, as in stock). A part of a card is the real one with another process holding the rest.
 
 `run` goes on where it was stopped: a session whose last line is in the file is not run again, and
 with --seconds none is begun that would not end by then. --rehearse draws on the CPU with the

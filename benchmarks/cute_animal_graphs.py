@@ -12,6 +12,7 @@ Graph = dict[str, dict[str, Any]]
 WEIGHTS = {
     "nf4": {"weight_dtype": "bnb_nf4", "preset": "smallest"},
     "fp8": {"weight_dtype": "fp8_e4m3fn"},
+    "merged": {"weight_dtype": "default"},
 }
 SIDES = ("stock", "ours", "whole", *WEIGHTS)
 # Our nodes, the stock node that does the same, and the inputs that it takes.

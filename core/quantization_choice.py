@@ -32,7 +32,8 @@ from .units import size_text
 
 FP8_DEVICES = (CUDA, ROCM, XPU, CPU)  # that hold fp8 (comfy.model_management.supports_cast)
 FP8_SCALED = "fp8_scaled"  # with a scale beside each weight, as most fp8 files have it
-FP8 = ("fp8_e4m3fn", "fp8_e5m2", FP8_SCALED)
+PLAIN_FP8 = ("fp8_e4m3fn", "fp8_e5m2")
+FP8 = (*PLAIN_FP8, FP8_SCALED)
 FLOATS = ("bf16", "fp16", "fp32", "fp64", *FP8)  # what can be quantised at load
 # fp16 overflows in this model.
 PLAIN = {"bf16": "bf16", "fp16": "bf16", "fp32": "bf16", "fp64": "bf16"}
@@ -81,19 +82,27 @@ def _gb(size: int) -> str:
 
 # ------------------------------------------------------------------------------------ what has room
 def kept(file: File, machine: Machine) -> tuple[str, int]:
-    """The weight_dtype that leaves a file as it is, and the bytes that have to stay in memory.
-
-    Named outright where ComfyUI's own default would make the weights larger than the file: on a
-    CPU it takes fp32, four bytes for each. A card's default for fp8 is right.
-    """
+    """The weight_dtype that leaves a file as it is, and the bytes that have to stay in memory."""
     known = machine.device in (*FP8_DEVICES, MPS)
     if file.dtype == "fp64" and file.kind == TEXT_ENCODER:
         return "fp32", 4 * file.parameters
     if file.dtype not in PLAIN or file.kind == TEXT_ENCODER or not known:
-        named = machine.device == CPU and file.dtype in ("fp8_e4m3fn", "fp8_e5m2")
-        return (file.dtype if named and file.kind == TRANSFORMER else "default"), file.bytes
+        return (file.dtype if in_own_fp8(file, machine) else "default"), file.bytes
     # Dynamic VRAM reads the file's own weights again and casts them at each use.
     return PLAIN[file.dtype], file.bytes if machine.dynamic_vram else 2 * file.parameters
+
+
+def in_own_fp8(file: File, machine: Machine) -> bool:
+    """Whether plain fp8 is better named than left to ComfyUI's default: unless the card holds both
+    models. The weights are the same, but LoRAs are then added while it computes.
+
+    By default ComfyUI merges a LoRA once into a weight that stays in VRAM, but at each use into one
+    that is streamed, which takes longer than to add it. Where nothing moves, merging is faster. On
+    a CPU the default is fp32, four times as large; it has no VRAM here, so it never holds both.
+    """
+    plain = file.dtype in PLAIN_FP8 and file.kind == TRANSFORMER
+    both = file.bytes + OTHER[file.kind]
+    return plain and machine.device in FP8_DEVICES and not on_card(both, machine)
 
 
 def has_room(size: int, file: File, machine: Machine, from_file: bool, alone: bool) -> bool:
@@ -220,16 +229,16 @@ def _keep(case: _Case) -> Choice | None:
     machine, size = case.machine, case.keep_bytes
     eight = case.first(case.candidates(8), alone=False)
     if machine.device in (CPU, MPS):
-        return Choice(case.keep, f"{_kept(case)}: the RAM holds its {_gb(size)}")
+        return Choice(case.keep, f"{_kept(case)}: the RAM holds its {_gb(size)}{_loras(case)}")
     if on_card(size, machine):
-        return Choice(case.keep, f"{_kept(case)}: the card holds its {_gb(size)}{_untried(case)}")
+        why = f"the card holds its {_gb(size)}{_loras(case)}{_untried(case)}"
+        return Choice(case.keep, f"{_kept(case)}: {why}")
     if not machine.dynamic_vram and eight and on_card(eight.size, machine):
         why = "the card holds it as a whole, and has no dynamic VRAM to stream the file's"
         return eight.choice(f": {why} {_gb(size)}")
     how = "streamed from the RAM" if machine.dynamic_vram else "in part moved at each use"
-    return Choice(
-        case.keep, f"{_kept(case)} ({_gb(size)}), {how}; {_int8(case, size)}{_untried(case)}"
-    )
+    why = f"{how}{_loras(case)}; {_int8(case, size)}{_untried(case)}"
+    return Choice(case.keep, f"{_kept(case)} ({_gb(size)}), {why}")
 
 
 def _int8(case: _Case, size: int) -> str:
@@ -263,7 +272,7 @@ def _keep_alone(case: _Case) -> Choice | None:
     why = f"the RAM holds its {size}, but not both models"
     if on_card(case.keep_bytes, case.machine):
         why = f"the card holds its {size}, but the RAM not the other model"
-    return Choice(case.keep, f"{_kept(case)}: {why}, {_READ}")
+    return Choice(case.keep, f"{_kept(case)}: {why}, {_READ}{_loras(case)}")
 
 
 _READ = "so a new prompt reads the disk"
@@ -292,7 +301,7 @@ def _from_disk(case: _Case) -> Choice:
     """Nothing has room that runs here."""
     then = "every step reads the disk" if case.machine.dynamic_vram else "the system will swap"
     why = f"the RAM does not hold its {_gb(case.keep_bytes)}, so {then}"
-    return Choice(case.keep, f"{_kept(case)}: {why}; {_advice(case)}")
+    return Choice(case.keep, f"{_kept(case)}: {why}{_loras(case)}; {_advice(case)}")
 
 
 RULES: tuple[Rule, ...] = (
@@ -343,6 +352,11 @@ def _kept(case: _Case) -> str:
     """bf16 for an fp16 file is what ComfyUI takes for this model too, where the card has it."""
     name = case.file.short if case.keep == "default" else case.keep.split("_")[0]
     return f"kept as {name}" if name == case.file.short else f"converted to {name}"
+
+
+def _loras(case: _Case) -> str:
+    """What naming fp8 changes beside ComfyUI's default: nothing where no LoRA is on."""
+    return "; LoRAs added as it computes" if case.keep in PLAIN_FP8 else ""
 
 
 def _advice(case: _Case) -> str:

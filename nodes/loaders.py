@@ -19,10 +19,10 @@ from .shared_loader import weight_dtype_name as weight_dtype_name
 from .weight_choice import DTYPES, QUANTISED, TEXT_DTYPES, VAE_DTYPES, WEIGHT_DTYPES, Wanted, wanted
 
 DTYPE_TOOLTIP = (
-    "The type of the weights in memory; default is ComfyUI's choice for file and device. int8, "
-    "int4 and bnb_* quantise while the file is read, to save RAM and VRAM; bnb_nf4 and bnb_fp4 "
-    "need the Python package bitsandbytes. auto takes what suits file, card and memory, and says "
-    "why."
+    "The type of the weights in memory; default is ComfyUI's choice for file and device. With fp8 "
+    "LoRAs are added while the model computes. int8, int4 and bnb_* quantise while the file is "
+    "read, to save RAM and VRAM; bnb_nf4 and bnb_fp4 need the Python package bitsandbytes. auto "
+    "takes what suits file, card and memory, and says why."
 )
 TEXT_DTYPE_TOOLTIP = (
     "The type of the weights in memory; default is the file's own. int8, int4 and bnb_* quantise "

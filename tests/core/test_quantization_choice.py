@@ -15,7 +15,7 @@ from pack.core import quantization
 from pack.core.checkpoint import TEXT_ENCODER, TRANSFORMER
 from pack.core.format_support import HIP_KERNELS, Machine, has_kernels, int4_for, obstacle, slowness
 from pack.core.quantization import FORMATS
-from pack.core.quantization_choice import FLOATS, SLACK, File, choose
+from pack.core.quantization_choice import FLOATS, OTHER, PLAIN_FP8, SLACK, WORKING, File, choose
 from pack.core.qwen_layers import published
 
 GIB = 2**30
@@ -52,6 +52,7 @@ FILES = {
     for dtype in (*FLOATS, *STORED)
 }
 FP8, BF16 = FILES[TRANSFORMER, "fp8_e4m3fn"], FILES[TRANSFORMER, "bf16"]
+E5M2 = FILES[TRANSFORMER, "fp8_e5m2"]
 
 
 def card(name: str, capability: tuple[int, int], vram: float, ram: float, **more) -> Machine:
@@ -117,6 +118,25 @@ def test_what_auto_takes_runs_there(file: File, machine: Machine) -> None:
     assert "\n" not in choice.why and len(choice.why) < 320
 
 
+@given(st.sampled_from([FILES[TRANSFORMER, dtype] for dtype in FLOATS]), machines())
+def test_plain_fp8_that_is_kept_is_named_where_the_card_may_have_to_stream(file, machine) -> None:
+    """There LoRAs are added as it computes; elsewhere ComfyUI's default merges them once."""
+    choice = choose(file, machine)
+    name, both = choice.weight_dtype, file.bytes + OTHER[TRANSFORMER] + WORKING
+    holds_fp8 = machine.device in ("cuda", "rocm", "xpu", "cpu")
+    if name in (*PLAIN_FP8, "default"):
+        named = file.dtype in PLAIN_FP8 and holds_fp8 and both > machine.vram_free
+        assert name == (file.dtype if named else "default")
+    assert ("; LoRAs added as it computes" in choice.why) is (name in PLAIN_FP8)
+    assert name not in PLAIN_FP8 or "kept as fp8" in choice.why
+
+
+@given(st.sampled_from([FILES[TEXT_ENCODER, dtype] for dtype in FLOATS]), machines())
+def test_a_text_encoder_is_never_named_in_fp8(file: File, machine: Machine) -> None:
+    choice = choose(file, machine)
+    assert choice.weight_dtype not in PLAIN_FP8 and "LoRA" not in choice.why
+
+
 @given(st.sampled_from(list(FILES.values())), machines())
 def test_what_is_quantised_to_save_memory_has_room_and_less_would_not(file, machine) -> None:
     choice = choose(file, machine)
@@ -160,7 +180,7 @@ RTX_3090 = ("NVIDIA GeForce RTX 3090", (8, 6), 24)
 @pytest.mark.parametrize(
     ("file", "machine", "taken", "said"),
     [
-        (FP8, card(*RTX_4070, 32), "default", "kept as fp8 (20.4 GB), streamed from the RAM; int8"),
+        (FP8, card(*RTX_4070, 32), "fp8_e4m3fn", "(20.4 GB), streamed from the RAM; LoRAs added"),
         (BF16, card(*RTX_4070, 64), "bf16", "int8 would save 20.4 GB"),
         (BF16, card(*RTX_4070, 32), "int8", "does not hold the file's 40.8 GB; too little RAM to"),
         (BF16, card(*RTX_4070, 48), "int8", "file's 40.8 GB beside a text encoder"),
@@ -170,28 +190,34 @@ RTX_3090 = ("NVIDIA GeForce RTX 3090", (8, 6), 24)
         (BF16, card(*RTX_4070, 20), "w4a8", "does not hold the file's"),
         (BF16, card(*RTX_4070, 20, cuda=(12, 8)), "bnb_nf4", "no room for both models"),
         (FP8, card(*RTX_4070, 20), "w4a8", "does not hold the file's 20.4 GB"),
-        (FP8, card(*RTX_4070, 24), "default", "the RAM holds its 20.4 GB, but not both models"),
+        (FP8, card(*RTX_4070, 24), "fp8_e4m3fn", "the RAM holds its 20.4 GB, but not both models"),
         (FP8, card(*H200[:2], 141, 16), "default", "the card holds its 20.4 GB"),
-        (FP8, card(*RTX_4070, 10), "default", "every step reads the disk; close other programs"),
+        (FP8, card(*RTX_4070, 10), "fp8_e4m3fn", "every step reads the disk; LoRAs added as it"),
         (BF16, card(*RTX_4070, 10), "bf16", "every step reads the disk; take the fp8 file"),
-        (FP8, card(*RTX_3060, 64), "default", "kept as fp8"),
-        (FP8, card(*RTX_3060, 64, cuda=(12, 8)), "default", "kept as fp8"),
-        (FP8, card("RTX 2080", (7, 5), 8, 64), "default", "with int8 in int8: whether faster was"),
-        (FP8, card("NVIDIA GeForce GTX 1660", (7, 5), 6, 64), "default", "kept as fp8"),
-        (FP8, card("Tesla P40", (6, 1), 24, 64), "default", "the card holds its 20.4 GB"),
+        (FP8, card(*RTX_3060, 64), "fp8_e4m3fn", "kept as fp8"),
+        (FP8, card(*RTX_3060, 64, cuda=(12, 8)), "fp8_e4m3fn", "kept as fp8"),
+        (FP8, card(*RTX_3060, 64, dynamic_vram=False), "fp8_e4m3fn", "in part moved at each use"),
+        (FP8, card("RTX 2080", (7, 5), 8, 64), "fp8_e4m3fn", "int8 in int8: whether faster was"),
+        (FP8, card("NVIDIA GeForce GTX 1660", (7, 5), 6, 64), "fp8_e4m3fn", "kept as fp8"),
+        (FP8, card("Tesla P40", (6, 1), 24, 64), "fp8_e4m3fn", "the card holds its 20.4 GB; LoRA"),
+        (FP8, card(*RTX_3090, 64), "fp8_e4m3fn", "the card holds its 20.4 GB; LoRAs added as it"),
+        (FP8, card("RTX 5090", (12, 0), 32, 64), "default", "the card holds its 20.4 GB"),
         (FP8, card("A100", (8, 0), 40, 64), "default", "the card holds"),
+        (E5M2, card(*RTX_4070, 32), "fp8_e5m2", "kept as fp8"),
+        (FILES[TRANSFORMER, "fp8_scaled"], card(*RTX_4070, 32), "default", "kept as fp8"),
         (FILES[TRANSFORMER, "nvfp4"], card("RTX 5070", (12, 0), 12, 32), "default", "is quantised"),
+        (FP8, bare("privateuseone", 64), "default", "in part moved at each use; int8 would save"),
         (FP8, bare("mps", 64), "bf16", "holds no fp8"),
         (FP8, bare("mps", 32), "bnb_int8", "holds no fp8"),
         (FP8, bare("mps", 8), "bnb_nf4", "the system will swap"),
         (BF16, bare("cpu", 64), "bf16", "the RAM holds its 40.8 GB"),
-        (FP8, bare("cpu", 64), "fp8_e4m3fn", "kept as fp8: the RAM holds its 20.4 GB"),
+        (FP8, bare("cpu", 64), "fp8_e4m3fn", "kept as fp8: the RAM holds its 20.4 GB; LoRAs added"),
         (FILES[TRANSFORMER, "fp16"], card(*RTX_4070, 64), "bf16", "converted to bf16 (40.8 GB)"),
         (FILES[TEXT_ENCODER, "fp8_scaled"], card(*RTX_3060, 32), "default", "kept as fp8"),
         (FILES[TEXT_ENCODER, "bf16"], card(*RTX_5060, 32), "int8", "beside a diffusion"),
         (FILES[TEXT_ENCODER, "bf16"], card(*RTX_5060, 10), "bnb_nf4", "preset smallest (4.6 GB)"),
         (BF16, card(*H200, 64), "bf16", "int8 would save 20.4 GB and cost 9 % of a step"),
-        (FP8, card(*RTX_3060, 32), "default", "kept as fp8"),
+        (FP8, card(*RTX_3060, 32), "fp8_e4m3fn", "kept as fp8"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -204,7 +230,7 @@ def test_the_line_has_the_numbers_that_decided() -> None:
     machine = card(*RTX_4070, 32)
     assert choose(FP8, machine).why == (
         "auto: fp8 file, RTX 4070, free: 12.1 GB VRAM, 31.1 GB RAM: kept as fp8 (20.4 GB), "
-        "streamed from the RAM; int8 would save nothing"
+        "streamed from the RAM; LoRAs added as it computes; int8 would save nothing"
     )
 
 
@@ -221,8 +247,9 @@ def test_with_little_ram_it_takes_the_smallest_which_was_measured_fastest_there(
     assert (choose(file, nothing).weight_dtype in HOST_DTYPES, choose(file, nothing).preset) == (
         *(True, None),
     )
+    loras = "; LoRAs added as it computes" if file is FP8 else ""
     assert choose(file, nothing).why.endswith(
-        "every step reads the disk; bnb_nf4 with the preset smallest (10.6 GB) would fit, but "
+        f"every step reads the disk{loras}; bnb_nf4 with the preset smallest (10.6 GB) would fit, but "
         "needs the package bitsandbytes: `pip install bitsandbytes` with the Python that runs "
         "ComfyUI, then restart it"
     )
@@ -338,11 +365,13 @@ IN_README = {  # the same of the READMEs
 
 
 def cell(file: File, machine: Machine) -> str:
-    """What the table says of a choice: keep, or its name and preset."""
+    """What the table says of a choice: keep, or its name and preset.
+
+    No card of the tables holds both models, so the guides may say of keep that LoRAs are added.
+    """
     choice = choose(file, machine)
     assert not any(words in choice.why for words in ("step reads the disk", "system will swap"))
-    as_it_is = choice.weight_dtype in ("default", file.dtype)
-    name = "keep" if as_it_is else choice.weight_dtype
+    name = "keep" if choice.weight_dtype == file.dtype else choice.weight_dtype
     return f"{name} {choice.preset}" if choice.preset else name
 
 

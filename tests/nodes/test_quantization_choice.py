@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,9 +10,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from pack.tests.graphs import CLIP, UNET
+from pack.tests.graphs import CLIP, UNET, loader, node, text_to_image
 from pack.tests.host import RunError
+from pack.tests.nodes.quantized_models import FP8, draw, quantized_state, state_of, write_lora
 from pack.tests.nodes.test_loaders import load
+from pack.tests.nodes.test_quantised_files import scaled_fp8
+from safetensors.torch import save_file
 
 GIB = 2**30
 
@@ -55,6 +59,81 @@ def test_the_size_foretold_is_the_size_of_what_is_loaded(host, choice, format) -
     small = ("comfy_quant", "bitsandbytes__", "codebook", "weight_format")
     weights = sum(t.nbytes for name, t in state.items() if not any(s in name for s in small))
     assert weights == pytest.approx(choice.file_of(head, preset).sizes[format], rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def in_fp8(host) -> str:
+    """A diffusion model's file in plain fp8."""
+    path = host.models / "diffusion_models" / "choice_fp8.safetensors"
+    save_file(quantized_state(host, state_of(host, UNET), "fp8_e4m3fn"), path)
+    yield path.name
+    path.unlink()
+
+
+@pytest.mark.parametrize(("vram", "apart"), [(12, True), (24, True), (40, False)])
+def test_auto_keeps_loras_apart_unless_the_card_holds_both(
+    host, choice, in_fp8, monkeypatch, vram: int, apart: bool
+) -> None:
+    """The file stands for the official one, of 20.4 GB."""
+    weights, of = host.part("nodes.weight_choice"), choice.file_of
+    monkeypatch.setattr(weights, "_decided", {})
+    monkeypatch.setattr(choice, "file_of", lambda *a: replace(of(*a), bytes=20_430_000_000))
+    choice.here = replace(choice.here, vram_free=vram * GIB - GIB // 2)
+    path = str(host.models / "diffusion_models" / in_fp8)
+    found = weights.wanted("diffusion_models", path, "auto", "default", "balanced")
+    options = found.options()
+    assert (options.get("dtype"), options.get("unmerged_loras", False)) == (
+        (FP8, True) if apart else (None, False)
+    )
+    assert ("LoRAs added as it computes" in found.why) is apart and "kept as fp8" in found.why
+
+
+def test_auto_leaves_files_with_scales_to_comfyui(host, choice) -> None:
+    path = host.models / "diffusion_models" / "choice_scales.safetensors"
+    plain = {k: t.float() for k, t in state_of(host, UNET).items()}
+    save_file(scaled_fp8(plain, "transformer_blocks."), path)
+    choice.here = replace(choice.here, vram_free=0)
+    found = choice.resolve("auto", header(host, "diffusion_models", path.name), "default")
+    path.unlink()
+    assert found.weight_dtype == "default" and "LoRA" not in found.why
+
+
+@pytest.mark.parametrize("computes_in_fp8", [True, False])
+def test_without_a_lora_it_draws_what_default_draws_on_a_card(
+    host, in_fp8, monkeypatch, computes_in_fp8
+) -> None:
+    """Where ComfyUI keeps fp8: on cards that compute in it, and on those too small for bf16."""
+    load_transformer = host.part("nodes.architectures").load_transformer
+    weights = host.part("nodes.weight_choice")
+    mm = host.part("nodes.architectures").mm
+    path = str(host.models / "diffusion_models" / in_fp8)
+    taken = weights.wanted("diffusion_models", path, "auto", "default", "balanced")
+    ours = load_transformer(path, taken.options())
+    monkeypatch.setattr(mm, "supports_fp8_compute", lambda *_: computes_in_fp8)
+    monkeypatch.setattr(mm, "maximum_vram_for_weights", lambda *_: 0)
+    stock = load_transformer(path, {})
+    assert stock.model.model_config.unet_config["dtype"] is FP8
+    assert taken.name == "fp8_e4m3fn" and torch.equal(draw(host, ours), draw(host, stock))
+
+
+def test_what_auto_takes_for_an_fp8_file_draws_with_a_lora_and_says_so(fresh, in_fp8) -> None:
+    """On this CPU, as on a small card."""
+    write_lora(fresh, "choice.safetensors", {"transformer_blocks.0.attn.to_q": (128, 128)})
+    importlib.import_module("folder_paths").get_filename_list("loras")
+    graph = text_to_image()
+    lora = {"lora_name": "choice.safetensors", "strength_model": 1.0, "model": ["unet", 0]}
+    graph["lora"] = node("LoraLoaderModelOnly", **lora)
+    graph["shift"]["inputs"]["model"] = ["lora", 0]
+    drawn = {}
+    for weight_dtype in ("auto", "fp8_e4m3fn"):
+        graph["unet"] = loader("DiffusionModel", in_fp8, weight_dtype=weight_dtype)
+        run = fresh.run(graph)
+        drawn[weight_dtype] = run.outputs["sampler"][0][0]["samples"]
+        patched = run.outputs["lora"][0][0]
+        assert len(patched.run_time_patches.layers) == 1 and not patched.patches
+        says = "; LoRAs added as it computes" in run.status("unet")["text"]
+        assert says is (weight_dtype == "auto")
+    assert torch.equal(*drawn.values())
 
 
 def test_auto_asks_the_machine(host, choice) -> None:

@@ -38,6 +38,7 @@ STOCK_NODES = {
     "SaveImage",
     "VAEDecode",
 }
+LOADERS = ("QwenVRAMLoadDiffusionModel", "QwenVRAMLoadTextEncoder", "QwenVRAMLoadVAE")
 MODEL_SUFFIXES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 MODEL_FOLDERS = {"diffusion_models", "text_encoders", "vae", "loras"}
 ABSOLUTE_PATH = re.compile(r"^(/|~|[A-Za-z]:[\\/]|\\\\)|/(home|Users|root|workspace)/")
@@ -147,6 +148,19 @@ def test_every_model_file_has_a_link(path: Path) -> None:
     assert named
 
 
+def test_the_graphs_load_a_file_in_one_way_a_plain_fp8_diffusion_model_by_auto() -> None:
+    """Else it lies in memory twice. In plain fp8 auto adds LoRAs while it computes."""
+    ways: dict[str, set[tuple[Any, ...]]] = {}
+    for path in [*WORKFLOWS, *SUBGRAPHS]:
+        for node in nodes(load(path)):
+            if node["type"] in LOADERS:
+                file, *options = node["widgets_values"]
+                ways.setdefault(file, set()).add(tuple(options))
+    assert len(ways) == 4 and {file for file, found in ways.items() if len(found) > 1} == set()
+    auto = {file for file, found in ways.items() if any(way[0] == "auto" for way in found)}
+    assert auto == {file for file in ways if "_fp8_e4m3fn" in file}
+
+
 def apart(one: Box, other: Box) -> bool:
     """Whether two boxes have no point in common."""
     (x, y, width, height), (x2, y2, width2, height2) = one, other
@@ -250,6 +264,9 @@ def test_a_subgraph_is_one_node_that_shows_what_is_to_be_set(path: Path) -> None
         slot["name"]: slot.get("label", "") for slot in inside["inputs"] if slot["type"] != "IMAGE"
     }
     assert [name for name, label in named.items() if not HAN.search(label)] == []
+    (loader,) = (n for n in inside["nodes"] if n["type"] == LOADERS[0])
+    outside, within_it = (n["widgets_values_named"]["weight_dtype"] for n in (node, loader))
+    assert outside == within_it
     links = {link["id"]: link for link in inside["links"]}
     types = {n["id"]: n["type"] for n in inside["nodes"]}
     for slot in inside["inputs"]:
