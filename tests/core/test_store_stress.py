@@ -42,7 +42,7 @@ class Scale(NamedTuple):
     floats: int
 
 
-MODEST = Scale(keys=500, bound=1_000_000, operations=6_000, floats=4000)
+MODEST = Scale(keys=500, bound=1_000_000, operations=4_000, floats=4000)
 FULL = Scale(keys=10_000, bound=50_000_000, operations=100_000, floats=8000)
 
 

@@ -42,7 +42,7 @@ def peak_of(model: Any, options: dict[str, Any], work: Work, sides: tuple[int, i
 WORKS = [
     (1, (128, 64), 8, 0, torch.float32, "index"),
     (2, (64, 64), 40, 0, torch.float32, "index"),
-    (1, (64, 64), 200, 2, torch.bfloat16, "index"),
+    (1, (32, 32), 200, 2, torch.bfloat16, "index"),
     (2, (64, 32), 100, 4, torch.float32, "index_timestep_zero"),
     (1, (32, 32), 500, 0, torch.float32, "index"),
 ]

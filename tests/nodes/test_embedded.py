@@ -42,7 +42,7 @@ def test_the_picture_shows_what_the_text_asks_for(host, judge, text) -> None:
 
 
 # Larger, and of either shape. demo/quality.py looks at more of them, and at the share of mistakes.
-SIZES = ((240, 320), (384, 384), (512, 288))
+SIZES = ((240, 320), (512, 288))
 
 
 @pytest.mark.parametrize("size", SIZES)
