@@ -383,6 +383,19 @@ def said(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
+    ("packages", "format", "others"),
+    [(ALL, "bnb_nf4", 4.5e9), (ALL - {"bitsandbytes"}, "w4a8", 3.6e9)],
+)
+def test_with_16_gb_of_ram_four_bit_has_room_beside_what_the_guides_say(
+    packages, format, others
+) -> None:
+    little = card("RTX 4070", (8, 9), 12, 16, packages=packages)
+    for used, expected in ((others - 1e8, format), (others + 1e8, "fp8_e4m3fn")):
+        machine = replace(little, ram_free=int(16 * GIB - used))
+        assert choose(FP8, machine).weight_dtype == expected
+
+
+@pytest.mark.parametrize(
     ("name", "language", "rows"),
     [
         ("docs/formats.md", 0, ROWS),
