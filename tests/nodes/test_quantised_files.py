@@ -41,6 +41,30 @@ def test_fp8_scaled_files_load_stay_small_and_come_close(fresh, folder, name, la
     target.unlink()
 
 
+@pytest.mark.parametrize(("rotation", "ours"), [(256, False), (64, True)])
+def test_w4a8_of_others_opens_with_what_computes_its_rotation(fresh, rotation, ours) -> None:
+    """CUDA's kernels know 256 alone; stock ComfyUI then stops at the first layer."""
+    import comfy_kitchen
+    from comfy_kitchen.tensor import AsymW4A8Int8Layout as Layout
+
+    formats, place = fresh.part("core.host_formats"), fresh.models / "diffusion_models"
+    state, layer = load_file(place / UNET), "transformer_blocks.0.img_mlp.net.2"
+    with comfy_kitchen.use_backend("eager"):
+        codes, params = Layout.quantize(state[f"{layer}.weight"], convrot_groupsize=rotation)
+    said = formats.pack_json(formats.settings_of("asym_w4a8_int8", params))
+    entries = Layout.state_dict_tensors(codes, params).items()
+    state |= {f"{layer}.weight{name}": t for name, t in entries}
+    save_file(state | {f"{layer}.comfy_quant": said}, place / "others.safetensors")
+    header = fresh.part("core.checkpoint").read_header(str(place / "others.safetensors"))
+    assert fresh.part("nodes.quantized_loading").read_weights(header, {}).ours == ours
+    graph = text_to_image()
+    exact = fresh.run(graph).outputs["sampler"][0][0]["samples"]
+    graph["unet"] = loader("DiffusionModel", "others.safetensors")
+    close = fresh.run(graph).outputs["sampler"][0][0]["samples"]
+    assert 0 < float((close - exact).norm() / exact.norm()) < 0.2
+    (place / "others.safetensors").unlink()
+
+
 def test_an_fp8_scaled_encoder_without_a_vocabulary_computes_it(fresh) -> None:
     folder = fresh.models / "text_encoders"
     state = scaled_fp8(load_file(folder / CLIP), "model.layers.")
