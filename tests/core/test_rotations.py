@@ -9,6 +9,7 @@ from pack.core.quantization import ROTATIONS, WIDTHS
 from pack.core.quantized_layers import decode, encode
 from pack.tests import cuda_kernels
 from pack.tests.conftest import missing
+from pack.tests.nodes.quantized_models import others_w4a8
 
 ROWS, INPUTS = 32, 1024
 LAYOUTS = host_formats.LAYOUTS
@@ -66,15 +67,7 @@ def test_what_we_encode_is_rotated_as_all_devices_can(format, inputs) -> None:
 
 
 def test_a_layer_of_others_that_no_kernel_knows_is_dequantised_by_torch(kernels) -> None:
-    from comfy_kitchen import use_backend
-
-    layout = host_formats._layout("w4a8")
     w = torch.randn(ROWS, 128, dtype=torch.bfloat16)
-    with use_backend("eager"):
-        codes, params = layout.quantize(w, convrot_groupsize=64)
-    entries = {f"weight{n}": t for n, t in layout.state_dict_tensors(codes, params).items()}
-    settings = host_formats.settings_of("asym_w4a8_int8", params)
-    entries["comfy_quant"] = host_formats.pack_json(settings)
-    back = decode(entries, torch.bfloat16)
+    back = decode(others_w4a8(w, 64), torch.bfloat16)
     assert float((back - w).float().norm() / w.float().norm()) < 0.09
     assert not kernels.seen

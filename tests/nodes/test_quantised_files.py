@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pack.tests.graphs import CLIP, UNET, encode, loader, preview, text_to_image
+from pack.tests.nodes.quantized_models import others_w4a8
 from safetensors.torch import load_file, save_file
 
 
@@ -44,17 +45,11 @@ def test_fp8_scaled_files_load_stay_small_and_come_close(fresh, folder, name, la
 @pytest.mark.parametrize(("rotation", "ours"), [(256, False), (64, True)])
 def test_w4a8_of_others_opens_with_what_computes_its_rotation(fresh, rotation, ours) -> None:
     """CUDA's kernels know 256 alone; stock ComfyUI then stops at the first layer."""
-    import comfy_kitchen
-    from comfy_kitchen.tensor import AsymW4A8Int8Layout as Layout
-
-    formats, place = fresh.part("core.host_formats"), fresh.models / "diffusion_models"
-    state, layer = load_file(place / UNET), "transformer_blocks.0.img_mlp.net.2"
-    with comfy_kitchen.use_backend("eager"):
-        codes, params = Layout.quantize(state[f"{layer}.weight"], convrot_groupsize=rotation)
-    said = formats.pack_json(formats.settings_of("asym_w4a8_int8", params))
-    entries = Layout.state_dict_tensors(codes, params).items()
-    state |= {f"{layer}.weight{name}": t for name, t in entries}
-    save_file(state | {f"{layer}.comfy_quant": said}, place / "others.safetensors")
+    place, layer = fresh.models / "diffusion_models", "transformer_blocks.0.img_mlp.net.2"
+    state = load_file(place / UNET)
+    entries = others_w4a8(state[f"{layer}.weight"], rotation).items()
+    state |= {f"{layer}.{name}": tensor for name, tensor in entries}
+    save_file(state, place / "others.safetensors")
     header = fresh.part("core.checkpoint").read_header(str(place / "others.safetensors"))
     assert fresh.part("nodes.quantized_loading").read_weights(header, {}).ours == ours
     graph = text_to_image()

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pack.core import host_formats
 from pack.core.quantization import FORMATS
 from pack.core.quantized_layers import decode, encode, missing_package
 from pack.tests import cuda_kernels
 from pack.tests.conftest import missing
 from pack.tests.examples import examples
+from pack.tests.nodes.quantized_models import others_w4a8
 from torch.nn import functional as F
 
 BITSANDBYTES = ("bnb_nf4", "bnb_fp4", "bnb_int8")
@@ -234,18 +234,6 @@ def test_a_second_import_of_the_module_leaves_its_tensors_alone(layouts) -> None
     assert same(second.tensor_from(entries, torch.bfloat16), tensor)
 
 
-def entries_of_others(rows: int, inputs: int, rotation: int) -> dict[str, torch.Tensor]:
-    """A layer in W4A8 that is rotated as this pack would not."""
-    import comfy_kitchen
-    from comfy_kitchen.tensor import AsymW4A8Int8Layout as Layout
-
-    with comfy_kitchen.use_backend("eager"):
-        codes, params = Layout.quantize(weight(rows, inputs), convrot_groupsize=rotation)
-    entries = {f"weight{n}": t for n, t in Layout.state_dict_tensors(codes, params).items()}
-    settings = host_formats.settings_of("asym_w4a8_int8", params)
-    return {**entries, "comfy_quant": host_formats.pack_json(settings)}
-
-
 def test_rotations_of_others_are_computed_without_kernels_that_refuse_them(
     host, monkeypatch
 ) -> None:
@@ -253,7 +241,7 @@ def test_rotations_of_others_are_computed_without_kernels_that_refuse_them(
     layer = operations(torch.bfloat16, False, torch.device("cpu")).Linear(
         128, 48, bias=False, device="cpu", dtype=torch.bfloat16
     )
-    layer.load_state_dict(entries_of_others(48, 128, 64), strict=False)
+    layer.load_state_dict(others_w4a8(weight(48, 128), 64), strict=False)
     x, plain = weight(4, 128), weight(48, 128)
     before = layer(x), layer.dense_weight()
     kernels = cuda_kernels.installed(monkeypatch)
