@@ -41,8 +41,9 @@ FORMATS = ("bnb_nf4", "default", "int8", "bnb_fp4", "int4", "bnb_int8")
 WIDE_FORMATS = ("bnb_nf4", "int8", "bnb_int8", "int4", "bnb_fp4")
 ROUNDS_BEFORE, ROUNDS = 4, 2
 LIMIT, NOISE = 50e6, 1e6  # bytes
-PAUSE, QUIET, MOST_ASKED = 0.5, 2, 20  # seconds; how often nothing may have changed; how often
+PAUSE, QUIET, MOST_ASKED = 1.0, 2, 20  # seconds; how often nothing may have changed; how often
 SIDE = 256
+EVERYTHING = ("/free", {"unload_models": True, "free_memory": True})
 LOADED = {"device": "default", "keep_loaded": False, "preset": "balanced"}
 SAMPLED: dict[str, Any] = {
     "steps": 1, "cfg": 1.0, "denoise": 1.0, "sampler_name": "euler", "scheduler": "simple",
@@ -126,7 +127,7 @@ def let_go(server: Server, gauge: Gauge) -> dict[str, int]:
     """
     found: list[dict[str, int]] = []
     for _ in range(MOST_ASKED):
-        server.post_json("/free", {"unload_models": True, "free_memory": True})
+        server.post_json(*EVERYTHING)
         time.sleep(PAUSE)
         found.append(gauge.now())
         if len(found) > QUIET and alike(found[-QUIET - 1 :]):
@@ -157,9 +158,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     result = server.submit(graph, timeout=120.0)
                     if result.status != "success":
                         raise SystemExit(f"cycle {cycle}, {format}: {result.error}")
-                free = let_go(server, gauge)
-                if cycle in read:
-                    rows.append({"cycle": cycle, **free})
+                if cycle not in read:
+                    server.post_json(*EVERYTHING)
+                else:
+                    rows.append({"cycle": cycle, **let_go(server, gauge)})
                     print({k: round(v / 1e6, 1) if v > 999 else v for k, v in rows[-1].items()})
         finally:
             gauge.running = False
