@@ -6,12 +6,13 @@ Entries are laid out as ComfyUI's quantised layers write them, so that stock Com
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any
 
 import torch
 
-from .quantization import GROUP, ROTATIONS, rotation_of
+from .quantization import FORMATS, GROUP, ROTATIONS, WIDTHS, fits, rotation_of
 from .quantized_entries import (
     Entry,
     QuantizedFileError,
@@ -30,6 +31,7 @@ CONFIGURATION = "comfy_quant"
 HOST_NAMES = {"int8": "int8_tensorwise", "w4a8": "asym_w4a8_int8", "w4a4": "convrot_w4a4"}
 OUR_NAMES = {theirs: ours for ours, theirs in HOST_NAMES.items()}
 FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+DEFAULT_ROTATION = 256  # where a file says none
 PIECE = 1 << 22  # weights quantised at once, which takes comfy-kitchen up to ten bytes of each
 LAYOUTS = {
     "int8": "TensorWiseINT8Layout",
@@ -58,9 +60,17 @@ def _layout(format: str) -> Any:
 
 
 def encode(weight: torch.Tensor, format: str) -> dict[str, torch.Tensor]:
-    """Quantise a weight (out, in) to the entries of its layer. Raises as `check_weight`."""
+    """Quantise a weight (out, in) to the entries of its layer.
+
+    Raises as `check_weight`, and ValueError where the format does not fit the shape.
+    """
     check_weight(weight)
-    rotation = rotation_of(weight.shape[1])
+    rotation = rotation_of(format, weight.shape[1])
+    if not fits(format, weight.shape):
+        raise ValueError(
+            f"A weight of {weight.shape[1]:,} inputs cannot be stored in {format}, which takes "
+            f"multiples of {WIDTHS[format]}; choose {FORMATS[format].eight_bit} for this layer."
+        )
     options: dict[str, Any] = {} if rotation is None else {"convrot_groupsize": rotation}
     if format == "int8":
         options |= {"per_channel": True, "convrot": rotation is not None}
@@ -74,6 +84,30 @@ def encode(weight: torch.Tensor, format: str) -> dict[str, torch.Tensor]:
         entries = {name: torch.cat([piece[name] for piece, _ in made]) for name in entries}
     settings = settings_of(HOST_NAMES[format], params)
     return entries | {CONFIGURATION: pack_json(settings)}
+
+
+def kernels_for(format: str, rotation: int | None) -> AbstractContextManager[object]:
+    """Around what multiplies by a layer, or dequantises it: comfy-kitchen's kernels or its torch.
+
+    Torch is for ConvRot matrices that some device's kernels do not know (`has_kernels`); files of
+    others can have them.
+    """
+    if has_kernels(format, rotation):
+        return nullcontext()
+    import comfy_kitchen
+
+    return comfy_kitchen.use_backend("eager")
+
+
+def has_kernels(format: str, rotation: int | None) -> bool:
+    """Whether comfy-kitchen's kernels know a layer's ConvRot matrix on every device; None: no."""
+    return rotation is None or format not in ROTATIONS or rotation in ROTATIONS[format]
+
+
+def rotation_in(settings: Mapping[str, Any], format: str) -> Any:
+    """The size of a layer's ConvRot matrix by its settings, unchecked; None if it is not turned."""
+    rotated = format in ROTATIONS and (format != "int8" or settings.get("convrot", False))
+    return settings.get("convrot_groupsize", DEFAULT_ROTATION) if rotated else None
 
 
 def _quantize(
@@ -151,7 +185,7 @@ def _check_settings(
 ) -> None:
     """The sizes of groups that `comfy_quant` says, on which the products fail only later."""
     columns = shape_of(entries, format)[1]
-    size = settings.get("convrot_groupsize", ROTATIONS[0])
+    size = rotation_in(settings, format)
     rotated = format != "int8" or settings.get("convrot", False)
     if rotated and not (_is_power_of_4(size) and columns % size == 0):
         _refuse("convrot_groupsize", size, f"a power of 4 that divides {columns:,} inputs")
@@ -218,7 +252,8 @@ def decode(entries: Mapping[str, torch.Tensor], format: str, dtype: torch.dtype)
         raise QuantizedFileError(
             f"The scales do not fit the weight ({error}); the file is damaged, download it again."
         ) from None
-    return layout.dequantize(need(entries, "weight").view(torch.int8), params)
+    with kernels_for(format, rotation_in(settings, format)):
+        return layout.dequantize(need(entries, "weight").view(torch.int8), params)
 
 
 def _scales(entries: Mapping[str, torch.Tensor], format: str) -> dict[str, torch.Tensor | None]:
@@ -233,7 +268,7 @@ def _scales(entries: Mapping[str, torch.Tensor], format: str) -> dict[str, torch
 
 
 def _options(settings: Mapping[str, Any], format: str) -> dict[str, Any]:
-    rotation = {"convrot_groupsize": int(settings.get("convrot_groupsize", 256))}
+    rotation = {"convrot_groupsize": int(settings.get("convrot_groupsize", DEFAULT_ROTATION))}
     if format == "int8":
         return rotation | {"convrot": bool(settings.get("convrot", False))}
     if format == "w4a8":

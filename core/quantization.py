@@ -24,7 +24,10 @@ NESTED_BLOCK = 256  # of these scales that share one of their own (double quanti
 MAPS = 4 * 16 + 4 * 256  # bytes of the levels of weights and of scales
 GROUP, CODEBOOK = 16, 64  # weights that share a scale in W4A8, and bytes of its levels
 INT4_GROUP = 64  # the width of ComfyUI's int4 product
-ROTATIONS = (256, 64, 16)  # sizes of ConvRot's Hadamard matrices, the best first
+# Sizes of ConvRot's Hadamard matrices, the best first, that comfy-kitchen quantises, multiplies and
+# dequantises with on every device (0.2.31): CUDA's kernels of W4A8 know 256 alone.
+ROTATIONS = {"int8": (256, 64, 16), "w4a8": (256,), "w4a4": (256, 64, 16)}
+WIDTHS = {"w4a8": min(ROTATIONS["w4a8"]), "w4a4": INT4_GROUP}  # what has to divide the inputs
 
 
 @dataclass(frozen=True)
@@ -74,18 +77,19 @@ class Preset:
         return FORMATS[main].eight_bit if said == EIGHT_BIT else said
 
 
-def rotation_of(inputs: int) -> int | None:
-    """The largest ConvRot matrix that divides a layer's inputs, or None."""
-    return next((size for size in ROTATIONS if inputs % size == 0), None)
+def rotation_of(format: str, inputs: int) -> int | None:
+    """The largest ConvRot matrix that divides a layer's inputs, or None.
+
+    Never by the device that quantises: what it writes is to open on all of them.
+    """
+    return next((size for size in ROTATIONS[format] if inputs % size == 0), None)
 
 
 def fits(format: str, shape: Sequence[int]) -> bool:
     """Whether a weight of this shape (out, in) can be stored so."""
     outputs, inputs = shape
-    if format == "w4a8":
-        return rotation_of(inputs) is not None
-    if format == "w4a4":
-        return inputs % INT4_GROUP == 0
+    if format in WIDTHS:
+        return inputs % WIDTHS[format] == 0
     if FORMATS[format].bits == 4:
         return outputs * inputs % 2 == 0
     return True
@@ -108,9 +112,9 @@ def plan(layers: Mapping[str, Sequence[int]], format: str, preset: Preset) -> di
     """The name of a format for every layer that is to be quantised.
 
     `layers` maps the name of each linear layer, without ".weight" and without the prefix of an
-    all-in-one file, to the shape (out, in) of its weight. Layers that are kept, or that a format
-    does not fit, are absent. Tables may be among them: ComfyUI can look tokens up in int8, and
-    other rows as they are.
+    all-in-one file, to the shape (out, in) of its weight. A layer that a format does not fit gets
+    the format's eight bits; layers that are kept are absent. Tables may be among them: ComfyUI can
+    look tokens up in int8, and other rows as they are.
     """
     wanted = {name: preset.format_of(name, format) for name in layers}
     if FORMATS.get(wanted.get(TOKEN_TABLE, KEEP), FORMATS["w4a4"]).bits == 8:
@@ -118,7 +122,11 @@ def plan(layers: Mapping[str, Sequence[int]], format: str, preset: Preset) -> di
     else:
         wanted.pop(TOKEN_TABLE, None)
     wanted.pop(TIME_TABLE, None)
-    return {name: f for name, f in wanted.items() if f != KEEP and fits(f, layers[name])}
+    return {name: _fitting(f, layers[name]) for name, f in wanted.items() if f != KEEP}
+
+
+def _fitting(format: str, shape: Sequence[int]) -> str:
+    return format if fits(format, shape) else FORMATS[format].eight_bit
 
 
 # ---------------------------------------------------------------------------------------- presets

@@ -16,7 +16,16 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 from ..core import checkpoint, quantization
 from ..core.checkpoint import CheckpointError, Header
-from ..core.host_formats import CONFIGURATION, LAYOUTS, OUR_NAMES, PIECE, check
+from ..core.host_formats import (
+    CONFIGURATION,
+    LAYOUTS,
+    OUR_NAMES,
+    PIECE,
+    check,
+    has_kernels,
+    rotation_in,
+    settings_in,
+)
 from ..core.layer_source import LayerSource, stored_formats
 from ..core.quantization import BITSANDBYTES, FORMATS, Preset
 from ..core.quantized_entries import need
@@ -66,30 +75,34 @@ def read_weights(header: Header, options: dict[str, Any], strip: str = "") -> We
         state, metadata = comfy.utils.convert_old_quants(state, "", metadata=header.metadata)
         ours = quantised is not None or is_ours(header, stored)
         if not ours:
-            check_for_the_host(header, state)
+            ours = not check_for_the_host(header, state)
         return Weights(state, metadata, ours)
     device = options.get("load_device", mm.get_torch_device())
     state = quantized_state_dict(header, quantised, device, strip)
     return Weights(state, header.metadata, True)
 
 
-def check_for_the_host(header: Header, state: Mapping[str, torch.Tensor]) -> None:
-    """Raise CheckpointError for damaged layers that the host's own operations would open.
+def check_for_the_host(header: Header, state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the host's kernels know how all layers are rotated: this pack knows a way if not.
 
-    They ask less of a layer than this pack's, and name neither file nor remedy.
+    Raises CheckpointError for damaged layers that the host's own operations would open: they ask
+    less of a layer than this pack's, and name neither file nor remedy.
     """
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in state.items():
         if (parts := split_name(name)) is not None:
             layers.setdefault(parts[0], {})[parts[1]] = tensor
+    known = True
     for layer, entries in layers.items():
         if CONFIGURATION not in entries:
             continue
         try:
-            check_host_layer(entries)
+            found = check_host_layer(entries)
+            known &= has_kernels(found or "", rotation_in(settings_in(entries), found or ""))
         except QuantizedFileError as error:
             file = os.path.basename(header.path)
             raise CheckpointError(f"{file}, layer {layer}: {error}") from None
+    return known
 
 
 def check_host_layer(

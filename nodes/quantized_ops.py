@@ -6,6 +6,7 @@ and counts these weights as it does its own. LoRAs are added to the product: unm
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import comfy.model_management as mm
@@ -23,7 +24,7 @@ from .quantized_loading import check_host_layer
 from .unmerged_linear import UnmergedLinear
 
 OWN = "QwenVRAM"  # what the names of this pack's layouts start with
-INTEGERS = ("TensorWiseINT8Layout", "TensorCoreConvRotW4A4Layout", "AsymW4A8Int8Layout")
+NAMES = {layout: name for name, layout in host_formats.LAYOUTS.items()}  # of the host's integers
 
 
 class QuantizedLinear(UnmergedLinear):
@@ -38,18 +39,24 @@ class QuantizedLinear(UnmergedLinear):
         weight = getattr(self, "weight", None)
         if not isinstance(weight, QuantizedTensor):
             return False
-        return weight._layout_cls in INTEGERS or weight._layout_cls.startswith(OWN)
+        return weight._layout_cls in NAMES or weight._layout_cls.startswith(OWN)
 
     def dense_weight(self, device: torch.device | None = None) -> Tensor:
         """(out, in) dequantised, without patches."""
         weight = self.weight if device is None else self.weight.to(device)
-        return weight.dequantize()
+        with kernels_for(weight):
+            return weight.dequantize()
 
     # ------------------------------------------------------------------------------- forward
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) to (..., out)."""
         if not self.takes_patches:
             return super().forward(input, *args, **kwargs)
+        with kernels_for(self.weight):
+            out = self._cast_product(input)
+        return self.with_loras(out, input)
+
+    def _cast_product(self, input: Tensor) -> Tensor:
         comfy.ops.run_every_op()
         dense = bool(self.weight_function)  # the host dequantises for functions of a weight
         with comfy.ops.CastBiasWeightContext(
@@ -61,8 +68,7 @@ class QuantizedLinear(UnmergedLinear):
             offloadable=True,
             compute_dtype=input.dtype,
         ) as (weight, bias):
-            out = self._product(input, weight, bias)
-        return self.with_loras(out, input)
+            return self._product(input, weight, bias)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not isinstance(weight, QuantizedTensor):
@@ -160,6 +166,14 @@ class QuantizedLinear(UnmergedLinear):
             return weight
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         return None
+
+
+def kernels_for(weight: QuantizedTensor) -> AbstractContextManager[object]:
+    """Around what multiplies by a weight, or dequantises it: see core.host_formats.kernels_for."""
+    params = weight._params
+    rotated = getattr(params, "convrot", True)  # int8 alone can do without
+    rotation = getattr(params, "convrot_groupsize", None) if rotated else None
+    return host_formats.kernels_for(NAMES.get(weight._layout_cls, ""), rotation)
 
 
 def operations(

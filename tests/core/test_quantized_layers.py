@@ -40,7 +40,7 @@ STATE = "weight.quant_state.bitsandbytes__"
 # The largest relative error on normally distributed weights, measured and rounded up.
 ERRORS = {"bnb_int8": 0.01, "bnb_nf4": 0.1, "bnb_fp4": 0.13, "int8": 0.01, "w4a8": 0.08}
 ERRORS["w4a4"] = 0.15
-widths = st.sampled_from([16, 48, 64, 96, 128, 192, 320])
+widths = st.sampled_from([16, 48, 64, 96, 128, 192, 256, 320])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -144,7 +144,7 @@ def test_four_bit_entries_are_what_bitsandbytes_writes(format, dtype) -> None:
 
 
 def test_large_layers_are_quantised_in_pieces_to_the_same_entries(monkeypatch) -> None:
-    w = weight(70, 192)
+    w = weight(70, 256)
     whole = {name: encode(w, name) for name in FORMATS}
     for module in (bitsandbytes_formats, bitsandbytes_int8, host_formats):
         monkeypatch.setattr(module, "PIECE", 4096)
@@ -171,14 +171,14 @@ def test_int8_is_bitsandbytes_own_but_also_beyond_the_range_of_fp16() -> None:
     assert decode(encode(big, "bnb_int8"), torch.float32)[0, 1].item() == pytest.approx(-2e6)
 
 
-@pytest.mark.parametrize("format", ["int8", "w4a8", "w4a4"])
-def test_host_entries_decode_to_what_the_host_makes_of_them(format) -> None:
+@pytest.mark.parametrize(("format", "rotation"), [("int8", 64), ("w4a8", 256), ("w4a4", 64)])
+def test_host_entries_decode_to_what_the_host_makes_of_them(format, rotation) -> None:
     from comfy_kitchen import tensor as kitchen
 
-    w = weight(48, 128)
+    w = weight(48, 2 * rotation)
     layout = getattr(kitchen, host_formats.LAYOUTS[format])
     options = {"convrot": True, "per_channel": True} if format == "int8" else {}
-    codes, params = layout.quantize(w, convrot_groupsize=64, **options)
+    codes, params = layout.quantize(w, convrot_groupsize=rotation, **options)
     entries = encode(w, format)
     assert torch.equal(entries["weight"], codes)
     assert torch.equal(decode(entries, torch.bfloat16), layout.dequantize(codes, params))
@@ -354,7 +354,7 @@ def test_old_int8_files_without_a_weight_format_are_read() -> None:
 
 @pytest.mark.parametrize("format", ["int8", "w4a8", "w4a4"])
 def test_damaged_host_layers_are_told_in_a_sentence(format) -> None:
-    entries = encode(weight(16, 64), format)
+    entries = encode(weight(16, 256), format)
     scale = "weight_s_rel" if format == "w4a8" else "weight_scale"
     with pytest.raises(QuantizedFileError, match=f"{scale} is missing"):
         decode({name: e for name, e in entries.items() if name != scale}, torch.bfloat16)
@@ -380,7 +380,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("format", "settings"), SETTINGS)
 def test_settings_that_fail_in_the_product_are_told_at_once(format, settings) -> None:
-    entries = encode(weight(16, 64), format)
+    entries = encode(weight(16, 256 if format == "w4a8" else 64), format)
     host_formats.check(entries, format)
     with pytest.raises(QuantizedFileError, match=f"comfy_quant says {next(iter(settings))} .*aga"):
         host_formats.check(saying(entries, **settings), format)
@@ -402,7 +402,7 @@ def test_a_format_that_is_no_name_is_told(said) -> None:
     ],
 )
 def test_scales_of_the_host_that_are_no_numbers_are_told(format, name) -> None:
-    entries = encode(weight(16, 64), format)
+    entries = encode(weight(16, 256), format)
     bad = entries[name].float().clone()
     bad.view(-1)[-1] = NAN
     with pytest.raises(QuantizedFileError, match=f"{name} holds values that are not numbers"):
@@ -429,7 +429,7 @@ def test_only_matrices_of_floats_are_quantised() -> None:
 # ------------------------------------------------------------------------------------- a header
 def test_a_header_tells_the_formats_that_the_tensors_tell(tmp_path: Path) -> None:
     tensors = {
-        f"a.{name}.{key}": e for name in FORMATS for key, e in encode(weight(16, 64), name).items()
+        f"a.{name}.{key}": e for name in FORMATS for key, e in encode(weight(16, 256), name).items()
     }
     tensors["a.plain.weight"] = weight(4, 4)
     tensors["a.fp8.weight"] = weight(4, 4).to(torch.float8_e4m3fn)
@@ -446,7 +446,7 @@ def test_a_header_tells_the_formats_that_the_tensors_tell(tmp_path: Path) -> Non
         }
         assert format_of(entries) == name
         assert torch.equal(
-            decode(entries, torch.float32), decode(encode(weight(16, 64), name), torch.float32)
+            decode(entries, torch.float32), decode(encode(weight(16, 256), name), torch.float32)
         )
 
 
@@ -470,7 +470,7 @@ def test_a_header_with_damaged_host_layers_names_file_and_layer(format) -> None:
     whole = {
         f"{layer}.{name}": checkpoint.Tensor(DTYPES_BY_NAME[e.dtype], tuple(e.shape))
         for layer in ("a", "b")
-        for name, e in encode(weight(16, 64), format).items()
+        for name, e in encode(weight(16, 256), format).items()
     }
     assert layers_of(checkpoint.Header("some.safetensors", whole)) == dict.fromkeys("ab", format)
     for name in (n for n in whole if n.startswith("b.")):

@@ -41,7 +41,7 @@ def test_the_node_and_the_command_write_the_same_file(
                     "QwenVRAMSaveQuantized", model=["unet", 0], filename_prefix=f"{choice}_{number}"
                 )
                 result = server.submit(graph)
-                assert result.status == "success", result.error
+                assert result.status == "success", (choice, result.error)
     for choice, format in FORMATS.items():
         target = tmp_path / f"{choice}.safetensors"
         given = [str(tmp_path / "models" / TRANSFORMER), str(target), "--format", format]

@@ -91,6 +91,19 @@ def quantized(host: Host, name: str, format: str, **options: Any) -> Any:
     return model_of(host, plain, quantized_state(host, plain, format), **options)
 
 
+def others_w4a8(weight: torch.Tensor, rotation: int) -> dict[str, torch.Tensor]:
+    """A layer in W4A8 that is rotated as this pack would not, quantised on the CPU."""
+    import comfy_kitchen
+    from comfy_kitchen.tensor import AsymW4A8Int8Layout as Layout
+    from pack.core import host_formats
+
+    with comfy_kitchen.use_backend("eager"):
+        codes, params = Layout.quantize(weight, convrot_groupsize=rotation)
+    entries = {f"weight{n}": t for n, t in Layout.state_dict_tensors(codes, params).items()}
+    settings = host_formats.settings_of("asym_w4a8_int8", params)
+    return {**entries, host_formats.CONFIGURATION: host_formats.pack_json(settings)}
+
+
 def write_lora(
     host: Host,
     name: str,

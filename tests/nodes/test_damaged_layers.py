@@ -12,6 +12,7 @@ from pack.tests.nodes.quantized_models import parts
 
 OPTIONAL = {"weight_format", "weight_codebook"}  # without the last a layer alone can be whole
 FORMATS = ("bnb_nf4", "bnb_int8", "int8", "w4a8", "w4a4")
+INPUTS = 256  # which all of them can have
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +24,16 @@ def it(host) -> SimpleNamespace:
     return it
 
 
-def entries(it, format: str, shape: tuple[int, int] = (16, 64)) -> dict[str, torch.Tensor]:
+def entries(it, format: str, shape: tuple[int, int] = (16, INPUTS)) -> dict[str, torch.Tensor]:
     """Of a layer with a bias."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return {"bias": torch.ones(shape[0]), **it.layers.encode(weight, format)}
 
 
 def opened(it, found: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """A model's layer of 64 inputs and 16 outputs with these entries."""
+    """A model's layer of INPUTS inputs and 16 outputs with these entries."""
     linear = it.ops.operations(torch.float32, False, torch.device("cpu")).Linear
-    model = torch.nn.ModuleDict({"block": linear(64, 16, device="cpu", dtype=torch.float32)})
+    model = torch.nn.ModuleDict({"block": linear(INPUTS, 16, device="cpu", dtype=torch.float32)})
     model.load_state_dict({f"block.{name}": t.clone() for name, t in found.items()}, strict=False)
     return model["block"]
 
@@ -46,7 +47,7 @@ def refusal(it, found: dict[str, torch.Tensor]) -> str:
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_entry_is_needed_whole(it, format) -> None:
     whole = entries(it, format)
-    assert opened(it, whole)(torch.ones(1, 64)).isfinite().all()
+    assert opened(it, whole)(torch.ones(1, INPUTS)).isfinite().all()
     for name, entry in whole.items():
         if name not in OPTIONAL:
             assert refusal(it, {n: e for n, e in whole.items() if n != name})
@@ -58,8 +59,8 @@ def test_every_entry_is_needed_whole(it, format) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_layer_of_another_shape(it, format) -> None:
-    found = entries(it, format, (32, 128)) | {"bias": torch.ones(16)}
-    assert "The file has 32 x 128 numbers where the model has 16 x 64" in refusal(it, found)
+    found = entries(it, format, (32, 512)) | {"bias": torch.ones(16)}
+    assert "The file has 32 x 512 numbers where the model has 16 x 256" in refusal(it, found)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +76,8 @@ def test_an_unknown_format(it, settings, sentence) -> None:
 
 
 def test_weights_that_say_nothing_of_their_format(it) -> None:
-    fp8 = {"weight": torch.ones(16, 64).to(torch.float8_e4m3fn), "weight_scale": torch.ones(())}
-    for found in ({"weight": torch.ones(16, 64, dtype=torch.uint8)}, fp8):
+    fp8 = {"weight": torch.ones(16, INPUTS).to(torch.float8_e4m3fn), "weight_scale": torch.ones(())}
+    for found in ({"weight": torch.ones(16, INPUTS, dtype=torch.uint8)}, fp8):
         assert "comfy_quant is missing" in refusal(it, found)
     assert "weight is missing" in refusal(it, {"bias": torch.ones(16)})
     assert "16 x 32 numbers" in refusal(it, {"weight": torch.ones(16, 32)})

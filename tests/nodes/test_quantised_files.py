@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pack.tests.graphs import CLIP, UNET, encode, loader, preview, text_to_image
+from pack.tests.nodes.quantized_models import others_w4a8
 from safetensors.torch import load_file, save_file
 
 
@@ -39,6 +40,24 @@ def test_fp8_scaled_files_load_stay_small_and_come_close(fresh, folder, name, la
     error = ((a - b).norm() / a.norm()).item()
     assert 0 < error < 0.2
     target.unlink()
+
+
+@pytest.mark.parametrize(("rotation", "ours"), [(256, False), (64, True)])
+def test_w4a8_of_others_opens_with_what_computes_its_rotation(fresh, rotation, ours) -> None:
+    """CUDA's kernels know 256 alone; stock ComfyUI then stops at the first layer."""
+    place, layer = fresh.models / "diffusion_models", "transformer_blocks.0.img_mlp.net.2"
+    state = load_file(place / UNET)
+    entries = others_w4a8(state[f"{layer}.weight"], rotation).items()
+    state |= {f"{layer}.{name}": tensor for name, tensor in entries}
+    save_file(state, place / "others.safetensors")
+    header = fresh.part("core.checkpoint").read_header(str(place / "others.safetensors"))
+    assert fresh.part("nodes.quantized_loading").read_weights(header, {}).ours == ours
+    graph = text_to_image()
+    exact = fresh.run(graph).outputs["sampler"][0][0]["samples"]
+    graph["unet"] = loader("DiffusionModel", "others.safetensors")
+    close = fresh.run(graph).outputs["sampler"][0][0]["samples"]
+    assert 0 < float((close - exact).norm() / exact.norm()) < 0.2
+    (place / "others.safetensors").unlink()
 
 
 def test_an_fp8_scaled_encoder_without_a_vocabulary_computes_it(fresh) -> None:

@@ -198,12 +198,12 @@ def preset(host, **formats: str):
 
 
 def test_what_a_preset_asks_for_beside_is_asked_of_the_machine_too(host, choice) -> None:
-    head, mine = header(host, "diffusion_models", UNET), preset(host, to_q="main", to_k="w4a8")
+    head, mine = header(host, "diffusion_models", UNET), preset(host, to_q="main", to_k="w4a4")
     choice.here = replace(choice.here, cuda=(12, 8))
     found = choice.resolve("bnb_nf4", head, "default", mine)
-    assert found.weight_dtype == "bnb_nf4" and found.why.startswith("w4a8, slow: ComfyUI's")
+    assert found.weight_dtype == "bnb_nf4" and found.why.startswith("w4a4, slow: ComfyUI's")
     choice.here = replace(choice.here, capability=(6, 1), name="GTX 1080")
-    with pytest.raises(ValueError, match=r"^w4a8 needs .* preset than mine, which has .* w4a8\.$"):
+    with pytest.raises(ValueError, match=r"^w4a4 needs .* preset than mine, which has .* w4a4\.$"):
         choice.resolve("bnb_nf4", head, "default", mine)
     only_8_bit = preset(host, to_q="bnb_int8")  # what weight_dtype says is in no layer
     assert choice.resolve("int8", head, "default", only_8_bit) == choice.Choice("int8", "")

@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pack.core.quantization import FORMATS
 from pack.core.quantized_layers import decode, encode, missing_package
+from pack.tests import cuda_kernels
 from pack.tests.conftest import missing
 from pack.tests.examples import examples
+from pack.tests.nodes.quantized_models import others_w4a8
 from torch.nn import functional as F
 
 BITSANDBYTES = ("bnb_nf4", "bnb_fp4", "bnb_int8")
@@ -182,8 +184,8 @@ def test_the_hosts_way_back_from_a_patched_weight_keeps_the_layout(layouts, kind
 def test_the_hosts_own_formats_load_in_its_layers_and_come_back(layouts, format) -> None:
     from comfy.ops import mixed_precision_ops
 
-    entries = encode(weight(48, 128), format)
-    layer = mixed_precision_ops().Linear(128, 48, bias=False, device="cpu", dtype=torch.bfloat16)
+    entries = encode(weight(48, 256), format)
+    layer = mixed_precision_ops().Linear(256, 48, bias=False, device="cpu", dtype=torch.bfloat16)
     layer.load_state_dict(dict(entries), strict=False)
     assert torch.equal(layer.weight.dequantize(), decode(entries, torch.bfloat16))
     again = layouts.entries_of(layer.weight)
@@ -191,9 +193,9 @@ def test_the_hosts_own_formats_load_in_its_layers_and_come_back(layouts, format)
     assert set(again) == set(entries) == set(stock)
     assert all(torch.equal(again[name], entries[name]) for name in entries)
     assert all(torch.equal(stock[name], entries[name]) for name in entries)
-    x = weight(4, 128)
-    error = (layer(x) - x @ weight(48, 128).t()).float().norm() / (
-        x @ weight(48, 128).t()
+    x = weight(4, 256)
+    error = (layer(x) - x @ weight(48, 256).t()).float().norm() / (
+        x @ weight(48, 256).t()
     ).float().norm()
     assert error < {"int8": 0.02, "w4a8": 0.09, "w4a4": 0.25}[format]
 
@@ -212,7 +214,7 @@ def test_scaled_fp8_of_the_host_comes_back_too(layouts) -> None:
 def test_other_formats_are_refused_in_a_sentence(layouts) -> None:
     for format in HOSTS:
         with pytest.raises(ValueError, match="not in bitsandbytes'"):
-            layouts.tensor_from(encode(weight(16, 64), format), torch.bfloat16)
+            layouts.tensor_from(encode(weight(16, 256), format), torch.bfloat16)
     entries = encode(weight(16, 64), "bnb_nf4")
     del entries["weight.absmax"]
     with pytest.raises(ValueError, match=r"weight\.absmax is missing"):
@@ -230,3 +232,22 @@ def test_a_second_import_of_the_module_leaves_its_tensors_alone(layouts) -> None
     )
     assert set(second.entries_of(tensor)) == set(entries)
     assert same(second.tensor_from(entries, torch.bfloat16), tensor)
+
+
+def test_rotations_of_others_are_computed_without_kernels_that_refuse_them(
+    host, monkeypatch
+) -> None:
+    operations = host.part("nodes.quantized_ops").operations
+    layer = operations(torch.bfloat16, False, torch.device("cpu")).Linear(
+        128, 48, bias=False, device="cpu", dtype=torch.bfloat16
+    )
+    layer.load_state_dict(others_w4a8(weight(48, 128), 64), strict=False)
+    x, plain = weight(4, 128), weight(48, 128)
+    before = layer(x), layer.dense_weight()
+    kernels = cuda_kernels.installed(monkeypatch)
+    assert torch.equal(layer(x), before[0]) and torch.equal(layer.dense_weight(), before[1])
+    assert not kernels.seen
+    assert float((before[1] - plain).norm() / plain.norm()) < 0.09
+    if kernels.refusing:
+        with pytest.raises(RuntimeError, match="only supports group_size 256"):
+            layer.weight.dequantize()  # as stock does
