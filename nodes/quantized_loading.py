@@ -36,7 +36,7 @@ from ..core.quantized_layers import (
     shape_of,
     split_name,
 )
-from ..core.tensor_reader import own_memory
+from ..core.tensor_reader import own_memory, trim
 from .status import say
 
 ENCODING_BYTES = 16  # room on the device for each weight while it is quantised
@@ -206,6 +206,7 @@ def quantized_state_dict(
         if step.layer and done % often == 0:
             say(f"quantising {done} of {len(plan)} layers")
     mm.soft_empty_cache()
+    trim()
     return state
 
 

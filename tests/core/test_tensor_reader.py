@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pack.core.checkpoint import CheckpointError, read_header, usual_name
 from pack.core.file_identity import identify
 from pack.core.shards import shards_of
 from pack.core.tensor_reader import DTYPES, TensorReader, own_memory
+from pack.tests.conftest import ROOT
 from pack.tests.live_bytes import LiveBytes
 from safetensors.torch import load_file, save_file
 
@@ -159,3 +161,30 @@ def test_what_is_read_into_a_buffer_is_the_tensor(tmp_path: Path) -> None:
         found = reader.read(name, buffer)
         assert found.equal(tensor) and found.data_ptr() == buffer.data_ptr()
         assert reader.read(name).equal(tensor)
+
+
+FREED = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from core.tensor_reader import trim
+def taken():
+    rows = Path("/proc/self/status").read_text().splitlines()
+    return next(int(r.split()[1]) * 1024 for r in rows if r.startswith("RssAnon"))
+before = taken()
+held = [torch.ones(25_000) for _ in range(2_000)]  # 100 KB each: the C library's own
+last = held.pop()  # lies above them, so that they cannot go by themselves
+del held
+kept = taken() - before
+trim()
+print(kept, taken() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "confstr"), reason="which C library it is cannot be asked")
+def test_what_was_freed_goes_back_to_the_system() -> None:
+    if "CS_GNU_LIBC_VERSION" not in os.confstr_names or not os.confstr("CS_GNU_LIBC_VERSION"):
+        pytest.skip("only glibc can be asked")
+    command = [sys.executable, "-c", FREED, str(ROOT)]
+    kept, left = map(int, subprocess.run(command, capture_output=True, check=True).stdout.split())
+    assert kept > 150e6 > 30e6 > left

@@ -612,6 +612,12 @@ def test_progress_is_told_in_bytes_and_ends(fresh) -> None:
     assert states[-1] == (size, size) and states[0][0] < size
 
 
+def test_what_quantising_freed_goes_back_to_the_system(fresh, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(fresh.part("nodes.quantized_loading"), "trim", lambda: asked.append(1))
+    assert load(fresh, weight_dtype="int8") and asked == [1]
+
+
 def test_cycles_of_formats_and_loras_leave_no_weights_behind(fresh, monkeypatch) -> None:
     """A short run of the benchmark's cycles; that one counts 200, and the process's memory."""
     seen = []
