@@ -16,6 +16,7 @@ from comfy.model_patcher import LazyCastingParam, ModelPatcher, ModelPatcherDyna
 from comfy.quant_ops import QuantizedTensor
 
 from .low_rank import Patch, Patches, changes_nothing, factors_of, fits
+from .quantized_ops import kernels_for
 from .status import say
 from .unmerged_linear import UnmergedLinear
 
@@ -266,7 +267,10 @@ class _Unmerged:
 
 def _dequantized(weight: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """What the host calls on a weight before it merges with it."""
-    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+    if not isinstance(weight, QuantizedTensor):
+        return weight
+    with kernels_for(weight):
+        return weight.dequantize()
 
 
 class _PlainWeights(dict[str, Any]):
