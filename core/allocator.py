@@ -39,31 +39,29 @@ class Option(NamedTuple):
     measured: str
 
 
-# Measured on one NVIDIA H200. With dynamic VRAM: held down to 12 GB, sampling of 4 steps at
-# 1328x1328. Without: held down to 23.5 GiB, 30 or 60 generations, 512 to 2048 pixels.
+# Measured on one NVIDIA H200 held down to 23.5 GiB, without dynamic VRAM: 30 or 60 generations,
+# 512 to 2048 pixels; see Fragmentation in benchmarks/RESULTS.md.
 OPTIONS = {
     "backend": Option(
         "Backend",
         f"{NATIVE} or {ASYNC}",
         "native is PyTorch's own allocator; cudaMallocAsync is the one of NVIDIA's driver, "
         "which has none of the options below.",
-        "with dynamic VRAM no difference (3.8 s with native, 3.6 s with cudaMallocAsync); "
-        "without it none in one run of 60 (73.8 and 72.1 s), and 24 % slower with "
-        "cudaMallocAsync in another of 30",
+        "without dynamic VRAM no difference in one run of 60 (73.8 s with native, 72.1 s with "
+        "cudaMallocAsync), and 24 % slower with cudaMallocAsync in another of 30",
     ),
     "max_split_size_mb": Option(
         "MaxSplitSizeMB",
         "a whole number of MB from 21 to 1000000",
         "Blocks larger than this are not split for a smaller tensor, so that they stay whole for "
         "large ones. It is not a minimum size, and limits nothing else.",
-        "128 changed nothing, with dynamic VRAM or without",
+        "128 changed nothing without dynamic VRAM",
     ),
     "expandable_segments": Option(
         "ExpandableSegments",
         "True or False",
         "Memory is taken in ranges that grow, instead of in pieces of fixed size. Linux only.",
-        "slower with dynamic VRAM (5.3 s instead of 3.6 to 3.8 s); without it as fast, and it "
-        "reserved 1.3 GB less",
+        "slower with dynamic VRAM; without it as fast, and it reserved 1.3 GB less",
     ),
     "garbage_collection_threshold": Option(
         "GarbageCollectionThreshold",

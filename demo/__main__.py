@@ -22,7 +22,7 @@ KNOWN = (
     "night and room. English and Chinese."
 )
 
-PICTURES = ("examples", "nodes", "front")
+PICTURES = ("examples", "nodes", "front", "help")
 WORKERS = 3  # for the tests: two have ComfyUI in their process, or drive a server; one a browser
 
 
@@ -70,7 +70,7 @@ def _options(command: str, rest: Sequence[str]) -> argparse.Namespace:
             "Writes the examples into the help pages, and takes the pictures of the README in the "
             "real editor, after runs on the embedded model."
         )
-        wanted = "examples, nodes or front (default: all, some 20 minutes)"
+        wanted = "examples, nodes, front or help (default: all, some 20 minutes)"
         parser.add_argument("what", nargs="*", metavar="WHAT", type=_picture, help=wanted)
         parser.add_argument("--only", nargs="+", default=[], metavar="NODE", help="of these nodes")
     elif command == "thumbnails":

@@ -48,7 +48,7 @@ export const ALLOCATOR_SETTINGS = [
     type: "combo",
     options: choice("on", "off"),
     defaultValue: LEAVE,
-    tooltip: "native and Linux only. With dynamic VRAM it was slower on an H200 (5.3 s instead of 3.6 to 3.8 s).",
+    tooltip: "native and Linux only. With dynamic VRAM it was slower on an H200.",
   },
   {
     id: "QwenVRAM.Allocator.GarbageCollectionThreshold",

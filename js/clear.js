@@ -55,31 +55,30 @@ export function clearButton() {
   return { icon: "pi pi-eraser", label: words.button, tooltip, onClick: () => clear(chosenLevel()) };
 }
 
+/** For the menu; see menu.js. */
+export const CLEAR_COMMANDS = [
+  {
+    id: CHOSEN,
+    label: "Clear VRAM, as chosen in the settings (Qwen VRAM)",
+    menubarLabel: "Clear VRAM, as chosen in the settings",
+    icon: "pi pi-eraser",
+    function: () => clear(chosenLevel()),
+  },
+  ...Object.entries(LABELS).map(([level, label]) => ({
+    id: idOf(level),
+    label,
+    menubarLabel: label.replace(" (Qwen VRAM)", ""), // the submenu has the name
+    icon: ICONS[level],
+    function: () => clear(level),
+  })),
+];
+
 app.registerExtension({
   name: "QwenVRAM.Clear",
   settings: [CLEAR_SETTING],
-  commands: [
-    {
-      id: CHOSEN,
-      label: "Clear VRAM, as chosen in the settings (Qwen VRAM)",
-      menubarLabel: "Clear VRAM, as chosen in the settings",
-      icon: "pi pi-eraser",
-      function: () => clear(chosenLevel()),
-    },
-    ...Object.entries(LABELS).map(([level, label]) => ({
-      id: idOf(level),
-      label,
-      menubarLabel: label.replace(" (Qwen VRAM)", ""), // the submenu has the name
-      icon: ICONS[level],
-      function: () => clear(level),
-    })),
-  ],
   // No letter that AltGr, or Option on a Mac, types into a text: it would be taken from there. A
   // target does not help, since the canvas holds the text fields of its nodes.
   keybindings: [{ commandId: CHOSEN, combo: { ctrl: true, alt: true, key: "m" } }],
-  menuCommands: [
-    { path: ["Extensions", "Qwen VRAM"], commands: [CHOSEN, ...Object.keys(LABELS).map(idOf)] },
-  ],
   setup() {
     // What was to be done later is done.
     api.addEventListener(EVENT, ({ detail }) => tell(toastOf(200, JSON.stringify(detail), locale())));

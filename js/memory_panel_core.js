@@ -38,7 +38,7 @@ const WORDS = {
       `${name}: the largest free block of the allocator has ${largest}; ${size} lie in ${number} fragments smaller than 64 MB.`,
     noBlocks: (name, why) => `${name}: not measurable: ${why}`,
     noDevice: "There is no device with an allocator of torch.",
-    parts: {}, details: {}, what: {}, why: {}, told: {},
+    kinds: {}, parts: {}, details: {}, what: {}, why: {}, told: {},
   },
   zh: {
     title: "内存", running: "工作流正在运行。", idle: "没有工作流在运行。",
@@ -74,6 +74,7 @@ const WORDS = {
     found: (name, largest, size, number) => `${name}：分配器最大的空闲块为 ${largest}；${size} 分散在 ${number} 个小于 64 MB 的碎片中。`,
     noBlocks: (name, why) => `${name}：无法测量：${why}`,
     noDevice: "没有使用 torch 分配器的设备。",
+    kinds: { "diffusion model": "扩散模型", "text encoder": "文本编码器", VAE: "VAE", model: "模型", other: "其他" },
     parts: {
       other_processes: "其他进程", pack: "Qwen VRAM 的提示词缓存", context: "CUDA 上下文和库",
       others_at_start: "其他进程和驱动（ComfyUI 启动时）", outputs: "节点保留的结果",
@@ -255,8 +256,14 @@ function deviceNotes({ allocator, dynamic_vram_bytes: pages }, words) {
 function partRow(part, { id, colour, scale }, words) {
   const bytes = count(part.bytes);
   const share = scale > 0 && bytes > 0 ? bytes / scale : 0;
-  const label = words.parts[id] ?? text(part.label, id);
+  const label = words.parts[id] ?? modelText(text(part.label, id), id, words);
   return { id, label, size: bytesText(bytes, words), share, colour, detail: detailText(part.detail, words) };
+}
+
+/** A part that is a model begins with its kind: "Text encoder NAME (fp16)". */
+function modelText(label, id, { kinds }) {
+  const kind = id.startsWith("model:") && Object.keys(kinds).find((each) => label.toLowerCase().startsWith(`${each.toLowerCase()} `));
+  return kind ? kinds[kind] + label.slice(kind.length) : label;
 }
 
 function useText(device, total, words) {
@@ -294,10 +301,11 @@ export function blocksText(report, locale) {
 
 function modelView(model, words) {
   const size = (value) => (count(value) === null ? null : bytesText(value, words));
-  const name = text(model.name) || text(model.file) || text(model.kind);
+  const kind = Object.hasOwn(words.kinds, text(model.kind)) ? words.kinds[model.kind] : text(model.kind);
+  const name = text(model.name) || text(model.file) || kind;
   const whole = size(model.bytes);
   const resident = size(model.resident_bytes);
-  const notes = [text(model.file).startsWith(name) ? "" : text(model.file), text(model.kind), text(model.dtype), text(model.device)];
+  const notes = [text(model.file).startsWith(name) ? "" : text(model.file), kind, text(model.dtype), text(model.device)];
   if (count(model.pinned_bytes)) notes.push(words.pinned(size(model.pinned_bytes)));
   if (count(model.mapped_bytes)) notes.push(words.mapped(size(model.mapped_bytes)));
   if (count(model.shared_with)) notes.push(words.shared(model.shared_with));

@@ -119,16 +119,17 @@ async function mergeLoaders() {
   toast(severity, mergedText(done, locale()));
 }
 
+/** For the menu; see menu.js. */
+export const MERGE_COMMANDS = [
+  {
+    id: COMMAND,
+    label: "Merge duplicate loaders (Qwen VRAM)",
+    menubarLabel: "Merge duplicate loaders",
+    icon: "pi pi-sitemap",
+    function: mergeLoaders,
+  },
+];
+
 app.registerExtension({
   name: "QwenVRAM.MergeLoaders",
-  commands: [
-    {
-      id: COMMAND,
-      label: "Merge duplicate loaders (Qwen VRAM)",
-      menubarLabel: "Merge duplicate loaders",
-      icon: "pi pi-sitemap",
-      function: mergeLoaders,
-    },
-  ],
-  menuCommands: [{ path: ["Extensions", "Qwen VRAM"], commands: [COMMAND] }],
 });

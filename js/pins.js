@@ -172,27 +172,26 @@ function keepItem(node) {
   };
 }
 
+/** For the menu; see menu.js. */
+export const PIN_COMMANDS = [
+  {
+    id: "QwenVRAM.PinOutput",
+    label: "Pin output of the selected nodes (Qwen VRAM)",
+    menubarLabel: "Pin output of the selected nodes",
+    icon: "pi pi-thumbtack",
+    function: () => forSelected(pin),
+  },
+  {
+    id: "QwenVRAM.UnpinOutput",
+    label: "Unpin output of the selected nodes (Qwen VRAM)",
+    menubarLabel: "Unpin output of the selected nodes",
+    icon: "pi pi-thumbtack",
+    function: () => forSelected(unpin),
+  },
+];
+
 app.registerExtension({
   name: "QwenVRAM.Pins",
-  commands: [
-    {
-      id: "QwenVRAM.PinOutput",
-      label: "Pin output of the selected nodes (Qwen VRAM)",
-      menubarLabel: "Pin output of the selected nodes",
-      icon: "pi pi-thumbtack",
-      function: () => forSelected(pin),
-    },
-    {
-      id: "QwenVRAM.UnpinOutput",
-      label: "Unpin output of the selected nodes (Qwen VRAM)",
-      menubarLabel: "Unpin output of the selected nodes",
-      icon: "pi pi-thumbtack",
-      function: () => forSelected(unpin),
-    },
-  ],
-  menuCommands: [
-    { path: ["Extensions", "Qwen VRAM"], commands: ["QwenVRAM.PinOutput", "QwenVRAM.UnpinOutput"] },
-  ],
   async setup() {
     api.addEventListener("qwen_vram.pin_refused", tellRefused);
     for (const name of [CHANGED, "reconnected"]) api.addEventListener(name, refresh);

@@ -86,18 +86,19 @@ async function queue({ id, output }, workflow, fileName) {
   }
 }
 
+/** For the menu; see menu.js. */
+export const PREFILL_COMMANDS = [
+  {
+    id: COMMAND,
+    label: "Encode a list of prompts (Qwen VRAM)",
+    menubarLabel: "Encode a list of prompts",
+    icon: "pi pi-list-check",
+    function: prefill,
+  },
+];
+
 app.registerExtension({
   name: "QwenVRAM.Prefill",
-  commands: [
-    {
-      id: COMMAND,
-      label: "Encode a list of prompts (Qwen VRAM)",
-      menubarLabel: "Encode a list of prompts",
-      icon: "pi pi-list-check",
-      function: prefill,
-    },
-  ],
-  menuCommands: [{ path: ["Extensions", "Qwen VRAM"], commands: [COMMAND] }],
   setup() {
     api.addEventListener("executed", ({ detail }) => {
       const facts = detail.output?.qwen_vram?.[0];

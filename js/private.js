@@ -34,18 +34,19 @@ function forget(graph) {
   if (graph.extra) graph.extra = withoutRunMark(graph.extra);
 }
 
+/** For the menu; see menu.js. */
+export const PRIVATE_COMMANDS = [
+  {
+    id: COMMAND,
+    label: "Run without keeping anything (Qwen VRAM)",
+    menubarLabel: "Run without keeping anything",
+    icon: "pi pi-eye-slash",
+    function: queuePrivate,
+  },
+];
+
 app.registerExtension({
   name: "QwenVRAM.Private",
-  commands: [
-    {
-      id: COMMAND,
-      label: "Run without keeping anything (Qwen VRAM)",
-      menubarLabel: "Run without keeping anything",
-      icon: "pi pi-eye-slash",
-      function: queuePrivate,
-    },
-  ],
-  menuCommands: [{ path: ["Extensions", "Qwen VRAM"], commands: [COMMAND] }],
   // A page that was closed during such a run may have kept the mark in its draft.
   afterConfigureGraph: () => forget(rootGraph()),
 });

@@ -5,17 +5,18 @@ import { panelSetting, SETTINGS } from "./settings_core.js";
 
 const REMOVE = "QwenVRAM.RemoveEverything";
 
+/** For the menu; see menu.js. */
+export const REMOVE_COMMANDS = [
+  {
+    id: REMOVE,
+    label: "Remove everything, pins too (Qwen VRAM)",
+    menubarLabel: "Remove everything, pins too",
+    icon: "pi pi-trash",
+    function: () => removeEverything(),
+  },
+];
+
 app.registerExtension({
   name: "QwenVRAM.Settings",
   settings: [panelSetting(renderPanel), ...SETTINGS],
-  commands: [
-    {
-      id: REMOVE,
-      label: "Remove everything, pins too (Qwen VRAM)",
-      menubarLabel: "Remove everything, pins too",
-      icon: "pi pi-trash",
-      function: () => removeEverything(),
-    },
-  ],
-  menuCommands: [{ path: ["Extensions", "Qwen VRAM"], commands: [REMOVE] }],
 });

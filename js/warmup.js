@@ -162,22 +162,23 @@ function view() {
   return buttonOf(report, locale());
 }
 
+/** For the menu; see menu.js. */
+export const WARM_UP_COMMANDS = [
+  {
+    id: COMMAND,
+    label: "Warm up (silent) (Qwen VRAM)",
+    menubarLabel: "Warm up (silent)",
+    icon: "pi pi-bolt",
+    function: press,
+  },
+];
+
 app.registerExtension({
   name: "QwenVRAM.WarmUp",
   settings: [
     { id: PULSE, name: "", type: "hidden", defaultValue: 0, attrs: { count: 0 } },
     SETTING,
   ],
-  commands: [
-    {
-      id: COMMAND,
-      label: "Warm up (silent) (Qwen VRAM)",
-      menubarLabel: "Warm up (silent)",
-      icon: "pi pi-bolt",
-      function: press,
-    },
-  ],
-  menuCommands: [{ path: ["Extensions", "Qwen VRAM"], commands: [COMMAND] }],
   keybindings: [
     { commandId: COMMAND, combo: { alt: true, key: "w" } }, // no letter of a text: see clear.js
   ],

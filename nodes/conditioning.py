@@ -106,7 +106,7 @@ class CachedTextEncode(io.ComfyNode):
         REGISTRY.forget_leaving()  # an encoder that was kept, and is neither kept nor needed now
         encoding.settle(found.hit)
         saved = max(0.0, found.hit.entry.seconds - found.seconds)
-        line = f"hit, {found.hit.tier}, {found.seconds:.2f} s"
+        line = f"hit, {found.hit.tier}, found in {found.seconds:.2f} s"
         return shown(found.hit.entry.value, text=line, **announce_hit(found.hit.tier, saved))
 
     @classmethod

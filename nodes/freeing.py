@@ -165,7 +165,8 @@ def _line(
             word = "freed" if change >= 0 else "more in use"
             parts.append(f"{name}: {size_text(abs(change))} {word}")
     if wish.level != CACHE:
-        parts.append(f"{unloaded} models unloaded" + (f", {kept} kept" if kept else ""))
+        models = "1 model" if unloaded == 1 else f"{unloaded} models"
+        parts.append(f"{models} unloaded" + (f", {kept} kept" if kept else ""))
     return " · ".join([*parts, moment])
 
 

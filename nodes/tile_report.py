@@ -28,7 +28,7 @@ def plan_of(picture: Tensor, edited: Edited) -> Tensor:
 def _label(made: Correction | None) -> str:
     if made is None or not _moved(made):
         return ""
-    return f"{made.down:+.1f} {made.right:+.1f} px"
+    return f"{_signed(made.down)} {_signed(made.right)} px"
 
 
 def _moved(made: Correction) -> bool:
@@ -49,14 +49,24 @@ def _tiles(number: int) -> str:
     return "1 tile" if number == 1 else f"{number} tiles"
 
 
+def _signed(number: float) -> str:
+    """With one place and its sign; what rounds to nothing has that of a sum, not -0.0."""
+    return f"{round(number, 1) + 0.0:+.1f}"
+
+
+def _way(pixels: float, ahead: str, back: str) -> str:
+    """A part of a movement, without a sign."""
+    return f"{abs(pixels):.2f} px {back if pixels < 0 else ahead}"
+
+
 def _told(made: Correction) -> str:
     """One correction in words."""
     parts = []
     if _moved(made):
-        parts.append(f"moved {made.down:+.2f} px down, {made.right:+.2f} px right")
+        ways = (_way(made.down, "down", "up"), _way(made.right, "right", "left"))
+        parts.append(f"moved {', '.join(ways)}")
     if _most_coloured([made]) >= LEAST_COLOUR:
-        red, green, blue = made.colour
-        parts.append(f"colour {red:+.1f} {green:+.1f} {blue:+.1f} of 255")
+        parts.append(f"colour {' '.join(map(_signed, made.colour))} of 255")
     return "; ".join(filter(None, [*parts, made.note])) or "nothing to correct"
 
 

@@ -19,6 +19,7 @@ from pack.demo.example_blocks import to_workflow, write_page
 from pack.demo.examples import BY_MENU, EXAMPLES
 from pack.demo.server import Server
 from pack.tests.browser.editor import ENDS, FINISHED, SETTLE_MS, Editor
+from pack.tests.browser.test_memory_panel import close_panel, open_panel
 from pack.tests.browser.test_pins import menu, toast
 from pack.tests.conftest import ROOT
 from playwright.sync_api import Browser
@@ -64,14 +65,24 @@ AS_TAUGHT = {"PrimitiveInt": 8, "PrimitiveFloat": 1.0}  # steps and CFG of the e
 FRONT_SHEET = {"columns": 4, "paper": "A4 landscape, 150 dpi"}
 # Title, class, place and size, whose picture it takes, and its own values; the first is there.
 FRONT_NODES = (
-    ("Cute animal", "", (0, 0, 420, 440), "", FRONT_PROMPT),
-    ("Colouring Page", "QwenVRAMColouringPage", (0, 514, 420, 190), "Cute animal", {}),
-    ("Picture", "SaveImage", (470, 0, 310, 340), "Cute animal", {"filename_prefix": "animal"}),
-    ("Sticker Sheet", "QwenVRAMStickerSheet", (470, 404, 310, 360), "Cute animal", FRONT_SHEET),
-    ("Page", "SaveImage", (830, 0, 360, 340), "Colouring Page", {"filename_prefix": "page"}),
-    ("Stickers", "SaveImage", (830, 404, 360, 360), "Sticker Sheet", {"filename_prefix": "sheet"}),
+    ("Cute animal", "", (0, 218, 420, 440), "", FRONT_PROMPT),
+    ("Picture", "SaveImage", (490, 0, 310, 280), "Cute animal", {"filename_prefix": "animal"}),
+    ("Colouring Page", "QwenVRAMColouringPage", (490, 342, 310, 150), "Cute animal", {}),
+    ("Sticker Sheet", "QwenVRAMStickerSheet", (490, 556, 310, 320), "Cute animal", FRONT_SHEET),
+    ("Page", "SaveImage", (870, 0, 390, 390), "Colouring Page", {"filename_prefix": "page"}),
+    ("Stickers", "SaveImage", (870, 452, 390, 424), "Sticker Sheet", {"filename_prefix": "sheet"}),
 )
 FRONT_LIMIT = 200_000
+
+HELP = ROOT / "demo" / "workflows" / "qwen_image_2512_tiny.json"
+HELP_PAGES = ROOT / "js" / "docs"
+WARM_UP = ".qwen-vram-warm-up"
+CLEAR = "[data-testid=action-bar-buttons] button >> nth=1"
+REMOVE = (
+    "() => fetch('/qwen_vram/conditioning?everything=true', { method: 'DELETE' }).then(() => null)"
+)
+SAMPLING = """() => window.qwenVramEvents.some(([name, id]) =>
+    name === 'executing' && app.graph.getNodeById(id)?.type === 'KSampler')"""
 
 PANELS = (
     "Comfy.Minimap.Visible",
@@ -234,25 +245,31 @@ def of_pinned(editor: Editor, language: str) -> PIL.Image.Image:
     return of_node(editor, TO_BE_PINNED)
 
 
-def of_warm_up(editor: Editor) -> PIL.Image.Image:
-    """The button in the action bar, and the message in the end."""
-    editor.set_widgets({str(i): SMALL for i in editor.nodes()})
+def with_button(editor: Editor, button: str) -> PIL.Image.Image:
+    """The bar beside Run from a button of ours on, and the message in the end."""
     editor.page.evaluate(AWAY)
     editor.page.wait_for_timeout(NOTICE_MS)
     editor.page.get_by_test_id(NOTICE).wait_for(state="hidden")
-    editor.page.evaluate(FORGET)
     editor.dismiss()
-    button = editor.page.locator(".qwen-vram-warm-up")
-    button.click()
+    pressed = editor.page.locator(button)
+    pressed.click()
     message = editor.page.locator(".p-toast-message").first
     message.wait_for(timeout=60_000)
+    editor.page.mouse.move(700, 1400)
     editor.page.wait_for_timeout(2 * SETTLE_MS)
-    boxes = [button.bounding_box(), message.bounding_box()]
+    boxes = [editor.page.locator(WARM_UP).bounding_box(), message.bounding_box()]
     left = min(b["x"] for b in boxes if b) - MARGIN
     top = min(b["y"] for b in boxes if b) - MARGIN
     right = editor.page.evaluate("() => window.innerWidth")  # the bar ends just before
     bottom = max(b["y"] + b["height"] for b in boxes if b) + MARGIN
     return shot(editor, {"x": left, "y": top, "width": right - left, "height": bottom - top})
+
+
+def of_warm_up(editor: Editor) -> PIL.Image.Image:
+    """The button in the action bar, and the message in the end."""
+    editor.set_widgets({str(i): SMALL for i in editor.nodes()})
+    editor.page.evaluate(FORGET)
+    return with_button(editor, WARM_UP)
 
 
 def picture_of(editor: Editor, node_id: str, language: str) -> PIL.Image.Image:
@@ -304,8 +321,10 @@ def make_front(sharp: Editor, official_names: Server) -> None:
     (first, *_) = sharp.nodes()
     sharp.page.evaluate(INSIDE, [first, AS_TAUGHT])
     sharp.set_widgets({str(first): {"value": False}})  # the embedded model has no such LoRA
-    run(sharp, SMALL)
-    sharp.set_widgets({str(first): {"value": True, "seed": FRONT_SEED}})
+    for _ in range(2):  # the second time its words are known
+        run(sharp, SMALL)
+        sharp.set_widgets({str(first): {"seed": FRONT_SEED}})
+    sharp.set_widgets({str(first): {"value": True}})
     sharp.dismiss()
     picture = shot(sharp, sharp.page.evaluate(SHOW, FRONT_MARGIN))
     height = round(picture.height * FRONT_WIDTH / picture.width)
@@ -314,3 +333,49 @@ def make_front(sharp: Editor, official_names: Server) -> None:
         picture.save(MEDIA / "front.jpg", quality=quality, optimize=True, progressive=True)
         if (MEDIA / "front.jpg").stat().st_size < FRONT_LIMIT:
             break
+
+
+def half(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """A picture in the page's own pixels."""
+    size = (picture.width // SHARPNESS, picture.height // SHARPNESS)
+    return picture.resize(size, PIL.Image.Resampling.LANCZOS)
+
+
+def of_memory(editor: Editor, server: Server) -> PIL.Image.Image:
+    """The tab Memory while a workflow runs."""
+    steps = {str(i): {"steps": 10_000} for i in editor.nodes()}
+    editor.set_widgets(steps)
+    open_panel(editor)
+    editor.press_run()
+    editor.page.wait_for_function(SAMPLING, timeout=60_000)
+    editor.page.evaluate("() => { app.canvas.ds.reset(); app.canvas.ds.offset = [470, 250]; }")
+    editor.page.wait_for_timeout(2500)  # the panel asks once a second
+    picture = shot(editor, {"x": 0, "y": 0, "width": 800, "height": 900})
+    server.post_json("/interrupt", {})
+    assert editor.ran().status == "execution_interrupted"
+    close_panel(editor)
+    return picture
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def make_help(sharp: Editor, official_names: Server, language: str) -> None:
+    """Takes the pictures of the help pages and of the guide to the warm-up."""
+    speak(sharp, language, official_names)
+    sharp.tidy()
+    sharp.open(json.loads(HELP.read_text(encoding="utf-8")))
+    sharp.page.evaluate(CLEAN, PANELS)
+    sharp.page.evaluate(FORGET)
+    sharp.page.evaluate(REMOVE)
+    warm = half(with_button(sharp, WARM_UP))
+    if language == "en":
+        warm.save(MEDIA / "warm_up.jpg", quality=90)
+    pictures = {"Clear/clear_button": half(with_button(sharp, CLEAR))}
+    pictures["Report/memory_panel"] = half(of_memory(sharp, official_names))
+    for path, picture in pictures.items():
+        node_id, name = path.split("/")
+        name += "" if language == "en" else f"_{language}"
+        few = picture.quantize(256, PIL.Image.Quantize.MAXCOVERAGE, dither=PIL.Image.Dither.NONE)
+        few.save(HELP_PAGES / f"{name}.png", optimize=True)
+        if language != "en":  # GitHub looks beside the page, ComfyUI does not
+            few.save(HELP_PAGES / f"QwenVRAM{node_id}" / f"{name}.png", optimize=True)
+    speak(sharp, "en", official_names)

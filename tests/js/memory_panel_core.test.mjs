@@ -51,6 +51,25 @@ test("cards of the same name are told apart, and a part has one colour on all de
   assert.equal(new Set(colours.map(([, colour]) => colour)).size, 3);
 });
 
+test("the kinds of models are Chinese in a Chinese editor", () => {
+  const [known] = read("core/clearing.py").match(/KINDS = \((.*)\)/).slice(1);
+  const kinds = [...known.matchAll(/"([^"]+)"/g)].map(([, kind]) => kind);
+  assert.equal(kinds.length, 4);
+  const seen = (kind, locale) => {
+    const label = `${kind === "other" ? "Model" : kind[0].toUpperCase() + kind.slice(1)} q.safetensors (fp8)`; // memory_report.py
+    const devices = [{ ...REPORT.devices[0], parts: [part("model:0", 1e9, label)] }];
+    const { devices: [device], models: [model] } = viewOf({ devices, models: [{ ...REPORT.models[0], kind }] }, locale);
+    return [device.rows[0].label, model.notes];
+  };
+  for (const kind of kinds) {
+    for (const text of seen(kind, "zh")) assert.doesNotMatch(text, /model|encoder|other/i);
+    if (kind !== "VAE") for (const text of seen(kind, "zh")) assert.match(text, /[\u4e00-\u9fff]+ |[\u4e00-\u9fff]+ · /);
+    assert.ok(seen(kind, "en")[1].includes(kind));
+  }
+  assert.deepEqual(seen("text encoder", "zh")[0], "文本编码器 q.safetensors (fp8)");
+  for (const locale of ["en", "zh"]) assert.match(seen("constructor", locale)[1], /constructor/);
+});
+
 test("colours are those of the picture", () => {
   const table = read("core/memory_map.py").split("OTHER_COLOURS = {")[1].split("}")[0];
   const known = [...table.matchAll(/"(\w+)": "(#\w+)"/g)].filter(([, id]) => !["unexplained", "smaller"].includes(id));
@@ -289,7 +308,7 @@ test("failures are told, asked less and less often, and forgotten", async () => 
 });
 
 test("words exist in both languages, and so do the texts of the tab", () => {
-  const keys = (value) => Object.entries(value).flatMap(([k, v]) => (typeof v === "object" && !["parts", "details", "what", "why", "told"].includes(k) ? keys(v).map((x) => `${k}.${x}`) : [k]));
+  const keys = (value) => Object.entries(value).flatMap(([k, v]) => (typeof v === "object" && !["kinds", "parts", "details", "what", "why", "told"].includes(k) ? keys(v).map((x) => `${k}.${x}`) : [k]));
   assert.deepEqual(keys(memoryWords("zh")), keys(en));
   for (const language of ["en", "zh"]) {
     const load = (name) => JSON.parse(read(`locales/${language}/${name}.json`));

@@ -71,6 +71,7 @@ def test_all_models_are_unloaded_and_named(host, loaded) -> None:
 def test_one_kind_is_unloaded(host, loaded, kind: str) -> None:
     answer = free(host, kinds=frozenset({kind}))
     assert [m["kind"] for m in answer["unloaded"]] == ([kind] if kind != "other" else [])
+    assert ("0 models" if kind == "other" else "1 model") + " unloaded" in answer["text"]
     assert {m["kind"] for m in answer["kept"]} == set(kinds(loaded)) == set(KINDS[:3]) - {kind}
     assert {m["why"] for m in answer["kept"]} == {NOT_CHOSEN}
 

@@ -111,7 +111,7 @@ def test_after_a_restart_the_encoder_is_not_touched_and_the_picture_is_the_same(
     fresh.restart()
     second = fresh.run(text_to_image())
     assert "clip" not in second.executed and "save" in second.executed
-    assert re.fullmatch(r"hit, disk, \d\.\d\d s", second.status("negative")["text"])
+    assert re.fullmatch(r"hit, disk, found in \d\.\d\d s", second.status("negative")["text"])
     assert torch.equal(first.outputs["decode"][0][0], second.outputs["decode"][0][0])
 
 

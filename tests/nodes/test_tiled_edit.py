@@ -583,6 +583,14 @@ def test_the_guide_lies_where_the_picture_has_it(host, height, width, down, righ
     assert torch.allclose(target, canvas.crop(tile), atol=1e-4) and (unchanged > 0.999).all()
 
 
+def test_a_correction_is_told_by_its_direction_and_without_a_negative_nothing(host) -> None:
+    report, guides = part(host, "tile_report"), part(host, "tile_guide")
+    made = guides.Correction(-0.26, 0.01, (-0.04, 0.6, -0.6), "")
+    assert report._told(made) == "moved 0.26 px up, 0.01 px right; colour +0.0 +0.6 -0.6 of 255"
+    assert report._label(made) == "-0.3 +0.0 px"
+    assert report._label(made._replace(right=-0.01)) == "-0.3 +0.0 px"
+
+
 def test_a_guide_names_the_tiles_that_it_changes_also_at_the_end_of_a_side(
     host, monkeypatch
 ) -> None:
