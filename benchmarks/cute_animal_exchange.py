@@ -88,6 +88,8 @@ def graph_of(
     if side == A:
         return graphs.stock(graph, prompt)
     made = graphs.stock(graph, prompt, EXCHANGES[exchange])
+    for key in graphs.of_class(made, graphs.LOADER):  # the LoRA merged, as in stock
+        made[key]["inputs"] |= graphs.WEIGHTS["merged"]
     if CLEAR in EXCHANGES[exchange]:
         _clear_behind(made, graphs.the_one(made, "VAEDecode"))
     return made

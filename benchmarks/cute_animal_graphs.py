@@ -149,7 +149,8 @@ def _linked(link: list[Any], keep: frozenset[str]) -> bool:
 
 def graph_of(side: str, graph: Graph, prompt: Callable[..., tuple[str, str]]) -> Graph:
     """One side's graph: "stock", "ours" (the same nodes by ours), the "whole" workflow, "nf4": ours
-    with the transformer in bnb_nf4, all of it that may be, or "fp8": with LoRAs at run time."""
+    with the transformer in bnb_nf4, all of it that may be, "fp8": with LoRAs at run time, or
+    "merged": with LoRAs merged by ComfyUI, as in stock."""
     if side == "whole":
         return graph
     if side == "stock":

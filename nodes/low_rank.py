@@ -9,8 +9,6 @@ dequantised weight, at every call.
 from __future__ import annotations
 
 import logging
-import threading
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,15 +16,10 @@ from typing import Any, NamedTuple
 
 import comfy.lora
 import torch
-from comfy.model_management import is_device_cpu, unpin_memory
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Tensor
 
-from ..core.tensor_reader import own_memory
-from .pinning import pin
-
 NAMES = {"lora": "LoRA with DoRA, offset or reshape", "loha": "LoHa", "lokr": "LoKr"}
-_lock = threading.Lock()
 
 
 class Patch(NamedTuple):
@@ -83,10 +76,7 @@ class Layer:
     """The patches of one quantised weight, in the order in which they were added.
 
     The factors of all its LoRAs are one pair of matrices, copied to a device when it is first
-    used there. With dynamic VRAM that is in every run: from the second on they wait in RAM as
-    they are used, since Lightning's come in fp32, and half as many bytes from pinned memory
-    arrive in a fraction of the time. Several devices' threads may ask at a time: each only for
-    its own.
+    used there. Several devices' threads may ask at a time: each only for its own.
     """
 
     def __init__(self, key: str, shape: tuple[int, int], patches: tuple[Patch, ...]) -> None:
@@ -98,8 +88,6 @@ class Layer:
         # Of all its LoRAs together; 0 if they are applied to the dequantised weight.
         self.rank = sum(down.shape[0] for _, down, _ in self._factors) if self.low_rank else 0
         self._numbers = self.rank * sum(shape)
-        self._brought_before: set[torch.dtype] = set()
-        self._waiting: dict[torch.dtype, Tensor] = {}  # in RAM, pinned where that can be had
         self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def bytes_of(self, dtype: torch.dtype) -> int:
@@ -110,47 +98,12 @@ class Layer:
         """(down (rank, in), up (out, rank)) there, strengths and alpha in `up`, scaled in fp32."""
         copies = self._copies.get((device, dtype))
         if copies is None:
-            copies = self._parts(self._brought(device, dtype))
+            # To the device first: it converts faster, and less goes over the bus.
+            downs = [down.to(device).to(dtype) for _, down, _ in self._factors]
+            ups = [(up.to(device).float() * scale).to(dtype) for up, _, scale in self._factors]
+            copies = torch.cat(downs), torch.cat(ups, dim=1)
             self._copies[device, dtype] = copies
         return copies
-
-    def _brought(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Both matrices in one piece on a device."""
-        if is_device_cpu(device):
-            return self._joined(device, dtype)
-        with _lock:
-            if (waiting := self._waiting.get(dtype)) is not None:
-                return waiting.to(device, non_blocking=True)
-            numbers = self._joined(device, dtype)
-            if dtype in self._brought_before:
-                self._waiting[dtype] = self._in_ram(numbers)
-            self._brought_before.add(dtype)
-            return numbers
-
-    def _joined(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """From the files' factors. To the device first: it converts faster."""
-        numbers = torch.empty(self._numbers, device=device, dtype=dtype)
-        down_of_all, up_of_all = self._parts(numbers)
-        start = 0
-        for up, down, scale in self._factors:
-            end = start + down.shape[0]
-            down_of_all[start:end].copy_(down.to(device))
-            up_of_all[:, start:end].copy_(up.to(device).float() * scale)
-            start = end
-        return numbers
-
-    def _in_ram(self, numbers: Tensor) -> Tensor:
-        """The same in RAM that goes back to the system with this layer."""
-        waiting = own_memory(numbers.nbytes).view(numbers.dtype)
-        if pin(waiting):
-            weakref.finalize(self, unpin_memory, waiting).atexit = False
-        return waiting.copy_(numbers)
-
-    def _parts(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """(down, up), as views of that piece."""
-        outputs, inputs = self.shape
-        down, up = numbers.split([self.rank * inputs, outputs * self.rank])
-        return down.view(self.rank, inputs), up.view(outputs, self.rank)
 
     def resident_bytes(self, device: torch.device) -> int:
         """Bytes of the copies on a device; asked of every layer before each pass."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,11 @@ ENCODING_BYTES = 16  # room on the device for each weight while it is quantised
 HELD_BYTES = 3  # and for each of its layer's, before and after
 FOUR_BITS = {"nvfp4": 4} | {f.name: f.bits for f in FORMATS.values() if f.bits == 4}
 
+IN_TORCH = (
+    "Qwen VRAM: {} has layers rotated in groups that ComfyUI's kernels for CUDA do not know: they "
+    "are computed in torch, which is slower. Quantise the original file again if you have it."
+)
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -74,15 +80,16 @@ def read_weights(header: Header, options: dict[str, Any], strip: str = "") -> We
         state = _state_dict(header, strip)
         state, metadata = comfy.utils.convert_old_quants(state, "", metadata=header.metadata)
         ours = quantised is not None or is_ours(header, stored)
-        if not ours:
-            ours = not check_for_the_host(header, state)
+        if not ours and not hosts_kernels_fit(header, state):
+            logging.warning(IN_TORCH.format(os.path.basename(header.path)))
+            ours = True
         return Weights(state, metadata, ours)
     device = options.get("load_device", mm.get_torch_device())
     state = quantized_state_dict(header, quantised, device, strip)
     return Weights(state, header.metadata, True)
 
 
-def check_for_the_host(header: Header, state: Mapping[str, torch.Tensor]) -> bool:
+def hosts_kernels_fit(header: Header, state: Mapping[str, torch.Tensor]) -> bool:
     """Whether the host's kernels know how all layers are rotated: this pack knows a way if not.
 
     Raises CheckpointError for damaged layers that the host's own operations would open: they ask

@@ -17,7 +17,6 @@ from comfy.model_patcher import ModelPatcher
 from ..core.reference_store import PLACES, KVStore, bytes_of
 from ..core.units import size_text
 from . import loaded_models
-from .pinning import pin
 from .vram_limit import LIMIT
 from .workload import tokens_of
 
@@ -59,10 +58,20 @@ _lock = threading.Lock()
 # ------------------------------------------------------------------------------------- the stores
 def new_store(format: str, place: str, device: torch.device) -> KVStore:
     """A store that the memory report knows of; its RAM is pinned as far as ComfyUI allows."""
-    store = KVStore(format, place, device, pin, mm.unpin_memory)
+    store = KVStore(format, place, device, _pin, mm.unpin_memory)
     with _lock:
         _stores.add(store)
     return store
+
+
+def _pin(tensor: torch.Tensor) -> bool:
+    """Within ComfyUI's limit, so that no weights lose their pins; False where it has none left."""
+    if not mm.is_device_cpu(tensor.device):
+        return False
+    with _lock:
+        if mm.TOTAL_PINNED_MEMORY + tensor.nbytes > mm.MAX_PINNED_MEMORY:
+            return False
+        return mm.pin_memory(tensor)
 
 
 def held_on(device: torch.device) -> int:

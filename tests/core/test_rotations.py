@@ -47,7 +47,9 @@ def test_cudas_kernels_know_the_rotations_that_we_write(kernels, format, rotatio
     if rotation in ROTATIONS[format]:
         use(format, rotation)
         assert kernels.seen
-    elif kernels.refusing:
+    else:
+        if not kernels.refusing:
+            pytest.skip("comfy-kitchen's library no longer has the sentences that it refused with")
         with pytest.raises(RuntimeError, match="only supports group_size 256"):
             use(format, rotation)
 

@@ -101,7 +101,6 @@ def look_at(host: Any, plain: dict[str, Any], format: str, device: str) -> dict[
         "again": torch.equal(draw(host, patched), with_lora),
     }
     found["factors"] = max(seen)
-    found["factors pinned"] = all(t.is_pinned() for x in layers for t in x._waiting.values())
     found["factors between runs"] = sum(layer.resident_bytes(place) for layer in layers)
     plain_clone = patched.clone(disable_dynamic=True)
     found["not dynamic"] = torch.equal(draw(host, plain_clone), with_lora)

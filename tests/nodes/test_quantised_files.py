@@ -43,7 +43,9 @@ def test_fp8_scaled_files_load_stay_small_and_come_close(fresh, folder, name, la
 
 
 @pytest.mark.parametrize(("rotation", "ours"), [(256, False), (64, True)])
-def test_w4a8_of_others_opens_with_what_computes_its_rotation(fresh, rotation, ours) -> None:
+def test_w4a8_of_others_opens_with_what_computes_its_rotation(
+    fresh, caplog, rotation, ours
+) -> None:
     """CUDA's kernels know 256 alone; stock ComfyUI then stops at the first layer."""
     place, layer = fresh.models / "diffusion_models", "transformer_blocks.0.img_mlp.net.2"
     state = load_file(place / UNET)
@@ -57,6 +59,7 @@ def test_w4a8_of_others_opens_with_what_computes_its_rotation(fresh, rotation, o
     graph["unet"] = loader("DiffusionModel", "others.safetensors")
     close = fresh.run(graph).outputs["sampler"][0][0]["samples"]
     assert 0 < float((close - exact).norm() / exact.norm()) < 0.2
+    assert ("others.safetensors has layers rotated in groups" in caplog.text) == ours
     (place / "others.safetensors").unlink()
 
 

@@ -429,40 +429,6 @@ def test_copies_of_factors_belong_to_a_device(host) -> None:
     assert (layer.resident_bytes(meta), layer.resident_bytes(cpu)) == (0, 128)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_from_the_second_run_on_factors_come_from_one_pinned_piece_of_ram(
-    host, monkeypatch, dtype
-) -> None:
-    from comfy.weight_adapter import LoRAAdapter
-
-    it, pinned, freed = parts(host).low_rank, [], []
-    monkeypatch.setattr(it, "pin", lambda tensor: pinned.append(tensor.data_ptr()) or True)
-    monkeypatch.setattr(it, "unpin_memory", lambda tensor: freed.append(tensor.data_ptr()))
-    draw_ = torch.Generator().manual_seed(3)
-    given_ = [
-        (torch.randn(8, rank, generator=draw_), torch.randn(rank, 6, generator=draw_))
-        for rank in (2, 3)
-    ]
-    patches = [
-        it.Patch(s, LoRAAdapter(set(), (up, down, 1.5, None, None, None)), 1.0, None, None)
-        for s, (up, down) in zip((0.7, -1.0), given_, strict=True)
-    ]
-    layer = it.Layer("w", (8, 6), tuple(patches))
-    monkeypatch.setattr(it, "is_device_cpu", lambda device: False)
-    cpu, scales, made = torch.device("cpu"), (0.7 * 1.5 / 2, -1.0 * 1.5 / 3), []
-    for _ in range(4):  # with dynamic VRAM the copies go at the end of each run
-        down, up = layer.factors(cpu, dtype)
-        assert torch.equal(down, torch.cat([down.to(dtype) for _, down in given_]))
-        scaled = [(up * s).to(dtype) for (up, _), s in zip(given_, scales, strict=True)]
-        assert torch.equal(up, torch.cat(scaled, dim=1))
-        assert layer.drop(cpu) == 5 * (6 + 8) * dtype.itemsize
-        made.append(len(pinned))
-    assert made == [0, 1, 1, 1] and not freed
-    del layer, down, up
-    gc.collect()
-    assert freed == pinned
-
-
 def test_a_model_that_is_loaded_in_part_draws_the_same(host, pair, bare) -> None:
     """What a small card makes of it without dynamic VRAM: some modules are cast at each call."""
     tensors = {f"{Q}.diff": noise(128, 128), f"{MLP}.diff_b": noise(512)}
