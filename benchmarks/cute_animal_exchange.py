@@ -4,8 +4,8 @@
     COMFYUI_PATH=... python -m benchmarks.cute_animal_exchange run BASE out.json
     python -m benchmarks.cute_animal_exchange table out.json
 
-A is the graph from stock nodes, B the same with one thing exchanged for ours. Each pair has a
-server process of its own and draws A A B B A A B B, every picture from another new prompt; the
+A is the graph from stock nodes, B the same with one thing exchanged for ours; ComfyUI merges the
+LoRA on both sides. Each pair has a server process of its own and draws A A B B A A B B, every picture from another new prompt; the
 first of the process does not count. Where loaders or encoders are exchanged it is A A A A B B B B,
 and the first of each does not count: the models of both sides would push each other out, and
 ComfyUI lets go of the other side's conditioning of the negative prompt, which it then encodes anew.

@@ -56,9 +56,9 @@ def test_the_negative_which_never_changes_is_not_encoded_again_because_of_the_wo
     assert graph_of("all")["neg"]["inputs"]["text"] == ["text", 1]
 
 
-def test_all_is_what_the_benchmark_calls_ours() -> None:
+def test_all_is_what_the_benchmark_calls_merged() -> None:
     graph = cute_animal_graphs.with_words(whole(), "a cat", 7)
-    ours = cute_animal_graphs.graph_of("ours", graph, texts)
+    ours = cute_animal_graphs.graph_of("merged", graph, texts)
     made = graph_of("all")
     told = {k: (v["class_type"], v["inputs"]) for k, v in made.items()}
     assert told == {k: (v["class_type"], v["inputs"]) for k, v in ours.items()}
