@@ -5,11 +5,12 @@
     python -m benchmarks.cute_animal_exchange table out.json
 
 A is the graph from stock nodes, B the same with one thing exchanged for ours; ComfyUI merges the
-LoRA on both sides. Each pair has a server process of its own and draws A A B B A A B B, every picture from another new prompt; the
-first of the process does not count. Where loaders or encoders are exchanged it is A A A A B B B B,
-and the first of each does not count: the models of both sides would push each other out, and
-ComfyUI lets go of the other side's conditioning of the negative prompt, which it then encodes anew.
-Nodes are compared in pictures behind one of the same side, if there are any.
+LoRA on both sides. Each pair has a server process of its own and draws A A B B A A B B, every
+picture from another new prompt; the first of the process does not count. Where loaders or encoders
+are exchanged it is A A A A B B B B, and the first of each does not count: the models of both sides
+would push each other out, and ComfyUI lets go of the other side's conditioning of the negative
+prompt, which it then encodes anew. Nodes are compared in pictures behind one of the same side, if
+there are any.
 
 exchange_probe writes down around each node what lies where, what was streamed again, and which
 functions of ComfyUI were called with which numbers of bytes.
