@@ -73,7 +73,7 @@ def test_our_side_draws_the_same_and_what_nobody_asks_for_is_not_in_it() -> None
     made = cute_animal_graphs.graph_of("ours", whole(), texts)
     assert whole().keys() - made.keys() == {"page", "sheet", "save page", "save sheet", "clear"}
     assert cute_animal_graphs.graph_of("whole", whole(), texts) == whole()
-    for side, weight_dtype in (("nf4", "bnb_nf4"), ("fp8", "fp8_e4m3fn")):
+    for side, weight_dtype in (("nf4", "bnb_nf4"), ("fp8", "fp8_e4m3fn"), ("merged", "default")):
         other = cute_animal_graphs.graph_of(side, whole(), texts)
         assert other.pop("unet")["inputs"].items() >= {"weight_dtype": weight_dtype}.items()
         assert other == {key: item for key, item in made.items() if key != "unet"}
