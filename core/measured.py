@@ -21,8 +21,9 @@ KEYS = 256
 SAME = 0.05  # by how much need and room of a pass may differ from one that ran out
 
 
-def key_of(model: str, dtype: str, device: str, plan: Plan) -> str:
-    """What corrections are kept by: the kinds of model, numbers and device, and of the slicing.
+def key_of(model: str, dtype: str, weights: str, device: str, plan: Plan) -> str:
+    """What corrections are kept by: the kinds of model, numbers, stored weights ("" where they are
+    as it computes) and device, and of the slicing.
 
     Other parts of a plan only change the sizes, which the prediction knows exactly.
     """
@@ -30,7 +31,8 @@ def key_of(model: str, dtype: str, device: str, plan: Plan) -> str:
         sliced = "attention sliced"
     else:
         sliced = "feed-forward sliced" if plan.feed_forward > 1 else "whole"
-    return " | ".join((model, dtype, device, sliced))
+    numbers = f"{dtype} of {weights}" if weights else dtype
+    return " | ".join((model, numbers, device, sliced))
 
 
 class Measured:

@@ -13,7 +13,7 @@ from ..core.budget import CHANGED, EXACT, ROUNDING, Memory, Plan, Rung, Work
 from ..core.budget_text import Attempt
 from ..core.measured import Measured
 from .store import FOLDER
-from .workload import Dequantized, Holding, dequantized_of, key_of
+from .workload import Dequantized, Holding, dequantized_of, key_of, weights_of
 
 MEASURED = Measured(FOLDER / "forward_passes.json")
 FLUCTUATION_BYTES = 256_000_000  # less than this is no other program
@@ -42,10 +42,12 @@ class Place:
     repeats: int = 0  # of it on the same rung, to which nothing follows
     waited: float = 0.0  # seconds, for this pass
     dequantized: Dequantized = field(init=False)
+    weights: str = field(init=False)  # how they are stored
 
     def __post_init__(self) -> None:
         """Look at the layers once in a run."""
         self.dequantized = dequantized_of(self.model, self.patcher.load_device)
+        self.weights = weights_of(self.model)
 
     @property
     def rung(self) -> Rung:
@@ -63,7 +65,7 @@ class Place:
 
     def key(self, plan: Plan) -> str:
         """Under which name corrections of this prediction are kept."""
-        return key_of(self.model, self.patcher.load_device, plan)
+        return key_of(self.model, self.weights, self.patcher.load_device, plan)
 
     def factor(self, plan: Plan) -> float:
         """The correction, learned from earlier runs."""

@@ -151,8 +151,26 @@ def memory_of(
     return Memory(int(free), int(others), int(streamable), sum(part.bytes_held() for part in held))
 
 
-def key_of(model: BaseModel, device: torch.device, plan: Plan) -> str:
-    """Under which name corrections of the predictions are kept."""
+def weights_of(model: BaseModel) -> str:
+    """How the matrices of a model are stored: formats, and dtypes that it does not compute in.
+
+    What a product takes beside the activations depends on it: a weight is cast, dequantised, or
+    read as it is by a kernel.
+    """
+    computed, found = model.get_dtype_inference(), set()
+    for layer in model.diffusion_model.modules():
+        weight = getattr(layer, "weight", None)
+        if not torch.is_tensor(weight) or weight.dim() != 2:
+            continue
+        if (kind := getattr(layer, "quant_format", None)) is not None:
+            found.add(str(kind))
+        elif weight.dtype != computed:
+            found.add(str(weight.dtype))
+    return ", ".join(sorted(found))
+
+
+def key_of(model: BaseModel, weights: str, device: torch.device, plan: Plan) -> str:
+    """Under which name corrections of the predictions are kept; `weights`: of `weights_of`."""
     name = comfy.model_management.get_torch_device_name(device)
     kind = type(getattr(model, "diffusion_model", model)).__name__
-    return measured.key_of(kind, str(model.get_dtype_inference()), name, plan)
+    return measured.key_of(kind, str(model.get_dtype_inference()), weights, name, plan)

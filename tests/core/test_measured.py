@@ -16,7 +16,7 @@ from pack.core.budget import Plan
 from pack.core.measured import HIGHEST, KEYS, LOWEST, SAMPLES, Measured, key_of
 
 MB = 1_000_000
-KEY = key_of("Qwen-Image", "bfloat16", "a card", Plan())
+KEY = key_of("Qwen-Image", "bfloat16", "", "a card", Plan())
 
 
 @pytest.fixture
@@ -206,6 +206,7 @@ def test_keys_tell_apart_what_is_predicted_differently() -> None:
         Plan(apart=True),
         Plan(tiles=2),
     ]
-    keys = [key_of("m", "d", "c", plan) for plan in plans]
+    keys = [key_of("m", "d", "", "c", plan) for plan in plans]
     assert keys[2:] == [keys[2], keys[2], keys[0], keys[0]]
-    assert len({*keys, key_of("n", "d", "c", Plan()), key_of("m", "d", "e", Plan())}) == 5
+    others = [("n", "d", "", "c"), ("m", "e", "", "c"), ("m", "d", "w", "c"), ("m", "d", "", "e")]
+    assert len({*keys, *(key_of(*other, Plan()) for other in others)}) == 3 + len(others)

@@ -69,6 +69,35 @@ def test_a_model_that_is_not_quantised_takes_no_more(host: Host, workload: Modul
     assert workload.dequantized_of(model.model, CUDA) == (0, 0)
 
 
+# ------------------------------------------------------------ what a correction is kept by
+@pytest.mark.parametrize(
+    ("format", "weights"),
+    [
+        ("bnb_nf4", "bnb_nf4"),
+        ("int8", "int8_tensorwise"),
+        ("w4a8", "asym_w4a8_int8, int8_tensorwise"),  # narrow layers have no w4a8
+    ],
+)
+def test_corrections_of_a_quantised_model_are_its_own(
+    host: Host, workload: ModuleType, format: str, weights: str
+) -> None:
+    assert workload.weights_of(fp32(host, format).model) == weights
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_corrections_tell_weights_that_are_cast(
+    host: Host, workload: ModuleType, stored: torch.dtype
+) -> None:
+    plain = state_of(host, UNET)
+    model = model_of(host, plain, plain).model.to(torch.float32)
+    for layer in model.diffusion_model.modules():
+        if getattr(layer, "weight", None) is not None and layer.weight.dim() == 2:
+            layer.weight.data = layer.weight.data.to(stored)
+    model.manual_cast_dtype = torch.float32
+    expected = "" if stored == torch.float32 else str(stored)
+    assert workload.weights_of(model) == expected
+
+
 def test_a_modulation_sees_a_row_for_each_item_and_for_references(workload: ModuleType) -> None:
     of = workload.Dequantized(3, 5).of
     works = [
