@@ -85,8 +85,7 @@ def texts(words: str, style: str, palette: str, **more: Any) -> tuple[str, str]:
 
 def write_files(models: Path) -> None:
     """Random checkpoints of the official sizes (30 GB), and a LoRA of Lightning's (2.4 GB)."""
-    sys.path.insert(0, os.environ["COMFYUI_PATH"])
-    del sys.argv[1:]  # ComfyUI reads them
+    full_size_checkpoints.use_comfyui()
     full_size_checkpoints.write_all(models)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in large_files.transformer_shapes().items():

@@ -22,6 +22,19 @@ WEIGHT_SCALE = 0.02
 LAYERS = 60
 
 
+def use_comfyui() -> None:
+    """Make ComfyUI's modules importable; they take the CPU where there is no CUDA card.
+
+    Its options are not parsed. Raises SystemExit where COMFYUI_PATH is not set.
+    """
+    if "COMFYUI_PATH" not in os.environ:
+        sys.exit("Set COMFYUI_PATH to the folder of ComfyUI: its code has the shapes.")
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    from comfy.cli_args import args
+
+    args.cpu = args.cpu or not torch.cuda.is_available()
+
+
 def shapes_of(module: torch.nn.Module) -> dict[str, torch.Size]:
     """Names and shapes of everything that the module's checkpoint holds."""
     return {name: tensor.shape for name, tensor in module.state_dict().items()}
@@ -125,8 +138,5 @@ def parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     arguments = parser().parse_args()
-    if "COMFYUI_PATH" not in os.environ:
-        sys.exit("Set COMFYUI_PATH to the folder of ComfyUI: its code has the shapes.")
-    sys.path.insert(0, os.environ["COMFYUI_PATH"])
-    del sys.argv[1:]  # ComfyUI reads them
+    use_comfyui()
     write_all(arguments.models, arguments.layers)

@@ -7,7 +7,6 @@ that a file costs little more than its writing. Needs COMFYUI_PATH's modules on 
 from __future__ import annotations
 
 import json
-import os
 import re
 import struct
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .full_size_checkpoints import LAYERS, WEIGHT_SCALE, shapes_of
+from .full_size_checkpoints import LAYERS, WEIGHT_SCALE, shapes_of, use_comfyui
 
 DTYPES = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
 BLOCK = re.compile(r"^transformer_blocks\.(\d+)\.")
@@ -110,8 +109,7 @@ def write_lora(path: Path, shapes: Shapes, rank: int) -> None:
 def main() -> None:
     """python -m benchmarks.large_files MODELS LAYERS: a short bf16 transformer and its LoRA."""
     models, layers = Path(sys.argv[1]), int(sys.argv[2])
-    del sys.argv[1:]
-    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    use_comfyui()
     shapes = transformer_shapes(layers)
     write_file(models / SHORT, shapes, torch.bfloat16)
     write_lora(models / SHORT_LORA, shapes, SHORT_RANK)

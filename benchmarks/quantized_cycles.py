@@ -23,27 +23,22 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from demo.server import Server
-
 from . import large_files
 from .quantized_loading import prepared
 from .small_card_runs import nodes, running
-from .small_machine import Gauge
+from .small_machine import EVERYTHING, Gauge, let_go
 from .text_to_image import ROOT, Graph
 
 FORMATS = ("bnb_nf4", "default", "int8", "bnb_fp4", "int4", "bnb_int8")
 WIDE_FORMATS = ("bnb_nf4", "int8", "bnb_int8", "int4", "bnb_fp4")
 ROUNDS_BEFORE, ROUNDS = 4, 2
-LIMIT, NOISE = 50e6, 1e6  # bytes
-PAUSE, QUIET, MOST_ASKED = 1.0, 2, 20  # seconds; how often nothing may have changed; how often
+LIMIT = 50e6  # bytes
 SIDE = 256
-EVERYTHING = ("/free", {"unload_models": True, "free_memory": True})
 LOADED = {"device": "default", "keep_loaded": False, "preset": "balanced"}
 SAMPLED: dict[str, Any] = {
     "steps": 1, "cfg": 1.0, "denoise": 1.0, "sampler_name": "euler", "scheduler": "simple",
@@ -117,27 +112,6 @@ def wide_graphs(options: argparse.Namespace) -> Iterator[Cycle]:
         made["show"] = ("PreviewAny", {"source": ["sampler", 0]})
         yield format, [nodes(made)]
         cycle += 1
-
-
-def let_go(server: Server, gauge: Gauge) -> dict[str, int]:
-    """Ask for everything to be let go until nothing changes any more; what is taken then.
-
-    Asked once, ComfyUI (0.33) may not hear it before the next prompt has ended: its worker is only
-    woken where it waits, and after a prompt it collects garbage before it waits.
-    """
-    found: list[dict[str, int]] = []
-    for _ in range(MOST_ASKED):
-        server.post_json(*EVERYTHING)
-        time.sleep(PAUSE)
-        found.append(gauge.now())
-        if len(found) > QUIET and alike(found[-QUIET - 1 :]):
-            break
-    return found[-1]
-
-
-def alike(rows: list[dict[str, int]]) -> bool:
-    """Whether they differ by less than NOISE."""
-    return all(max(r[k] for r in rows) - min(r[k] for r in rows) < NOISE for k in rows[0])
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

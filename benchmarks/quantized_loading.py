@@ -30,7 +30,7 @@ from typing import Any
 from demo.server import Result, Server, ServerError
 
 from . import large_files
-from .full_size_checkpoints import VAE
+from .full_size_checkpoints import VAE, use_comfyui, write_vae
 from .quantized_cells import (
     BLOCK,
     KINDS,
@@ -47,7 +47,7 @@ from .quantized_cells import (
 )
 from .quantized_table import table
 from .small_card_runs import Row, running
-from .small_machine import Gauge, fetched, forget, small_ram
+from .small_machine import Gauge, fetched, forget, let_go, small_ram
 from .text_to_image import ROOT, Graph, device_bytes_used, small_card
 from .tiled_edit import CARDS, seen
 
@@ -116,14 +116,14 @@ def said(result: Result) -> dict[str, str]:
 def run_cell(server: Server, gauge: Gauge, vram: int, cell: Cell, options: Options) -> Row:
     """All prompts of a cell. Begins and ends with nothing loaded."""
     path = file_of(cell, options)
-    let_go(server)
+    let_go(server, gauge)
     before = {k: round(v / 1e9, 2) for k, v in gauge.now().items()}
     row: Row = {"before": before, "bytes": path.stat().st_size}
     for name, prompt in prompts(cell, path.name, options.tiny).items():
         if name == "first" and cell.cold:
             forget(path)
         if name == "warm":
-            let_go(server)
+            let_go(server, gauge)
         row[name] = run(server, gauge, vram, prompt)
         if row[name]["status"] != "success":
             break
@@ -145,12 +145,6 @@ def prompts(cell: Cell, file: str, tiny: bool) -> dict[str, Graph]:
     if cell.twice:
         made["warm"] = graph(cell, file, 5, tiny, 4.0, 1)
     return made
-
-
-def let_go(server: Server) -> None:
-    """Everything that is loaded, and what ComfyUI keeps of earlier prompts."""
-    server.post_json("/free", {"unload_models": True, "free_memory": True})
-    time.sleep(1.5)  # the queue obeys when it is idle
 
 
 # -------------------------------------------------------------------------------------- the files
@@ -217,7 +211,7 @@ def prepared(options: Options) -> None:
         shutil.copytree(ROOT / "benchmarks" / name, target, dirs_exist_ok=True)
     (base / "web").mkdir(parents=True, exist_ok=True)
     (base / "web" / "index.html").touch()
-    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    use_comfyui()
     if options.tiny:
         from demo.checkpoints import make_checkpoints
 
@@ -227,8 +221,6 @@ def prepared(options: Options) -> None:
         return
     vae = base / "models" / VAE
     if not vae.exists():
-        from .full_size_checkpoints import write_vae
-
         write_vae(vae)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from pack.benchmarks import quantized_cycles
+from pack.benchmarks import small_machine
 
 MODEL, REST = 400_000_000, 1_000_000_000
 
@@ -25,15 +25,15 @@ class Server:
 
 @pytest.mark.parametrize(("deaf", "late"), [(0, 0), (1, 0), (0, 1), (1, 1)])
 def test_a_model_that_goes_late_is_not_counted(monkeypatch, deaf, late) -> None:
-    monkeypatch.setattr(quantized_cycles, "PAUSE", 0)
+    monkeypatch.setattr(small_machine, "PAUSE", 0)
     server = Server(deaf, late)
-    found = quantized_cycles.let_go(server, server)
+    found = small_machine.let_go(server, server)
     assert found["VRAM"] == REST and found["RssAnon"] - REST < MODEL / 100
 
 
 def test_memory_that_never_comes_to_rest_ends_all_the_same(monkeypatch) -> None:
-    monkeypatch.setattr(quantized_cycles, "PAUSE", 0)
+    monkeypatch.setattr(small_machine, "PAUSE", 0)
     monkeypatch.setattr(Server, "now", lambda self: {"RssAnon": self.asked * 10**8})
-    assert quantized_cycles.let_go(server := Server(0, 0), server)["RssAnon"] == (
-        quantized_cycles.MOST_ASKED * 10**8
+    assert small_machine.let_go(server := Server(0, 0), server)["RssAnon"] == (
+        small_machine.MOST_ASKED * 10**8
     )
