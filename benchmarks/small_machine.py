@@ -161,6 +161,8 @@ def let_go(server: Server, gauge: Gauge) -> dict[str, int]:
         found.append(gauge.now())
         if len(found) > QUIET and alike(found[-QUIET - 1 :]):
             break
+    else:
+        print(f"memory did not come to rest in {MOST_ASKED * PAUSE:.0f} s", flush=True)
     return found[-1]
 
 

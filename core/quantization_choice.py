@@ -98,9 +98,9 @@ def in_own_fp8(file: File, machine: Machine) -> bool:
 
     By default ComfyUI merges a LoRA once into a weight that stays in VRAM, but at each use into one
     that is streamed, which takes longer than to add it. Where nothing moves, merging is faster; on
-    24 GB for known prompts alone, too. Measured on 12 and 24 GB of an H200 with dynamic VRAM, and
-    assumed elsewhere. On a CPU the default is fp32, four times as large; it has no VRAM here, so it
-    never holds both.
+    24 GB for known prompts alone, too. Measured on 8, 12 and 24 GB of an H200 with dynamic VRAM,
+    and assumed elsewhere. On a CPU the default is fp32, four times as large; it has no VRAM here,
+    so it never holds both.
     """
     plain = file.dtype in PLAIN_FP8 and file.kind == TRANSFORMER
     both = file.bytes + OTHER[file.kind]

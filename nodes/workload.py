@@ -152,10 +152,10 @@ def memory_of(
 
 
 def weights_of(model: BaseModel) -> str:
-    """How the matrices of a model are stored: formats, and dtypes that it does not compute in.
+    """How the matrices of a model are held: formats, and dtypes that it does not compute in.
 
     What a product takes beside the activations depends on it: a weight is cast, dequantised, or
-    read as it is by a kernel.
+    read by a kernel. Ways to compute from the same weights (fp8 fast) are not told apart.
     """
     computed, found = model.get_dtype_inference(), set()
     for layer in model.diffusion_model.modules():
@@ -164,8 +164,11 @@ def weights_of(model: BaseModel) -> str:
             continue
         if (kind := getattr(layer, "quant_format", None)) is not None:
             found.add(str(kind))
-        elif weight.dtype != computed:
-            found.add(str(weight.dtype))
+            continue
+        # With dynamic VRAM the parameter is what the file has; see comfy.model_management.
+        held = getattr(layer, "weight_comfy_model_dtype", None) or weight.dtype
+        if held != computed:
+            found.add(str(held))
     return ", ".join(sorted(found))
 
 

@@ -31,9 +31,10 @@ def test_a_model_that_goes_late_is_not_counted(monkeypatch, deaf, late) -> None:
     assert found["VRAM"] == REST and found["RssAnon"] - REST < MODEL / 100
 
 
-def test_memory_that_never_comes_to_rest_ends_all_the_same(monkeypatch) -> None:
+def test_memory_that_never_comes_to_rest_ends_all_the_same(monkeypatch, capsys) -> None:
     monkeypatch.setattr(small_machine, "PAUSE", 0)
     monkeypatch.setattr(Server, "now", lambda self: {"RssAnon": self.asked * 10**8})
     assert small_machine.let_go(server := Server(0, 0), server)["RssAnon"] == (
         small_machine.MOST_ASKED * 10**8
     )
+    assert "did not come to rest" in capsys.readouterr().out

@@ -18,6 +18,7 @@ from pack.tests.nodes.quantized_models import WIDTH, draw, model_of, quantized, 
 
 MODULATION, WIDE = 6 * WIDTH * WIDTH, 4 * WIDTH * WIDTH  # numbers of the two largest weights
 SIZE = 4  # bytes: on a CPU it computes in fp32
+FP8, FORMATS = torch.float8_e4m3fn, ("bnb_nf4", "int8")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -96,6 +97,26 @@ def test_corrections_tell_weights_that_are_cast(
     model.manual_cast_dtype = torch.float32
     expected = "" if stored == torch.float32 else str(stored)
     assert workload.weights_of(model) == expected
+
+
+def test_with_dynamic_vram_it_counts_what_a_weight_is_held_in(
+    host: Host, workload: ModuleType
+) -> None:
+    plain = state_of(host, UNET)
+    model = model_of(host, plain, plain).model
+    for layer in model.diffusion_model.modules():
+        layer.weight_comfy_model_dtype = FP8  # as ComfyUI notes it; the parameter is the file's
+    assert workload.weights_of(model) == str(FP8)
+
+
+def test_what_one_format_took_says_nothing_of_another(host: Host, monkeypatch, tmp_path) -> None:
+    place = importlib.import_module(f"{host.pack.__name__}.nodes.place")
+    monkeypatch.setattr(place, "MEASURED", place.Measured(tmp_path / "passes.json"))
+    one, other = (place.Place(m, m.model, False) for m in (fp32(host, f) for f in FORMATS))
+    for _ in range(3):
+        place.MEASURED.learn(one.key(Plan()), 10**9, 2 * 10**9)
+    assert one.factor(Plan()) == 2
+    assert other.factor(Plan()) == 1
 
 
 def test_a_modulation_sees_a_row_for_each_item_and_for_references(workload: ModuleType) -> None:
