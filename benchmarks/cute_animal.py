@@ -9,7 +9,8 @@ Chinese, and then 10 of them again with other seeds; the second, after a restart
 prompts and a new one. A side is "stock", "ours" (the drawing), "whole" (with the colouring page
 and the stickers), "nf4" (the drawing, its transformer quantised at load), "fp8" (the drawing, its
 LoRA added at run time: "ours" where the card does not hold both models) or "merged" (its LoRA
-merged, as in stock). A part of a card is the real one with another process holding the rest.
+merged, as in stock). A part of a card is the real one with another process holding the rest; less
+RAM (--ram) is a cgroup, see small_machine.py.
 
 `run` goes on where it was stopped: a session whose last line is in the file is not run again, and
 with --seconds none is begun that would not end by then. --rehearse draws on the CPU with the
@@ -43,7 +44,8 @@ from demo.server import Server
 
 from . import cute_animal_graphs as graphs
 from . import full_size_checkpoints, large_files
-from .small_machine import Gauge, forget
+from .quantized_cells import RAMS
+from .small_machine import Gauge, forget, small_ram
 from .text_to_image import ROOT, device_bytes_used, small_card
 
 WORKFLOW = ROOT / "workflows" / "cute_animal_for_kids.json"
@@ -64,6 +66,7 @@ WORDS = (
 AGAIN = WORDS[:10]
 AFTER = (WORDS[0], WORDS[3], "一只在花园里的小老虎")  # after a restart: known, known, new
 PHASES = ("first", "restart")
+CELL = ("card", "ram_size", "side", "phase", "args")  # what makes a session
 Row = dict[str, Any]
 
 
@@ -105,8 +108,9 @@ def write_files(models: Path) -> None:
 @contextlib.contextmanager
 def prepared(base: Path, rehearse: bool) -> Iterator[None]:
     """A base directory for both sides; for a rehearsal with the embedded model."""
-    target = base / "custom_nodes" / "small_card"
-    shutil.copytree(ROOT / "benchmarks" / "small_card", target, dirs_exist_ok=True)
+    for name in ("small_card", "small_ram"):
+        target = base / "custom_nodes" / name
+        shutil.copytree(ROOT / "benchmarks" / name, target, dirs_exist_ok=True)
     (base / "web").mkdir(exist_ok=True)
     (base / "web" / "index.html").touch()
     if rehearse:
@@ -207,7 +211,7 @@ def cells(options: argparse.Namespace) -> list[Row]:
     """The sessions, both sides of a card one after the other; a restart follows its first."""
     cards = [None] if options.rehearse else options.card
     return [
-        {"card": card, "side": side, "phase": phase, "args": options.args}
+        {"card": card, "ram_size": options.ram, "side": side, "phase": phase, "args": options.args}
         for card in cards
         for side in options.side
         for phase in options.phase
@@ -242,7 +246,8 @@ def run(options: argparse.Namespace) -> None:
                 shutil.rmtree(options.base / "user" / "__qwen_vram", ignore_errors=True)
             free = None if cell["card"] is None else FREE_GIB[cell["card"]]
             attempt = time.time()
-            with small_card(free), options.out.open("a", encoding="utf-8") as out:
+            ram = small_ram(RAMS[cell["ram_size"]])
+            with ram, small_card(free), options.out.open("a", encoding="utf-8") as out:
                 for row in session(options, cell):
                     out.write(json.dumps({**row, "attempt": attempt}) + "\n")
                     out.flush()
@@ -256,12 +261,13 @@ def complete(rows: list[Row]) -> list[Row]:
     ends: dict[str, float] = {}
     for row in rows:
         if row.get("end"):
-            ends[json.dumps([row["card"], row["side"], row["phase"], row["args"]])] = row["attempt"]
+            ends[json.dumps([row[key] for key in CELL])] = row["attempt"]
     return [row for row in rows if "number" in row and row["attempt"] in ends.values()]
 
 
 HEAD = (
-    "card, GB", "side", "pictures made", "cold start to the first picture, s", "new prompt, s",
+    "card, GB", "RAM", "side", "pictures made", "cold start to the first picture, s",
+    "new prompt, s",
     "known prompt, s", "restart to a known prompt's picture, s", "encoder loaded after the restart",
     "peak VRAM, GB", "peak RAM of its own + files, GB", "transformer's weights",
 )  # fmt: skip
@@ -288,20 +294,21 @@ def weights(rows: list[Row]) -> str:
     return " / ".join(kinds) or "as stock loads them"
 
 
-def line(card: int | None, side: str, rows: list[Row]) -> str:
-    """One side of one card."""
+def line(card: int | None, ram: str, side: str, rows: list[Row]) -> str:
+    """One side of one machine."""
     first = [r for r in rows if r["phase"] == "first"]
     again = [r for r in rows if r["phase"] == "restart"]
     made = [r for r in rows if r["status"] == "success"]
     known = [r for r in again if r["kind"] == "known"]
     vram = [r["vram"] for r in rows if r["vram"] is not None]
-    ram = [max((r["ram"].get(k, 0) for r in rows), default=0) / 1e9 for k in ("RssAnon", "RssFile")]
+    kinds = ("RssAnon", "RssFile")
+    peaks = [max((r["ram"].get(k, 0) for r in rows), default=0) / 1e9 for k in kinds]
     values = [
-        str(card or "CPU, rehearsal"), side, f"{len(made)} of {len(rows)}",
+        str(card or "CPU, rehearsal"), ram, side, f"{len(made)} of {len(rows)}",
         from_start(first), median(first, "new"), median(first, "known"), from_start(again),
         f"{sum(r['encoder loaded'] for r in known)} of {len(known)}",
         f"{max(vram) / 1e9:.2f}" if vram else "not measurable",
-        f"{ram[0]:.1f} + {ram[1]:.1f}", weights(rows),
+        f"{peaks[0]:.1f} + {peaks[1]:.1f}", weights(rows),
     ]  # fmt: skip
     return f"| {' | '.join(values)} |"
 
@@ -310,7 +317,7 @@ def same_pictures(rows: list[Row]) -> str:
     """How many pictures both sides drew pixel by pixel alike."""
     found: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in rows:
-        place = (row["card"], row["phase"], row["number"])
+        place = (row["card"], row["ram_size"], row["phase"], row["number"])
         found.setdefault(place, {})[row["side"]] = row.get("pixels", "")
     both = [p for p in found.values() if p.get("stock") and p.get("ours")]
     same = sum(p["stock"] == p["ours"] for p in both)
@@ -320,11 +327,12 @@ def same_pictures(rows: list[Row]) -> str:
 def table(rows: list[Row]) -> str:
     """Markdown."""
     rows = complete(rows)
-    sides = dict.fromkeys((row["card"], row["side"]) for row in rows)
+    sides = dict.fromkeys((row["card"], row["ram_size"], row["side"]) for row in rows)
     lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
-    for card, side in sides:
-        own = [r for r in rows if (r["card"], r["side"]) == (card, side)]
-        lines.append(line(card, side, own))
+    for side in sides:
+        lines.append(
+            line(*side, [r for r in rows if (r["card"], r["ram_size"], r["side"]) == side])
+        )
     return "\n".join([*lines, "", same_pictures(rows)])
 
 
@@ -340,6 +348,7 @@ def main() -> None:
     measure.add_argument("--card", type=int, nargs="+", choices=FREE_GIB, default=list(FREE_GIB))
     measure.add_argument("--side", nargs="+", choices=graphs.SIDES, default=list(graphs.SIDES[:3]))
     measure.add_argument("--phase", nargs="+", choices=PHASES, default=list(PHASES))
+    measure.add_argument("--ram", choices=RAMS, default="whole", help="of the machine")
     measure.add_argument("--images", type=int, default=len(WORDS), help="different prompts")
     measure.add_argument("--seconds", type=float, default=570.0)
     measure.add_argument("--cold-files", action="store_true")

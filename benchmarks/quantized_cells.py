@@ -114,6 +114,9 @@ def groups() -> dict[str, list[Cell]]:
     made["cards"] = sorted(
         (Cell("cards", way, card, cold=False) for way, card in small), key=lambda c: c.card
     )
+    made["cards, 32 GB RAM"] = [
+        Cell("cards, 32 GB RAM", way, "12 GB", "32 GB") for way in (STOCK_FP8, NF4)
+    ]
     rams = [STOCK_FP8, NF4, INT8]
     made["saved, 16 GB RAM"] = [Cell("saved, 16 GB RAM", w, "12 GB", "16 GB") for w in rams]
     legacy = {"flags": LEGACY, "lora": True, "cold": False}

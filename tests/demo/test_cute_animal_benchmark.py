@@ -113,7 +113,7 @@ def options(tmp_path: Path) -> Namespace:
     """As of a rehearsal."""
     return Namespace(
         base=tmp_path, out=tmp_path / "out.jsonl", rehearse=True, side=["stock", "ours"], args=[],
-        seconds=60.0, images=2, phase=list(cute_animal.PHASES),
+        seconds=60.0, images=2, phase=list(cute_animal.PHASES), ram="whole",
     )  # fmt: skip
 
 
@@ -150,9 +150,40 @@ def test_it_goes_on_where_it_was_stopped_and_counts_no_picture_twice(
     pictures = cute_animal.complete(rows)
     assert len(pictures) == 2 * (3 + 3) < sum("number" in row for row in rows)
     table = cute_animal.table(rows)
-    assert "| CPU, rehearsal | ours | 6 of 6 | 5.0 (3.0 of it the start) | 2.00 | 2.00 |" in table
+    assert (
+        "| CPU, rehearsal | whole | ours | 6 of 6 | 5.0 (3.0 of it the start) | 2.00 | 2.00 |"
+        in table
+    )
     assert "| int8 |" in table and "| as stock loads them |" in table
     assert "not measurable" in table and table.endswith("pixel by pixel: 6 of 6.")
+
+
+def test_a_machine_with_less_ram_is_another_one(
+    options: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float | None] = []
+
+    @contextlib.contextmanager
+    def small_ram(gib: float | None):
+        limits.append(gib)
+        yield ""
+
+    def session(_: Namespace, cell: dict[str, Any]):
+        yield {
+            **cell, "number": 0, "kind": "new", "status": "success", "seconds": 2.0, "started": 3.0,
+            "vram": None, "ram": {}, "encoder loaded": True,
+        }  # fmt: skip
+        yield {**cell, "end": True, "took": 1.0}
+
+    monkeypatch.setattr(cute_animal, "small_ram", small_ram)
+    monkeypatch.setattr(cute_animal, "session", session)
+    monkeypatch.setattr(cute_animal, "prepared", lambda *_: contextlib.nullcontext())
+    options.side, options.phase = ["ours"], ["first"]
+    for options.ram in ("whole", "32 GB", "32 GB"):
+        cute_animal.run(options)
+    assert limits == [None, 30.0]
+    table = cute_animal.table(cute_animal.read(options.out))
+    assert "| whole | ours | 1 of 1 |" in table and "| 32 GB | ours | 1 of 1 |" in table
 
 
 def test_no_session_begins_that_would_not_end_in_time(
