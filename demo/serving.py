@@ -28,6 +28,7 @@ PICTURES = {  # to be edited, and how large they are
     "tiny_photo.png": (Scene("bear", "brown", background="meadow", jitter=3), 320),
 }
 TEMPLATES = "demo-workflows"  # a custom node without nodes: ComfyUI offers its workflows
+EXAMPLE = "example.png"  # of ComfyUI: the workflows for editing begin with it
 PORT = 8188
 
 
@@ -40,6 +41,12 @@ def offer_workflows(base: Path) -> None:
     (base / "input").mkdir(parents=True, exist_ok=True)
     for name, (scene, side) in PICTURES.items():
         draw(scene, side, side).save(base / "input" / name)
+
+
+def copy_example(comfyui: Path, base: Path) -> None:
+    """The picture that ComfyUI brings to where this one looks for it, unless it was deleted."""
+    if (picture := comfyui / "input" / EXAMPLE).exists():
+        shutil.copy(picture, base / "input")
 
 
 def address(server: Server) -> str:
@@ -70,6 +77,7 @@ def serve(comfyui: Path) -> None:
     extra = [] if first else ["--temp-directory", str(BASE / name)]
     make_checkpoints(comfyui, BASE / "models")
     offer_workflows(BASE)
+    copy_example(comfyui, BASE)
     say("starting ComfyUI")
     with new_server(comfyui, not has_accelerator(), name, extra, port) as server:
         say(f"ComfyUI is at {address(server)}, which opens {OPENED}: press Run there")

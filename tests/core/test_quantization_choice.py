@@ -337,11 +337,15 @@ def other(device: str, vram: int = 0) -> Makes:
 RTX = (("RTX 2060", (7, 5)), ("RTX 3060", (8, 6)), ("RTX 4070", (8, 9)), ("RTX 5070", (12, 0)))
 GTX_1660, GTX_1080 = ("NVIDIA GeForce GTX 1660", (7, 5)), ("NVIDIA GeForce GTX 1080", (6, 1))
 WITH_KERNELS = (*RTX, GTX_1660)
-ROWS = {  # the first words of a row of the guide, in both languages, and its machines
+UP_TO_16 = (6, 8, 12, 16)
+NEWER = {  # the first words of rows, in both languages, and their machines
     ("RTX 20 to 50, GTX 16,", "RTX 20 到 50、GTX 16，"): [
-        *(nvidia(*each, 12) for each in RTX),
-        nvidia(*GTX_1660, 6),
+        nvidia(*each, vram) for each in WITH_KERNELS for vram in UP_TO_16
     ],
+    ("RTX 30 to 50, 24 GB", "RTX 30 到 50，24 GB"): [nvidia(*each, 24) for each in RTX[1:]],
+}
+ROWS = {  # of the guide
+    **NEWER,
     ("GTX 10, and any", "GTX 10，以及"): [
         nvidia(*GTX_1080, 8),
         *(nvidia(*each, 12, cuda=(12, 8)) for each in WITH_KERNELS),
@@ -350,15 +354,11 @@ ROWS = {  # the first words of a row of the guide, in both languages, and its ma
     ("Mac", "Mac"): [other("mps")],
     ("No card", "没有显卡"): [other("cpu")],
 }
-UP_TO_16 = (6, 8, 12, 16)
 SLOWER = [nvidia(*GTX_1080, vram) for vram in UP_TO_16]
 SLOWER += [nvidia(*each, vram, cuda=(12, 8)) for each in WITH_KERNELS for vram in UP_TO_16]
 SLOWER += [other(device, vram) for device in ("rocm", "xpu") for vram in (8, 12, 16)]
-IN_README = {  # the same of the READMEs
-    ("RTX 20 to 50, GTX 16,", "RTX 20 到 50、GTX 16，"): [
-        nvidia(*each, vram) for each in WITH_KERNELS for vram in UP_TO_16
-    ],
-    ("RTX 30 to 50, 24 GB", "RTX 30 到 50，24 GB"): [nvidia(*each, 24) for each in RTX[1:]],
+IN_README = {  # of the READMEs
+    **NEWER,
     ("GTX 10, the above", "GTX 10、上面的显卡"): [*SLOWER, other("cpu")],
     ("Mac", "Mac"): [other("mps")],
 }

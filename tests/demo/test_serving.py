@@ -31,6 +31,19 @@ def types(path: Path) -> Counter[str]:
     return Counter(node["type"] for node in bundled.nodes(bundled.load(path)))
 
 
+def test_the_workflows_for_editing_find_the_picture_they_begin_with(tmp_path: Path) -> None:
+    comfyui, base = tmp_path / "ComfyUI", tmp_path / "base"
+    for folder in (comfyui, base):
+        (folder / "input").mkdir(parents=True)
+    serving.copy_example(comfyui, base)
+    assert not list((base / "input").iterdir())
+    (comfyui / "input" / "example.png").write_bytes(b"picture")
+    serving.copy_example(comfyui, base)
+    assert (base / "input" / "example.png").read_bytes() == b"picture"
+    edit = bundled.load(ROOT / "workflows" / "qwen_image_edit_2511.json")
+    assert "example.png" in list(bundled.strings(edit))
+
+
 def test_it_offers_those_that_it_names() -> None:
     assert {path.stem for path in OFFERED} == {serving.OPENED, *serving.OTHERS}
 

@@ -216,6 +216,18 @@ def test_a_choice_is_written_as_the_chinese_editor_shows_it(name: str) -> None:
         assert value not in known or label in known[value], (label, value)
 
 
+FOLDERS = {"clip", "diffusion_models", "text_encoders", "vae"}  # and inputs of the same name
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if "zh" in str(p)], ids=lambda p: p.name)
+def test_chinese_pages_name_an_input_as_the_chinese_editor_shows_it(path: Path) -> None:
+    nodes = json.loads(text(ROOT / "locales" / "zh" / "nodeDefs.json")).values()
+    inputs = {name for node in nodes for name in node.get("inputs", {})} - FOLDERS
+    plain = FENCED.sub("", text(path))
+    bare = {name for name in CODE.findall(plain) if name in inputs}
+    assert bare <= {value for _, value in LABELLED.findall(plain)}
+
+
 def test_the_children_s_guide_has_a_prompt_as_the_node_writes_it() -> None:
     looks = [next(iter(kind)) for kind in (STYLES, PALETTES, BACKGROUNDS)]
     for guide, words in (("", "a little bear with a hat"), ("zh/", "一只戴帽子的小熊")):
