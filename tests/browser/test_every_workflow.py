@@ -9,13 +9,14 @@ import re
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from pack.demo import classifier, serving, thumbnails
 from pack.demo.figures import to_tensor
 from pack.demo.server import Server
-from pack.demo.substitutions import substitute
+from pack.demo.substitutions import NUMBERS, substitute
 from pack.tests.browser.editor import Editor
 from pack.tests.conftest import ROOT
 from pack.tests.static.test_workflows import TITLE_HEIGHT, Box, apart, within
@@ -34,6 +35,7 @@ SHOWS = {  # by the words of demo/thumbnails.py
     "qwen_image_edit_tiled": {"animal": "bear", "colour": "blue", "background": "meadow"},
     TINY_RUN: {"animal": "pig", "colour": "blue", "background": "snow"},
 }
+STEPS = 4  # half of the table's: what was asked for is seen as well
 COLOURS = {"cute_animal_page": 2}  # of a page: black and white; of all other pictures:
 MANY_COLOURS = 200
 STATUS, TILES = "$$node-text-preview", re.compile(r"(\d+) of (\d+) tiles edited")
@@ -106,7 +108,8 @@ def check_layout(workflow: dict[str, Any], drawn: list[dict[str, Any]]) -> None:
 
 def ask_for_what_it_knows(editor: Editor, name: str) -> None:
     """Sets the words, pictures and files of the thumbnail, so that a picture can be judged."""
-    recipe, small = thumbnails.RECIPES[name], substitute(editor.prompt())
+    with mock.patch.dict(NUMBERS, steps=STEPS):
+        recipe, small = thumbnails.RECIPES[name], substitute(editor.prompt())
     picture = {"image": recipe.before} if recipe.before else {}
     thumbnails._write(small, {**recipe.runs[0], **picture})
     editor.set_widgets({node_id: node["inputs"] for node_id, node in small.items()})

@@ -36,9 +36,18 @@ def values(workflow: Workflow) -> dict[int, list[Any]]:
 
 
 # ---------------------------------------------------------------------------------------- opening
-def test_workflow_opens_as_it_was_saved(editor: Editor, bundled: Workflow) -> None:
-    workflow = bundled
-    editor.open(workflow)
+def test_workflow_opens_as_it_was_saved_and_is_saved_and_converted_so(
+    editor: Editor, bundled: Workflow, server: Server
+) -> None:
+    """All three of one opening: they only look, and to open it is what takes time."""
+    editor.open(bundled)
+    check_opened(editor, bundled)
+    check_saved(editor, bundled)
+    check_converted(editor, to_api(bundled, server.get_json("/object_info")))
+
+
+def check_opened(editor: Editor, workflow: Workflow) -> None:
+    """The nodes are those of the file with their values, and nothing is red."""
     nodes = editor.nodes()
     assert editor.complaint() == ""
     assert {i: n["type"] for i, n in nodes.items()} == {
@@ -47,6 +56,30 @@ def test_workflow_opens_as_it_was_saved(editor: Editor, bundled: Workflow) -> No
     assert [n["type"] for n in nodes.values() if not n["registered"] or n["errors"]] == []
     assert {i: n["saved"] for i, n in nodes.items() if n["saved"]} == values(workflow)
     assert editor.problems == []
+
+
+def check_saved(editor: Editor, workflow: Workflow) -> None:
+    """What Save would write is the file again."""
+    parts = ("nodes", "links", "groups")
+
+    def read() -> list[Any]:
+        saved = editor.saved()
+        for node in saved["nodes"]:  # the frontend adds up heights: 350.00000000000006
+            node["size"] = [round(side, 6) for side in node["size"]]
+        return [saved[part] for part in parts]
+
+    wanted = [workflow[part] for part in parts]
+    for found, part in zip(editor.once(read, wanted), wanted, strict=True):
+        assert found == part
+
+
+def check_converted(editor: Editor, theirs: dict[str, Any]) -> None:
+    """The frontend sends what comfy-cli makes of the file."""
+    ours, theirs = (
+        {i: (n["class_type"], n["inputs"]) for i, n in graph.items()}
+        for graph in (editor.prompt(), theirs)
+    )
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("what", ["node", "model"])
@@ -61,32 +94,6 @@ def test_the_editor_would_complain(editor: Editor, workflow: Workflow, what: str
         node["widgets_values_named"]["vae_name"] = "no_such_file.safetensors"
     editor.open(broken)
     assert editor.once(editor.complaint, lambda said: said != "") != ""
-
-
-def test_workflow_survives_load_and_save(editor: Editor, bundled: Workflow) -> None:
-    def read() -> list[Any]:
-        saved = editor.saved()
-        for node in saved["nodes"]:  # the frontend adds up heights: 350.00000000000006
-            node["size"] = [round(side, 6) for side in node["size"]]
-        return [saved[part] for part in parts]
-
-    parts = ("nodes", "links", "groups")
-    editor.open(bundled)
-    for found, wanted in zip(
-        editor.once(read, [bundled[part] for part in parts]), map(bundled.get, parts), strict=True
-    ):
-        assert found == wanted
-
-
-def test_comfy_cli_converts_it_as_the_frontend_does(
-    editor: Editor, bundled: Workflow, server: Server
-) -> None:
-    editor.open(bundled)
-    graphs = (editor.prompt(), to_api(bundled, server.get_json("/object_info")))
-    ours, theirs = (
-        {i: (n["class_type"], n["inputs"]) for i, n in graph.items()} for graph in graphs
-    )
-    assert ours == theirs
 
 
 # ---------------------------------------------------------------------------------------- running
