@@ -21,8 +21,7 @@ from pack.tests.server.restarts import start_again
 
 TRANSFORMER, VAE = (PurePosixPath(name).name for name in (embedded.TRANSFORMER, embedded.VAE))
 EDIT = "tiny_qwen_image_edit.safetensors"
-# That of 2509 has no node that encodes or loads beside those of 2511, and one picture for its two.
-TEMPLATES = ("image_qwen_Image_2512", "image_qwen_image_edit_2511")
+TEMPLATES = ("image_qwen_Image_2512", "image_qwen_image_edit_2509", "image_qwen_image_edit_2511")
 SMALL = {"upscale_method": "area", "width": 256, "height": 256, "crop": "disabled"}
 SPARED = {"CLIPLoader", "CLIPTextEncode", "TextEncodeQwenImageEditPlus", "VAEEncode", "LoadImage"}
 
