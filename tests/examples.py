@@ -8,8 +8,8 @@ from pathlib import Path
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 
-USUAL = 30  # of which tests that say their number reckon
-FEW, MANY = 20, 150
+USUAL = 30
+TIMES = 5
 
 
 def _read_constants_in_the_pack_alone() -> None:
@@ -28,8 +28,8 @@ _read_constants_in_the_pack_alone()
 # How long an example takes tells of the machine. Here and not in conftest.py, which runs again
 # where a test imports it, and would undo the option.
 either = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("any", max_examples=FEW, **either)
-settings.register_profile("thorough", max_examples=MANY, **either)
+settings.register_profile("any", max_examples=USUAL, **either)
+settings.register_profile("thorough", max_examples=USUAL * TIMES, **either)
 settings.load_profile("any")
 
 

@@ -98,7 +98,7 @@ def test_every_entry_can_be_reached_in_a_small_window(small: Editor) -> None:
 
 
 def test_the_order_is_the_same_at_every_start(small: Editor) -> None:
-    """At the start before this one it was the same, which the test above has seen."""
+    """After another start; the test above has seen the first one."""
     small.start()
     with opened(small, "Extensions", "Qwen VRAM") as entries:
         assert names(entries) == ORDER
