@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .word_forms import covered, expanded, folded, inflected, is_made_of, readings
+from .word_forms import covered, expanded, folded, inflected, is_made_of, readings, spans
 
 DRAW_SOMETHING_KIND, STOP = "draw something kind", "stop"
 WHEN_FOUND = (DRAW_SOMETHING_KIND, STOP)
@@ -185,11 +185,11 @@ class WordList:
     def _in_parts(self, text: str) -> list[str]:
         places = _places(text)
         dense = "".join(text[place] for place in places)
-        harmless = [span for part in self.harmless_parts for span in _spans(part, dense)]
+        harmless = [span for part in self.harmless_parts for span in spans(part, dense)]
         return [
             category
             for part, category in self.parts.items()
-            for start, end in _spans(part, dense)
+            for start, end in spans(part, dense)
             if not any(a <= start and end <= b for a, b in harmless)
             and not (part in self.openings and _CHINESE.match(text[: places[start]][-1:]))
         ]
@@ -259,14 +259,6 @@ def _dense(text: str) -> str:
 
 def _counts(character: str) -> bool:
     return character.isalnum() or unicodedata.category(character) == "So"
-
-
-def _spans(part: str, text: str) -> list[tuple[int, int]]:
-    found, start = [], text.find(part)
-    while start >= 0:
-        found.append((start, start + len(part)))
-        start = text.find(part, start + 1)
-    return found
 
 
 @functools.lru_cache(maxsize=16)
@@ -371,8 +363,9 @@ def judge(
     """What becomes of a child's words.
 
     `instead` is drawn in place of what the list avoids; empty: a subject of the pack, in the
-    language of the words. `language` is that of an answer to an empty box. Raises ValueError for
-    a choice or an `instead` that cannot be used, and for words that are no wish but a book.
+    language of the words, as is one that is given in both languages with a · between them.
+    `language` is that of an answer to an empty box. Raises ValueError for a choice or an `instead`
+    that cannot be used, and for words that are no wish but a book.
     """
     if len(words) > LONGEST_TEXT:
         raise ValueError(
@@ -385,15 +378,23 @@ def judge(
             "The subject in instead has something that the list avoids. Write another one, or put "
             "the word into allowed."
         )
-    instead = instead.strip()
     if not words.strip():
-        subject = instead or SUBJECT[language]
+        subject = _subject(instead, language)
         return Verdict(subject, EMPTY[language_of(subject)].format(subject), True)
     found = known.find(words)
     if not found:
         return Verdict(words, "", True)
     language = language_of(words)
-    subject = instead or SUBJECT[language]
+    subject = _subject(instead, language)
     if when_found == STOP:
         return Verdict(None, STOPPED[language].format(subject), False, found)
     return Verdict(subject, FOUND[language].format(subject), False, found)
+
+
+def _subject(instead: str, language: str) -> str:
+    """What is drawn instead, in a language where there is a choice of two."""
+    parts = [part.strip() for part in instead.split("·")]
+    in_both = {language_of(part): part for part in parts if part}
+    if len(parts) == len(in_both) == 2:  # no choice: a dot in a Chinese name
+        return in_both[language]
+    return instead.strip() or SUBJECT[language]

@@ -6,7 +6,10 @@ import re
 from collections.abc import Sequence
 
 _PICTURE = re.compile(r"image ?\d*|pixels")  # parts of a key that are a picture
-NEW = "new text"  # nothing with the same first part is known
+# Nothing with the same first part, called "text", is known.
+NEW = "new text"
+NEW_PICTURE = "new image"  # of a node that has no text, but a picture, as VAE Encode
+_TEXT_ENCODER = "nodes before clip"  # a part of what has a text
 
 
 def miss_reason(parts: dict[str, str], known: Sequence[dict[str, str]]) -> str:
@@ -16,10 +19,14 @@ def miss_reason(parts: dict[str, str], known: Sequence[dict[str, str]]) -> str:
     """
     same_text = [p for p in known if p.get("text") == parts["text"]]
     if not same_text:
-        return NEW
+        return NEW_PICTURE if _is_of_a_picture(parts) else NEW
     seen = {p[name] for p in known for name in p if _PICTURE.fullmatch(name)}
     different = min((_differences(parts, p, seen) for p in same_text), key=len)
     return different[0] if different else "evicted"
+
+
+def _is_of_a_picture(parts: dict[str, str]) -> bool:
+    return _TEXT_ENCODER not in parts and any(_PICTURE.fullmatch(name) for name in parts)
 
 
 def _differences(parts: dict[str, str], stored: dict[str, str], seen: set[str]) -> list[str]:

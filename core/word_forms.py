@@ -93,3 +93,12 @@ def is_made_of(text: str, words: Container[str]) -> bool:
         if any(text[start:end] in words for start in ends):
             ends.append(end)
     return ends[-1] == len(text)
+
+
+def spans(part: str, text: str) -> list[tuple[int, int]]:
+    """Where a part stands in a text, as (start, end); also where it overlaps itself."""
+    found, start = [], text.find(part)
+    while start >= 0:
+        found.append((start, start + len(part)))
+        start = text.find(part, start + 1)
+    return found

@@ -4,24 +4,16 @@ import { app } from "../../scripts/app.js";
 import { answerIn, KIND_WORDS_SETTINGS, titleOf } from "./kind_words_core.js";
 import { toast } from "./toast.js";
 
-const answers = new Map(); // by execution id, of this page: ComfyUI does not repeat what it kept
-
-function tell(nodeId) {
-  const answer = answers.get(String(nodeId));
-  const summary = titleOf(app.extensionManager.setting.get("Comfy.Locale"));
-  if (answer) toast("info", answer, { summary });
-}
-
 app.registerExtension({
   name: "QwenVRAM.KindWords",
   settings: KIND_WORDS_SETTINGS,
   setup() {
+    // ComfyUI sends this, too, at the end of a run for which it still had the answer, from a warm-up
+    // perhaps: has_intermediate_output in nodes/kind_words.py.
     api.addEventListener("executed", ({ detail }) => {
       const answer = answerIn(detail?.output);
-      if (answer === null) return;
-      answers.set(String(detail.node), answer);
-      tell(detail.node);
+      const summary = titleOf(app.extensionManager.setting.get("Comfy.Locale"));
+      if (answer) toast("info", answer, { summary });
     });
-    api.addEventListener("execution_cached", ({ detail }) => detail.nodes.forEach(tell));
   },
 });

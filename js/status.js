@@ -2,7 +2,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { markOf, pinWords } from "./pins_core.js";
-import { findNode, notRun, oursAmong } from "./status_core.js";
+import { findNode, isToldAgain, lineIn, notRun, oursAmong, toldLater } from "./status_core.js";
 
 const locale = () => app.extensionManager.setting.get("Comfy.Locale");
 const rootGraph = () => app.rootGraph ?? app.graph;
@@ -30,6 +30,11 @@ function show(nodeId, text) {
   api.dispatchCustomEvent("progress_text", { nodeId, text });
 }
 
+function lineOfCached(nodeId) {
+  if (isPinned(nodeId)) return pinWords(locale()).line;
+  return isToldAgain(findNode(rootGraph(), nodeId)) ? toldLater(locale()) : notRun(locale());
+}
+
 app.registerExtension({
   name: "QwenVRAM.Status",
   setup() {
@@ -37,8 +42,13 @@ app.registerExtension({
     api.addEventListener("progress_text", style);
     api.addEventListener("execution_cached", ({ detail }) => {
       for (const nodeId of oursAmong(rootGraph(), detail.nodes)) {
-        show(nodeId, isPinned(nodeId) ? pinWords(locale()).line : notRun(locale()));
+        show(nodeId, lineOfCached(nodeId));
       }
+    });
+    api.addEventListener("executed", ({ detail }) => {
+      const line = lineIn(detail.output);
+      const [id] = oursAmong(rootGraph(), [detail.display_node ?? detail.node]);
+      if (id && line !== null && isToldAgain(findNode(rootGraph(), id))) show(id, line);
     });
     // What was pinned runs under the node's id, and has no line of its own.
     api.addEventListener("executing", ({ detail: nodeId }) => {

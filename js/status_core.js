@@ -7,8 +7,24 @@ const NOT_RUN = {
   zh: "未运行：不需要，或 ComfyUI 仍保有结果",
 };
 
+const TOLD_LATER = {
+  en: "ComfyUI still has the result, and shows it when the run is through",
+  zh: "ComfyUI 仍保有结果，运行结束时会显示",
+};
+
 /** The sentence in the frontend's language, English where there is no translation. */
 export const notRun = (locale) => wordsOf(NOT_RUN, locale);
+export const toldLater = (locale) => wordsOf(TOLD_LATER, locale);
+
+/** Whether ComfyUI sends at the end of a run what the node showed when it made the result. */
+export const isToldAgain = (node) => node?.constructor?.nodeData?.has_intermediate_output === true;
+
+/** The line in what a node showed; null if there is none. */
+export function lineIn(output) {
+  const shown = Array.isArray(output?.qwen_vram) ? output.qwen_vram : [];
+  const line = shown.at(-1)?.text; // of several words from a list, as on the node itself
+  return typeof line === "string" ? line : null;
+}
 
 /**
  * Every node of a graph and of its sub-graphs, as [execution id, node]; one that stands in a

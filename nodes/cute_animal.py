@@ -32,6 +32,7 @@ class CuteAnimalPrompt(io.ComfyNode):
                 io.String.Output(display_name="positive"),
                 io.String.Output(display_name="negative"),
             ],
+            has_intermediate_output=True,  # its line is the prompt, which stands in every run
         )
 
     @classmethod

@@ -62,6 +62,7 @@ class KindWords(io.ComfyNode):
                 io.String.Output(display_name="answer"),
                 io.Boolean.Output(display_name="kind"),
             ],
+            has_intermediate_output=True,  # the answer comes, too, where ComfyUI had the result
         )
 
     @classmethod
@@ -83,7 +84,7 @@ class KindWords(io.ComfyNode):
                 default="",
                 tooltip=(
                     "What to draw instead. Empty: a little bear with a balloon, in the language of "
-                    "the words."
+                    "the words. Your own in both languages: English · Chinese."
                 ),
             ),
         ]

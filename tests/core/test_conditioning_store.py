@@ -352,6 +352,8 @@ def test_a_picture_that_was_never_seen_is_new_and_not_changed(store) -> None:
     assert why(image2="z") == "new image2"
     assert why(image2="a") == "image2 changed"
     assert why(pixels="z") == "new image"
+    assert why(text="u") == "new image"  # VAE Encode at its first run: it has no text
+    assert why(text="u", **{"nodes before clip": "d"}) == "new text"
     fewer = {name: value for name, value in parts.items() if name != "pixels"}
     assert store.why_missed(key(2), fewer) == "image is gone"
 

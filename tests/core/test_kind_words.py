@@ -488,6 +488,26 @@ def test_another_subject_is_drawn_instead() -> None:
     assert verdict.answer == "Let us draw something friendly: a cat with a kite."
 
 
+IN_BOTH = "a cat with a kite · 放风筝的小猫"
+
+
+@pytest.mark.parametrize(("words", "place"), [("a bear with a gun", 0), ("拿枪的小熊", 1)])
+@pytest.mark.parametrize("instead", [IN_BOTH, "·".join(reversed(IN_BOTH.split("·")))])
+def test_of_a_subject_in_both_languages_that_of_the_words_is_taken(words, place, instead) -> None:
+    wanted = IN_BOTH.split(" · ")[place]
+    for when in (DRAW_SOMETHING_KIND, STOP):
+        answer = judge(words, when, instead, KNOWN).answer
+        assert answer.rstrip(".。").endswith(wanted) and "·" not in answer
+    verdict = judge("", STOP, instead, KNOWN, ("en", "zh")[place])
+    assert verdict.words == wanted and language_of(verdict.answer) == ("en", "zh")[place]
+
+
+@pytest.mark.parametrize("instead", ["哈利·波特", "a cat · a dog", "a · 猫 · b", "· 猫", "a cat"])
+def test_a_dot_that_parts_no_languages_stays(instead) -> None:
+    for words in ("bomb", "炸弹"):
+        assert judge(words, DRAW_SOMETHING_KIND, instead, KNOWN).words == instead
+
+
 @pytest.mark.parametrize("when", [DRAW_SOMETHING_KIND, STOP])
 @pytest.mark.parametrize("words", ["", " \n\t　"])
 def test_an_empty_box_is_no_error(words, when) -> None:

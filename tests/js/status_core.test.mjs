@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { findNode, notRun, oursAmong } from "../../js/status_core.js";
+import { findNode, isToldAgain, lineIn, notRun, oursAmong, toldLater } from "../../js/status_core.js";
 
 const graph = (nodes) => ({ getNodeById: (id) => nodes[id] ?? null });
 const inner = graph({ 3: { comfyClass: "QwenVRAMLoadVAE" }, 4: { comfyClass: "KSampler" } });
@@ -24,4 +24,14 @@ test("the sentence follows the frontend's language", () => {
   assert.equal(notRun("zh-TW"), notRun("zh"));
   assert.equal(notRun("fr"), notRun("en"));
   assert.equal(notRun(undefined), notRun("en"));
+});
+
+test("a result that was kept and is told again has its line, and until then another sentence", () => {
+  const node = (has_intermediate_output) => ({ constructor: { nodeData: { has_intermediate_output } } });
+  assert.deepEqual([node(true), node(false), node(undefined), {}, null].map(isToldAgain), [true, false, false, false, false]);
+  assert.equal(lineIn({ qwen_vram: [{ text: "first" }, { text: "a bear" }] }), "a bear");
+  for (const other of [null, undefined, {}, { qwen_vram: null }, { qwen_vram: [] }, { qwen_vram: [null] }, { qwen_vram: [{ text: 3 }] }])
+    assert.equal(lineIn(other), null);
+  assert.match(toldLater("en"), /^ComfyUI still has the result, /);
+  assert.match(toldLater("zh-TW"), /^ComfyUI 仍保有结果，/);
 });

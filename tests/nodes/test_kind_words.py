@@ -105,6 +105,19 @@ def test_added_words_count_and_a_mistake_is_named(fresh) -> None:
         fresh.run(graph("a bear", instead="a gun"))
 
 
+def test_the_answer_is_told_again_when_the_result_was_kept(fresh) -> None:
+    """The page, and so the child, hears nothing else: not when a warm-up was first, either."""
+    wanted = graph("a bear with a gun")
+    wanted["cute"] = cute(["kind", 0])
+    wanted["out_0"]["inputs"]["source"] = ["cute", 0]
+    first = fresh.run(wanted)
+    second = fresh.run(wanted)
+    assert second.executed == []
+    for name in ("kind", "cute"):
+        (event,) = [d for e, d in fresh.events if e == "executed" and d["node"] == name]
+        assert event["output"]["qwen_vram"] == [first.status(name)] == [second.status(name)]
+
+
 def test_a_change_of_the_settings_counts_at_the_next_run(fresh, settings) -> None:
     wanted = graph("a spider with a beer")
     assert fresh.run(wanted).status("kind")["categories"] == ["drugs and alcohol"]

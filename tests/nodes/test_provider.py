@@ -567,6 +567,7 @@ def test_latents_that_were_encoded_in_tiles_are_not_kept(fresh, monkeypatch) -> 
     fresh.restart()
     fresh.run(graph)
     assert told(fresh, "latent")["kept"] == "stored"
+    assert told(fresh, "latent")["why"] == "new image"
 
 
 def test_an_input_that_is_called_like_a_part_of_the_key_hides_nothing(fresh) -> None:

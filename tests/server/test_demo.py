@@ -127,6 +127,23 @@ def test_the_workflows_of_make_run_draw_what_they_ask(server, name: str) -> None
     assert {k: found[k] for k in OFFERED[name]} == OFFERED[name]
 
 
+@pytest.mark.parametrize("words", ["a pig with a knife", "一只拿着刀的小猪"])
+def test_what_is_promised_instead_is_what_the_tiny_model_draws(server, words: str) -> None:
+    from pack.demo.conversion import load_workflow
+
+    offer_workflows(server.base)
+    path = WORKFLOWS / "cute_animal_for_kids_tiny.json"
+    graph = load_workflow(path, server.get_json("/object_info"))
+    (box,) = (n for n in graph.values() if n["class_type"] == "PrimitiveStringMultiline")
+    box["inputs"]["value"] = words
+    result = server.submit(graph)
+    assert result.status == "success", result.error
+    saved = [image for image in result.images if image.kind == "output"]
+    picture = min(saved, key=lambda image: int(image.node_id))
+    found = seen(classifier.load(), Image.open(io.BytesIO(picture.content)))
+    assert (found["animal"], found["accessory"]) == ("bear", "hat")
+
+
 def test_a_model_file_that_the_table_does_not_know_stops_the_substitution() -> None:
     (official, tiny), *_ = MODEL_FILES.items()
     prompt = {"1": {"class_type": "UNETLoader", "inputs": {"unet_name": official}}}
