@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .outlines import borders, chains, drawn, smooth
-from .paper import AS_PICTURE, SHEETS
+from .paper import AS_PICTURE, SHEETS, Paper
 from .picture_regions import LONGEST, Detail, libraries, regions, rgb, working_copy
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ STROKE_AREA = 2.5  # squares of that width: smaller ones are corners and dots
 KNOT_AREA = 6  # squares of that width: larger places within strokes are areas
 DARK = 38.0  # CIELAB lightness: small areas below it are black on the page, too
 PUPIL = 0.004  # of the picture: larger dark areas are there to be coloured
+AIR = 0.02  # of what a sheet holds that stays free on each side of what fills it
+LARGEST = 4.0  # times the size in the whole picture: more would show how coarse the copy is
 
 
 class PageSettings(NamedTuple):
@@ -63,6 +65,14 @@ class Page(NamedTuple):
     areas: int
 
 
+class _Place(NamedTuple):
+    """Where the copy's pixels lie on the page, in its pixels."""
+
+    scale: float
+    left: float
+    top: float
+
+
 class _Lines(NamedTuple):
     lines: list[np.ndarray]  # (n, 2) of (x, y) in pixels of the working copy
     dots: list[np.ndarray]  # outlines that are filled
@@ -79,13 +89,13 @@ def colouring_page(picture: Tensor, settings: PageSettings) -> Page:
     colours = rgb(picture)
     copy = working_copy(colours)
     found = _found(copy, settings)
-    size, (scale, left, top) = _placed(colours.shape[1], colours.shape[0], copy, settings.paper)
+    size, place = _placed(colours.shape[1], colours.shape[0], copy, settings.paper)
     height, width = copy.shape[:2]
-    line = max(THINNEST, settings.line_width / 1000 * min(height, width) * scale)
-    lines = [*found.lines, *_frame(found.lines, width, height, line / scale)]
-    return Page(
-        drawn(lines, found.dots, size, line, (scale, left, top), (width, height)), found.areas
-    )
+    line = max(THINNEST, settings.line_width / 1000 * min(height, width) * place.scale)
+    lines = [*found.lines, *_frame(found.lines, width, height, line / place.scale)]
+    if settings.paper != AS_PICTURE:
+        place = _filling(found, (width, height), SHEETS[settings.paper], line, place)
+    return Page(drawn(lines, found.dots, size, line, place, (width, height)), found.areas)
 
 
 def size_of_page(picture: Tensor, paper: str) -> tuple[int, int]:
@@ -97,16 +107,40 @@ def size_of_page(picture: Tensor, paper: str) -> tuple[int, int]:
 
 def _placed(
     width: int, height: int, copy: np.ndarray, paper: str
-) -> tuple[tuple[int, int], tuple[float, float, float]]:
-    """The page's size, and where the copy's pixels lie on it: scale, left and top."""
+) -> tuple[tuple[int, int], _Place]:
+    """The page's size, and where the whole picture lies on it."""
     if paper == AS_PICTURE:
-        return (width, height), (max(width, height) / LONGEST, 0.0, 0.0)
+        return (width, height), _Place(max(width, height) / LONGEST, 0.0, 0.0)
     sheet = SHEETS[paper]
     rows, columns = copy.shape[:2]
     inner_width, inner_height = sheet.inner
     scale = min(inner_width / columns, inner_height / rows)
     left, top = (sheet.width - columns * scale) / 2, (sheet.height - rows * scale) / 2
-    return (sheet.width, sheet.height), (scale, left, top)
+    return (sheet.width, sheet.height), _Place(scale, left, top)
+
+
+def _filling(
+    found: _Lines, within: tuple[int, int], sheet: Paper, line: float, whole: _Place
+) -> _Place:
+    """Where the lines fill the sheet, without the empty ground around them.
+
+    They stay where they are in the `whole` picture if they reach its edge, or fill it already.
+    `line` is the width of a line in pixels of the sheet: it is the same in every size.
+    """
+    np = libraries().np
+    points = [*found.lines, *found.dots]
+    if not points:
+        return whole
+    low = np.min([part.min(0) for part in points], axis=0)
+    high = np.max([part.max(0) for part in points], axis=0)
+    if (low < 1).any() or (high > np.array(within) - 1).any():
+        return whole
+    room = (1 - 2 * AIR) * np.array(sheet.inner) - line
+    scale = min(*(room / np.maximum(high - low, 1)), LARGEST * whole.scale)
+    if scale <= whole.scale:
+        return whole
+    left, top = np.array([sheet.width, sheet.height]) / 2 - (low + high) / 2 * scale
+    return _Place(float(scale), float(left), float(top))
 
 
 def _frame(lines: list[np.ndarray], width: int, height: int, line: float) -> list[np.ndarray]:

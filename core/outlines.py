@@ -96,7 +96,10 @@ def drawn(
     for points in lines:
         _stroke(pen, (points * scale + (left, top) - 0.5).tolist(), radius)
     far = (within[0] * scale + left, within[1] * scale + top)
-    inner = tuple(map(round, (left, top, *far)))
+    inner = (  # of a picture that is larger than the sheet, what lies on it
+        *(max(0, round(side)) for side in (left, top)),
+        *(min(end, round(side)) for end, side in zip(sheet.size, far, strict=True)),
+    )
     clipped = Image.new("L", sheet.size, 255)
     clipped.paste(sheet.crop(inner), inner[:2])
     return libraries().np.asarray(clipped.reduce(finer))

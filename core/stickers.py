@@ -1,6 +1,6 @@
 """Where stickers lie on a sheet, and how each is drawn there.
 
-Each has a cell of its own, and is so small and moved so little that its turned box stays in it.
+The sheet is parted into cells whose shape suits the stickers, as far as that is left open. Each has a cell of its own, and is so small and moved so little that its turned box stays in it.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ from .picture_regions import LONGEST
 GAP = 0.05  # of a cell's shorter side that stays free between stickers
 LINE = 0.003  # of the sticker's longer side: the line to cut along
 GREY = 0.72  # of that line
+MANY = 20  # columns and rows at most
+USUAL = 12  # stickers on a sheet whose columns and rows are both left open
 ROWS = 256  # that are drawn at a time: memory stays small however large the sheet is
 
 
 class Layout(NamedTuple):
     """What the node asks for: `vary` and `turn` are the most, a share and degrees."""
 
-    columns: int
-    rows: int  # 0: as many as fit
+    columns: int  # 0: by the stickers' shape
+    rows: int  # 0: as many as fill the sheet; both 0: `USUAL` stickers, or one of each picture
     vary: float = 0.25
     turn: float = 12.0
     seed: int = 0
 
     def check(self) -> None:
         """Raises ValueError for what cannot be used."""
-        if not (1 <= self.columns <= 20 and 0 <= self.rows <= 20):
+        if not (0 <= self.columns <= MANY and 0 <= self.rows <= MANY):
             raise ValueError(
-                f"columns and rows are {self.columns} and {self.rows}: give 1 to 20; rows can be "
-                "0, for as many as fit."
+                f"columns and rows are {self.columns} and {self.rows}: give 1 to {MANY}, or 0 for "
+                "what suits the stickers."
             )
         if not (0 <= self.vary <= 0.6 and 0 <= self.turn <= 45):
             raise ValueError(
@@ -65,15 +67,88 @@ def places(
     """
     rng = random.Random(layout.seed)
     left, top, width, height = area
-    rows = layout.rows or max(1, round(height / (width / layout.columns)))
-    cell = (width / layout.columns, height / rows)
+    columns, rows = grid(boxes, (width, height), layout)
+    layout = layout._replace(columns=columns, rows=rows)
+    cell = (width / columns, height / rows)
     found = []
     for row in range(rows):
-        for column in range(layout.columns):
-            number = (column + row * layout.columns + _step(row, layout, len(boxes))) % len(boxes)
+        for column in range(columns):
+            number = (column + row * columns + _step(row, layout, len(boxes))) % len(boxes)
             corner = (left + column * cell[0], top + row * cell[1])
             found.append(_placed(number, boxes[number], corner, cell, layout, rng))
     return found
+
+
+def grid(
+    boxes: Sequence[tuple[float, float]], size: tuple[float, float], layout: Layout
+) -> tuple[int, int]:
+    """Columns and rows on a sheet of (width, height): those asked for, and what suits the boxes.
+
+    Where both are left open, it is the grid of at least `USUAL` cells, and of as many as there are
+    boxes, that makes stickers largest. Where one is, it is the number that covers most of the sheet
+    with stickers, none of them smaller than in cells that are about square.
+    """
+    if layout.columns and layout.rows:
+        return layout.columns, layout.rows
+    if not layout.columns and not layout.rows:
+        count = min(MANY**2, max(USUAL, len(boxes)))
+        grids = [(n, math.ceil(count / n)) for n in range(math.ceil(count / MANY), MANY + 1)]
+        return max(grids, key=lambda g: _covered(boxes, _scales(boxes, size, g, layout.turn)))
+    if layout.columns:
+        square = max(1, round(size[1] / (size[0] / layout.columns)))
+        grids = [(layout.columns, n) for n in range(1, max(MANY, square) + 1)]
+        least = _scales(boxes, size, (layout.columns, square), layout.turn)
+    else:
+        square = max(1, round(size[0] / (size[1] / layout.rows)))
+        grids = [(n, layout.rows) for n in range(1, max(MANY, square) + 1)]
+        least = _scales(boxes, size, (square, layout.rows), layout.turn)
+    return _fullest(grids, boxes, size, layout.turn, least)
+
+
+def _fullest(
+    grids: Sequence[tuple[int, int]],
+    boxes: Sequence[tuple[float, float]],
+    size: tuple[float, float],
+    turn: float,
+    least: Sequence[float],
+) -> tuple[int, int]:
+    """The grid that covers most; one of them has the scales that are the `least`."""
+    found, most = grids[0], 0.0
+    for columns, rows in grids:
+        scales = _scales(boxes, size, (columns, rows), turn)
+        covered = columns * rows * _covered(boxes, scales)
+        if covered > most and all(a >= b for a, b in zip(scales, least, strict=True)):
+            found, most = (columns, rows), covered
+    return found
+
+
+def _scales(
+    boxes: Sequence[tuple[float, float]],
+    size: tuple[float, float],
+    grid: tuple[int, int],
+    turn: float,
+) -> list[float]:
+    """How large each box can be in a cell of the grid: upright, and turned by half and all.
+
+    Where a box is as large in one grid as in another upright and turned by all, it is at every
+    angle between, since its proportions change one way only.
+    """
+    cell = (size[0] / grid[0], size[1] / grid[1])
+    return [_scale(box, cell, angle) for box in boxes for angle in (0, turn / 2, turn)]
+
+
+def _covered(boxes: Sequence[tuple[float, float]], scales: Sequence[float]) -> float:
+    """What a sticker covers on the average, in pixels of the sheet."""
+    each = len(scales) // len(boxes)
+    areas = (width * height for width, height in boxes for _ in range(each))
+    return sum(area * s**2 for area, s in zip(areas, scales, strict=True)) / len(scales)
+
+
+def _scale(box: tuple[float, float], cell: tuple[float, float], angle: float) -> float:
+    """How large a turned box can be in a cell, beside the gap."""
+    width, height = turned_box(*box, angle)
+    gap = GAP * min(cell)
+    return min((cell[0] - gap) / width, (cell[1] - gap) / height)
 
 
 def _step(row: int, layout: Layout, count: int) -> int:
@@ -94,7 +169,7 @@ def _placed(
     right, down = rng.random(), rng.random()
     width, height = turned_box(*box, angle)
     gap = GAP * min(cell)
-    scale = min((cell[0] - gap) / width, (cell[1] - gap) / height) * smaller
+    scale = _scale(box, cell, angle) * smaller
     free = (cell[0] - gap - width * scale, cell[1] - gap - height * scale)
     # Towards the middle of what is free: at random over all of it looks untidy.
     across, along = (0.25 + 0.5 * share for share in (right, down))
