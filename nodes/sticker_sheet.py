@@ -197,8 +197,8 @@ def _sheet(
         width, height, margin = SHEETS[paper]
     sheet = new_picture((1, height, width, 3))
     sheet += torch.tensor(colour)
-    boxes = [(right - left, bottom - top) for left, top, right, bottom in (s.box for s in stickers)]
-    found = places(boxes, (margin, margin, width - 2 * margin, height - 2 * margin), layout)
+    area = (margin, margin, width - 2 * margin, height - 2 * margin)
+    found = places([sticker.outline for sticker in stickers], area, layout)
     for place in found:
         model_management.throw_exception_if_processing_interrupted()
         drawn_on(sheet[0], stickers[place.number], place)
