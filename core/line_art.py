@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .outlines import borders, chains, drawn, smooth
-from .paper import AS_PICTURE, SHEETS, Paper
+from .outlines import borders, chains, drawn, enlarged, smooth
+from .paper import AS_PICTURE, SHEETS, Paper, Placed, filling, whole
 from .picture_regions import LONGEST, Detail, libraries, regions, rgb, working_copy
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ STROKE_AREA = 2.5  # squares of that width: smaller ones are corners and dots
 KNOT_AREA = 6  # squares of that width: larger places within strokes are areas
 DARK = 38.0  # CIELAB lightness: small areas below it are black on the page, too
 PUPIL = 0.004  # of the picture: larger dark areas are there to be coloured
-AIR = 0.02  # of what a sheet holds that stays free on each side of what fills it
-LARGEST = 4.0  # times the size in the whole picture: more would show how coarse the copy is
 
 
 class PageSettings(NamedTuple):
@@ -65,14 +63,6 @@ class Page(NamedTuple):
     areas: int
 
 
-class _Place(NamedTuple):
-    """Where the copy's pixels lie on the page, in its pixels."""
-
-    scale: float
-    left: float
-    top: float
-
-
 class _Lines(NamedTuple):
     lines: list[np.ndarray]  # (n, 2) of (x, y) in pixels of the working copy
     dots: list[np.ndarray]  # outlines that are filled
@@ -89,13 +79,18 @@ def colouring_page(picture: Tensor, settings: PageSettings) -> Page:
     colours = rgb(picture)
     copy = working_copy(colours)
     found = _found(copy, settings)
-    size, place = _placed(colours.shape[1], colours.shape[0], copy, settings.paper)
     height, width = copy.shape[:2]
+    if settings.paper == AS_PICTURE:
+        place = Placed(max(colours.shape[:2]) / LONGEST, 0.0, 0.0)
+    else:
+        place = whole((width, height), SHEETS[settings.paper])
     line = max(THINNEST, settings.line_width / 1000 * min(height, width) * place.scale)
-    lines = [*found.lines, *_frame(found.lines, width, height, line / place.scale)]
+    frame = _frame(found.lines, width, height, line / place.scale)
+    found = found._replace(lines=[*found.lines, *frame])
     if settings.paper != AS_PICTURE:
-        place = _filling(found, (width, height), SHEETS[settings.paper], line, place)
-    return Page(drawn(lines, found.dots, size, line, place, (width, height)), found.areas)
+        found, place = _filling(found, (width, height), SHEETS[settings.paper], line)
+    size = size_of_page(colours, settings.paper)
+    return Page(drawn(found.lines, found.dots, size, line, place, (width, height)), found.areas)
 
 
 def size_of_page(picture: Tensor, paper: str) -> tuple[int, int]:
@@ -105,42 +100,22 @@ def size_of_page(picture: Tensor, paper: str) -> tuple[int, int]:
     return SHEETS[paper].width, SHEETS[paper].height
 
 
-def _placed(
-    width: int, height: int, copy: np.ndarray, paper: str
-) -> tuple[tuple[int, int], _Place]:
-    """The page's size, and where the whole picture lies on it."""
-    if paper == AS_PICTURE:
-        return (width, height), _Place(max(width, height) / LONGEST, 0.0, 0.0)
-    sheet = SHEETS[paper]
-    rows, columns = copy.shape[:2]
-    inner_width, inner_height = sheet.inner
-    scale = min(inner_width / columns, inner_height / rows)
-    left, top = (sheet.width - columns * scale) / 2, (sheet.height - rows * scale) / 2
-    return (sheet.width, sheet.height), _Place(scale, left, top)
-
-
 def _filling(
-    found: _Lines, within: tuple[int, int], sheet: Paper, line: float, whole: _Place
-) -> _Place:
-    """Where the lines fill the sheet, without the empty ground around them.
-
-    They stay where they are in the `whole` picture if they reach its edge, or fill it already.
-    `line` is the width of a line in pixels of the sheet: it is the same in every size.
-    """
+    found: _Lines, within: tuple[int, int], sheet: Paper, line: float
+) -> tuple[_Lines, Placed]:
+    """The lines for the size in which they fill the sheet, and where they lie on it."""
     np = libraries().np
-    points = [*found.lines, *found.dots]
+    stays, points = whole(within, sheet), [*found.lines, *found.dots]
     if not points:
-        return whole
-    low = np.min([part.min(0) for part in points], axis=0)
-    high = np.max([part.max(0) for part in points], axis=0)
-    if (low < 1).any() or (high > np.array(within) - 1).any():
-        return whole
-    room = (1 - 2 * AIR) * np.array(sheet.inner) - line
-    scale = min(*(room / np.maximum(high - low, 1)), LARGEST * whole.scale)
-    if scale <= whole.scale:
-        return whole
-    left, top = np.array([sheet.width, sheet.height]) / 2 - (low + high) / 2 * scale
-    return _Place(float(scale), float(left), float(top))
+        return found, stays
+    low = np.min([part.min(0) for part in points], axis=0).tolist()
+    high = np.max([part.max(0) for part in points], axis=0).tolist()
+    place = filling((*low, *high), within, sheet, line)
+    zoom = place.scale / stays.scale
+    if zoom <= 1:
+        return found, place
+    lines, dots = ([enlarged(part, zoom) for part in parts] for parts in (found.lines, found.dots))
+    return _Lines(lines, dots, found.areas), place
 
 
 def _frame(lines: list[np.ndarray], width: int, height: int, line: float) -> list[np.ndarray]:
