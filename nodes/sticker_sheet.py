@@ -62,14 +62,21 @@ class StickerSheet(io.ComfyNode):
         """How many there are, and their edge."""
         return [
             io.Int.Input(
-                "columns", default=3, min=1, max=20, tooltip="How many stickers side by side."
+                "columns",
+                default=0,
+                min=0,
+                max=20,
+                tooltip=(
+                    "How many stickers side by side. 0: as many as suit the animal's shape; if "
+                    "rows is 0, too, 12 on the sheet."
+                ),
             ),
             io.Int.Input(
                 "rows",
                 default=0,
                 min=0,
                 max=20,
-                tooltip="How many below each other. 0: as many as fill the sheet.",
+                tooltip="How many below each other. 0: as many as suit the animal's shape.",
             ),
             io.Float.Input(
                 "border",
