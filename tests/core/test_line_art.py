@@ -213,6 +213,17 @@ def test_what_is_drawn_fills_the_sheet_with_lines_of_the_same_width() -> None:
     assert black[1] == pytest.approx(2 * black[0], rel=0.12)
 
 
+def test_the_steps_of_a_slope_do_not_show_on_a_sheet_that_is_filled() -> None:
+    image = Image.new("RGB", (1024, 1024), "white")
+    ImageDraw.Draw(image).polygon([(300, 300), (700, 340), (700, 740), (300, 700)], fill=SKIN)
+    drawing = page(picture(image), paper="A4 portrait, 300 dpi")
+    columns = np.nonzero((drawing < 128).any(0))[0]
+    inner = columns[len(columns) // 4 : -len(columns) // 4]
+    upper = (drawing[:, inner] < 128).argmax(0)  # the line's upper edge
+    waves = upper - np.polyval(np.polyfit(inner, upper, 1), inner)
+    assert waves.std() < 0.55  # pixels; 0.8 where lines only grow
+
+
 def test_a_page_has_the_areas_of_its_picture_in_every_size() -> None:
     on_paper = colouring_page(bear(), PageSettings(paper="A4 portrait, 150 dpi"))
     assert on_paper.areas == bear_page().areas

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from pack.core.paper import LARGEST, SHEETS, Paper, Placed, filling, whole
 
@@ -28,6 +28,8 @@ def on_page(box: Box, place: Placed) -> Box:
 
 
 @given(pictures, ends_of_a_box, sheets, lines)
+@example((768, 768), (0.3, 0.1, 0.7, 0.9), SHEETS["A4 portrait, 150 dpi"], 60.0)
+@example((768, 768), (0.1, 0.3, 0.9, 0.7), SHEETS["A4 portrait, 150 dpi"], 60.0)
 def test_what_fills_a_sheet_is_within_its_margins_and_no_smaller(
     picture: Size, ends: Box, sheet: Paper, line: float
 ) -> None:

@@ -252,6 +252,17 @@ def test_no_grid_has_as_many_upright_stickers_that_are_larger(
         assert found[0].scale >= other[0] * (1 - 1e-9)
 
 
+def test_what_is_not_like_its_box_when_it_is_turned_stays_in_its_cell() -> None:
+    corner = halves((100, 100))
+    for seed in range(20):
+        (place,) = places([corner], (0, 0, 300, 300), Layout(1, 1, 0.0, 45.0, seed))
+        points = placed(place, corner)
+        assert all(0 <= side <= 300 for point in points for side in point)
+        # As large as it can be: it spans the cell in one direction.
+        spans = [max(ends) - min(ends) for ends in zip(*points, strict=True)]
+        assert max(spans) == pytest.approx(300 * (1 - GAP))
+
+
 def test_twelve_tall_animals_stand_in_tall_cells_and_wide_ones_in_wide_cells() -> None:
     paper = (1122, 1636)
     assert grid([outline(330, 740)], paper, Layout(0, 0)) == (4, 3)
