@@ -53,6 +53,22 @@ class Sticker(NamedTuple):
         rows, columns = (np.flatnonzero((self.edge < 1).any(axis)) for axis in (1, 0))
         return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
+    @property
+    def outline(self) -> Tensor:
+        """Where the white edge begins and ends in each row: (n, 2) of (x, y), float64.
+
+        In pixels of `edge` from the middle of `box`. All its corners are among them, so a straight
+        line that parts them from something parts the whole sticker from it.
+        """
+        np = libraries().np
+        left, top, right, bottom = self.box
+        inside = (self.edge < 1)[top:bottom, left:right]
+        rows = np.flatnonzero(inside.any(1))
+        first, last = inside[rows].argmax(1), inside.shape[1] - inside[rows, ::-1].argmax(1)
+        ends = [np.stack([x, rows + below], -1) for x in (first, last) for below in (0, 1)]
+        middle = np.array([right - left, bottom - top]) / 2
+        return torch.from_numpy(np.concatenate(ends) - middle)
+
 
 def cut_out(picture: Tensor, border: float) -> Sticker:
     """The sticker of a picture (H, W, 1, 3 or 4); `border` in thousandths of its shorter side.

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .outlines import borders, chains, drawn, smooth
-from .paper import AS_PICTURE, SHEETS
+from .outlines import borders, chains, drawn, enlarged, smooth
+from .paper import AS_PICTURE, SHEETS, Paper, Placed, filling, whole
 from .picture_regions import LONGEST, Detail, libraries, regions, rgb, working_copy
 
 if TYPE_CHECKING:
@@ -79,13 +79,18 @@ def colouring_page(picture: Tensor, settings: PageSettings) -> Page:
     colours = rgb(picture)
     copy = working_copy(colours)
     found = _found(copy, settings)
-    size, (scale, left, top) = _placed(colours.shape[1], colours.shape[0], copy, settings.paper)
     height, width = copy.shape[:2]
-    line = max(THINNEST, settings.line_width / 1000 * min(height, width) * scale)
-    lines = [*found.lines, *_frame(found.lines, width, height, line / scale)]
-    return Page(
-        drawn(lines, found.dots, size, line, (scale, left, top), (width, height)), found.areas
-    )
+    if settings.paper == AS_PICTURE:
+        place = Placed(max(colours.shape[:2]) / LONGEST, 0.0, 0.0)
+    else:
+        place = whole((width, height), SHEETS[settings.paper])
+    line = max(THINNEST, settings.line_width / 1000 * min(height, width) * place.scale)
+    frame = _frame(found.lines, width, height, line / place.scale)
+    found = found._replace(lines=[*found.lines, *frame])
+    if settings.paper != AS_PICTURE:
+        found, place = _filling(found, (width, height), SHEETS[settings.paper], line)
+    size = size_of_page(colours, settings.paper)
+    return Page(drawn(found.lines, found.dots, size, line, place, (width, height)), found.areas)
 
 
 def size_of_page(picture: Tensor, paper: str) -> tuple[int, int]:
@@ -95,18 +100,22 @@ def size_of_page(picture: Tensor, paper: str) -> tuple[int, int]:
     return SHEETS[paper].width, SHEETS[paper].height
 
 
-def _placed(
-    width: int, height: int, copy: np.ndarray, paper: str
-) -> tuple[tuple[int, int], tuple[float, float, float]]:
-    """The page's size, and where the copy's pixels lie on it: scale, left and top."""
-    if paper == AS_PICTURE:
-        return (width, height), (max(width, height) / LONGEST, 0.0, 0.0)
-    sheet = SHEETS[paper]
-    rows, columns = copy.shape[:2]
-    inner_width, inner_height = sheet.inner
-    scale = min(inner_width / columns, inner_height / rows)
-    left, top = (sheet.width - columns * scale) / 2, (sheet.height - rows * scale) / 2
-    return (sheet.width, sheet.height), (scale, left, top)
+def _filling(
+    found: _Lines, within: tuple[int, int], sheet: Paper, line: float
+) -> tuple[_Lines, Placed]:
+    """The lines for the size in which they fill the sheet, and where they lie on it."""
+    np = libraries().np
+    stays, points = whole(within, sheet), [*found.lines, *found.dots]
+    if not points:
+        return found, stays
+    low = np.min([part.min(0) for part in points], axis=0).tolist()
+    high = np.max([part.max(0) for part in points], axis=0).tolist()
+    place = filling((*low, *high), within, sheet, line)
+    zoom = place.scale / stays.scale
+    if zoom <= 1:
+        return found, place
+    lines, dots = ([enlarged(part, zoom) for part in parts] for parts in (found.lines, found.dots))
+    return _Lines(lines, dots, found.areas), place
 
 
 def _frame(lines: list[np.ndarray], width: int, height: int, line: float) -> list[np.ndarray]:

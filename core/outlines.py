@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SMOOTH = 2.5  # pixels of the working copy: standard deviation of the blur along a line
+SMOOTHEST = 5.0  # the same of lines that are enlarged: more would take fingers and feet away
 STEPS = ((0, 1), (1, 0), (0, -1), (-1, 0))  # right, down, left, up: as (row, column)
 
 
@@ -60,10 +62,29 @@ def chains(next_to: dict[Any, list[Any]]) -> list[list[Any]]:
 
 def smooth(chain: Sequence[tuple[float, float]], by: float = SMOOTH) -> np.ndarray:
     """A line of (row, column) as (n, 2) of (x, y), blurred along itself; its ends stay."""
+    points = libraries().np.asarray(chain, float)[:, ::-1]
+    return _blurred(points, by, chain[0] == chain[-1])
+
+
+def enlarged(line: np.ndarray, zoom: float) -> np.ndarray:
+    """A smooth line (n, 2), to be drawn so many times as large as usual: more even, and denser.
+
+    The steps of its pixels would show. What the blur takes away is blurred and given back, so that
+    small rings keep their size.
+    """
+    np = libraries().np
+    by, closed = min(SMOOTH * zoom, SMOOTHEST), bool((line[0] == line[-1]).all())
+    first = _blurred(line, by, closed)
+    even = first + _blurred(line - first, by, closed)
+    whole = np.arange(len(even))
+    parts = np.linspace(0, whole[-1], whole[-1] * math.ceil(zoom) + 1)
+    return np.stack([np.interp(parts, whole, even[:, axis]) for axis in (0, 1)], -1)
+
+
+def _blurred(points: np.ndarray, by: float, closed: bool) -> np.ndarray:
     lib = libraries()
-    points = lib.np.asarray(chain, float)[:, ::-1]
     blur = lib.ndimage.gaussian_filter1d
-    if chain[0] == chain[-1]:
+    if closed:
         ring = blur(points[:-1], by, axis=0, mode="wrap")
         return lib.np.concatenate([ring, ring[:1]])
     straight = lib.np.linspace(points[0], points[-1], len(points))
@@ -96,7 +117,10 @@ def drawn(
     for points in lines:
         _stroke(pen, (points * scale + (left, top) - 0.5).tolist(), radius)
     far = (within[0] * scale + left, within[1] * scale + top)
-    inner = tuple(map(round, (left, top, *far)))
+    inner = (  # of a picture that is larger than the sheet, what lies on it
+        *(max(0, round(side)) for side in (left, top)),
+        *(min(end, round(side)) for end, side in zip(sheet.size, far, strict=True)),
+    )
     clipped = Image.new("L", sheet.size, 255)
     clipped.paste(sheet.crop(inner), inner[:2])
     return libraries().np.asarray(clipped.reduce(finer))

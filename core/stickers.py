@@ -1,6 +1,7 @@
 """Where stickers lie on a sheet, and how each is drawn there.
 
-Each has a cell of its own, and is so small and moved so little that its turned box stays in it.
+The sheet is parted into cells whose shape suits the stickers, as far as that is left open. Each
+has a cell of its own, and is so small and moved so little that its turned outline stays in it.
 """
 
 from __future__ import annotations
@@ -20,24 +21,27 @@ from .picture_regions import LONGEST
 GAP = 0.05  # of a cell's shorter side that stays free between stickers
 LINE = 0.003  # of the sticker's longer side: the line to cut along
 GREY = 0.72  # of that line
+MANY = 20  # columns and rows at most
+USUAL = 12  # stickers on a sheet whose columns and rows are both left open
+STEPS = 4  # from upright to each side, of the angles that a grid is judged by
 ROWS = 256  # that are drawn at a time: memory stays small however large the sheet is
 
 
 class Layout(NamedTuple):
     """What the node asks for: `vary` and `turn` are the most, a share and degrees."""
 
-    columns: int
-    rows: int  # 0: as many as fit
+    columns: int  # 0: by the stickers' shape
+    rows: int  # 0: as many as fill the sheet; both 0: `USUAL` stickers, or one of each picture
     vary: float = 0.25
     turn: float = 12.0
     seed: int = 0
 
     def check(self) -> None:
         """Raises ValueError for what cannot be used."""
-        if not (1 <= self.columns <= 20 and 0 <= self.rows <= 20):
+        if not (0 <= self.columns <= MANY and 0 <= self.rows <= MANY):
             raise ValueError(
-                f"columns and rows are {self.columns} and {self.rows}: give 1 to 20; rows can be "
-                "0, for as many as fit."
+                f"columns and rows are {self.columns} and {self.rows}: give 1 to {MANY}, or 0 for "
+                "what suits the stickers."
             )
         if not (0 <= self.vary <= 0.6 and 0 <= self.turn <= 45):
             raise ValueError(
@@ -57,22 +61,24 @@ class Place(NamedTuple):
 
 
 def places(
-    boxes: Sequence[tuple[float, float]], area: tuple[float, float, float, float], layout: Layout
+    outlines: Sequence[Tensor], area: tuple[float, float, float, float], layout: Layout
 ) -> list[Place]:
-    """Where stickers with boxes of (width, height) lie in an area (left, top, width, height).
+    """Where stickers with outlines (n, 2) lie in an area (left, top, width, height).
 
-    They take turns, and no two of them touch. The same seed gives the same places.
+    Points are (x, y) from the middle of the sticker's box. Stickers take turns, and no two of them
+    touch. The same seed gives the same places.
     """
     rng = random.Random(layout.seed)
     left, top, width, height = area
-    rows = layout.rows or max(1, round(height / (width / layout.columns)))
-    cell = (width / layout.columns, height / rows)
+    columns, rows = grid(outlines, (width, height), layout)
+    layout = layout._replace(columns=columns, rows=rows)
+    cell = (width / columns, height / rows)
     found = []
     for row in range(rows):
-        for column in range(layout.columns):
-            number = (column + row * layout.columns + _step(row, layout, len(boxes))) % len(boxes)
+        for column in range(columns):
+            number = (column + row * columns + _step(row, layout, len(outlines))) % len(outlines)
             corner = (left + column * cell[0], top + row * cell[1])
-            found.append(_placed(number, boxes[number], corner, cell, layout, rng))
+            found.append(_placed(number, outlines[number], corner, cell, layout, rng))
     return found
 
 
@@ -83,7 +89,7 @@ def _step(row: int, layout: Layout, count: int) -> int:
 
 def _placed(
     number: int,
-    box: tuple[float, float],
+    outline: Tensor,
     corner: tuple[float, float],
     cell: tuple[float, float],
     layout: Layout,
@@ -92,24 +98,110 @@ def _placed(
     angle = rng.uniform(-layout.turn, layout.turn)
     smaller = 1 - rng.uniform(0, layout.vary)
     right, down = rng.random(), rng.random()
-    width, height = turned_box(*box, angle)
+    reach = _reach(outline, angle)
+    width, height = reach[2] - reach[0], reach[3] - reach[1]
+    scale = _scale((width, height), cell) * smaller
     gap = GAP * min(cell)
-    scale = min((cell[0] - gap) / width, (cell[1] - gap) / height) * smaller
     free = (cell[0] - gap - width * scale, cell[1] - gap - height * scale)
     # Towards the middle of what is free: at random over all of it looks untidy.
     across, along = (0.25 + 0.5 * share for share in (right, down))
-    x = corner[0] + gap / 2 + width * scale / 2 + free[0] * across
-    y = corner[1] + gap / 2 + height * scale / 2 + free[1] * along
+    x = corner[0] + gap / 2 - reach[0] * scale + free[0] * across
+    y = corner[1] + gap / 2 - reach[1] * scale + free[1] * along
     return Place(number, x, y, scale, angle)
 
 
+def _reach(outline: Tensor, angle: float) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of an outline that is turned by so many degrees."""
+    sine, cosine = math.sin(math.radians(angle)), math.cos(math.radians(angle))
+    x, y = outline.double().unbind(-1)
+    across, down = x * cosine - y * sine, x * sine + y * cosine
+    return float(across.min()), float(down.min()), float(across.max()), float(down.max())
+
+
+def _scale(size: tuple[float, float], cell: tuple[float, float]) -> float:
+    """How large something of (width, height) can be in a cell, beside the gap."""
+    gap = GAP * min(cell)
+    return min((cell[0] - gap) / size[0], (cell[1] - gap) / size[1])
+
+
+# --------------------------------------------------------------------------------- the grid
+class _Shape(NamedTuple):
+    """Of an outline: the area of its box, and width and height at each angle it is judged by."""
+
+    area: float
+    turned: list[tuple[float, float]]
+
+
+def grid(outlines: Sequence[Tensor], size: tuple[float, float], layout: Layout) -> tuple[int, int]:
+    """Columns and rows on a sheet of (width, height): those asked for, and what suits the outlines.
+
+    Where both are left open, it is the grid of at least `USUAL` cells, and of as many as there are
+    outlines, that makes stickers largest. Where one is, it is the number that covers most of the
+    sheet with stickers, none of them smaller than in cells that are about square.
+    """
+    columns, rows = layout.columns, layout.rows
+    if columns and rows:
+        return columns, rows
+    shapes = [_shape(outline, layout.turn) for outline in outlines]
+    if not columns and not rows:
+        count = min(MANY**2, max(USUAL, len(shapes)))
+        every = [(n, math.ceil(count / n)) for n in range(math.ceil(count / MANY), MANY + 1)]
+        return max(every, key=lambda one: _covered(shapes, _scales(shapes, size, one)))
+    if columns:
+        square = max(1, round(size[1] / (size[0] / columns)))
+        every = [(columns, n) for n in range(1, max(MANY, square) + 1)]
+    else:
+        square = max(1, round(size[0] / (size[1] / rows)))
+        every = [(n, rows) for n in range(1, max(MANY, square) + 1)]
+    return _fullest(every, every[square - 1], shapes, size)
+
+
+def _shape(outline: Tensor, turn: float) -> _Shape:
+    turned = []
+    for step in range(-STEPS, STEPS + 1):
+        left, top, right, bottom = _reach(outline, turn * step / STEPS)
+        turned.append((right - left, bottom - top))
+    return _Shape(math.prod(turned[STEPS]), turned)
+
+
+def _fullest(
+    every: Sequence[tuple[int, int]],
+    square: tuple[int, int],
+    shapes: Sequence[_Shape],
+    size: tuple[float, float],
+) -> tuple[int, int]:
+    """The grid that covers most, of those where nothing is smaller than in the square one."""
+    least = _scales(shapes, size, square)
+    found, most = square, 0.0
+    for one in every:
+        scales = _scales(shapes, size, one)
+        covered = math.prod(one) * _covered(shapes, scales)
+        if covered > most and all(a >= b for a, b in zip(scales, least, strict=True)):
+            found, most = one, covered
+    return found
+
+
+def _scales(
+    shapes: Sequence[_Shape], size: tuple[float, float], one: tuple[int, int]
+) -> list[float]:
+    """How large each shape can be in a cell of a grid, at each angle."""
+    cell = (size[0] / one[0], size[1] / one[1])
+    return [_scale(turned, cell) for shape in shapes for turned in shape.turned]
+
+
+def _covered(shapes: Sequence[_Shape], scales: Sequence[float]) -> float:
+    """What a sticker's box covers on the average, in pixels of the sheet."""
+    areas = (shape.area for shape in shapes for _ in shape.turned)
+    return sum(area * s**2 for area, s in zip(areas, scales, strict=True)) / len(scales)
+
+
+# --------------------------------------------------------------------------------- drawing
 def turned_box(width: float, height: float, angle: float) -> tuple[float, float]:
     """Width and height of the upright box around a box that is turned by so many degrees."""
     sine, cosine = abs(math.sin(math.radians(angle))), abs(math.cos(math.radians(angle)))
     return width * cosine + height * sine, width * sine + height * cosine
 
 
-# --------------------------------------------------------------------------------- drawing
 def drawn_on(sheet: Tensor, sticker: Sticker, place: Place) -> None:
     """Draw a sticker on a sheet (h, w, 3), in place: its white edge, itself, the line to cut."""
     left, top, right, bottom = sticker.box

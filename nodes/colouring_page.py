@@ -72,8 +72,9 @@ class ColouringPage(io.ComfyNode):
                 options=[AS_PICTURE, *SHEETS],
                 default=AS_PICTURE,
                 tooltip=(
-                    "As large as the picture, or a sheet to print with 10 mm of white around. "
-                    "Lines are drawn in the size of the sheet and stay sharp."
+                    "As large as the picture, or a sheet to print with 10 mm of white around, "
+                    "filled with what is drawn. Lines are drawn in the size of the sheet and stay "
+                    "sharp."
                 ),
             ),
         ]

@@ -62,14 +62,21 @@ class StickerSheet(io.ComfyNode):
         """How many there are, and their edge."""
         return [
             io.Int.Input(
-                "columns", default=3, min=1, max=20, tooltip="How many stickers side by side."
+                "columns",
+                default=0,
+                min=0,
+                max=20,
+                tooltip=(
+                    "How many stickers side by side. 0: as many as suit the animal's shape; if "
+                    "rows is 0, too, 12 on the sheet."
+                ),
             ),
             io.Int.Input(
                 "rows",
                 default=0,
                 min=0,
                 max=20,
-                tooltip="How many below each other. 0: as many as fill the sheet.",
+                tooltip="How many below each other. 0: as many as suit the animal's shape.",
             ),
             io.Float.Input(
                 "border",
@@ -197,8 +204,8 @@ def _sheet(
         width, height, margin = SHEETS[paper]
     sheet = new_picture((1, height, width, 3))
     sheet += torch.tensor(colour)
-    boxes = [(right - left, bottom - top) for left, top, right, bottom in (s.box for s in stickers)]
-    found = places(boxes, (margin, margin, width - 2 * margin, height - 2 * margin), layout)
+    area = (margin, margin, width - 2 * margin, height - 2 * margin)
+    found = places([sticker.outline for sticker in stickers], area, layout)
     for place in found:
         model_management.throw_exception_if_processing_interrupted()
         drawn_on(sheet[0], stickers[place.number], place)

@@ -62,7 +62,7 @@ FRONT_SEED = 11
 # Without a scarf this model draws no neck.
 FRONT_PROMPT = {"words": "a little bear with a hat and a scarf", "seed": FRONT_SEED}
 AS_TAUGHT = {"PrimitiveInt": 8, "PrimitiveFloat": 1.0}  # steps and CFG of the embedded model
-FRONT_SHEET = {"columns": 4, "paper": "A4 landscape, 150 dpi"}
+FRONT_SHEET = {"paper": "A4 landscape, 150 dpi"}
 # Title, class, place and size, whose picture it takes, and its own values; the first is there.
 FRONT_NODES = (
     ("Cute animal", "", (0, 218, 420, 440), "", FRONT_PROMPT),

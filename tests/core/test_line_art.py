@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.core.line_art import Page, PageSettings, as_image, colouring_page, size_of_page
-from pack.core.outlines import borders, chains, smooth
+from pack.core.outlines import borders, chains, enlarged, smooth
 from pack.core.paper import SHEETS
 from pack.demo.animals import Scene, draw
 from pack.tests.examples import examples
@@ -192,6 +192,44 @@ def test_a_sheet_holds_the_picture_within_its_margins() -> None:
     assert size_of_page(torch.zeros(2, 40, 50, 3), "as the picture") == (50, 40)
 
 
+def test_what_is_drawn_fills_the_sheet_with_lines_of_the_same_width() -> None:
+    """A tall animal in the lower right of a plain ground, beside the same one in a meadow."""
+    sheet, paper = SHEETS["A4 portrait, 150 dpi"], "A4 portrait, 150 dpi"
+    ground = torch.full((512, 512, 3), 0.93)
+    ground[200:440, 280:380] = torch.tensor([0.9, 0.5, 0.2])
+    alone = page(ground, paper=paper)
+    rows, columns = np.nonzero(alone < 128)
+    assert np.ptp(rows) > 0.93 * sheet.inner[1]
+    assert rows.min() + rows.max() == pytest.approx(sheet.height, abs=3)
+    assert columns.min() + columns.max() == pytest.approx(sheet.width, abs=3)
+    ground[420:] = torch.tensor([0.3, 0.7, 0.3])
+    scene = page(ground, paper=paper)
+    rows, columns = np.nonzero(scene < 128)
+    assert np.ptp(columns) == pytest.approx(sheet.inner[0], abs=3)
+    widths = [255 - line.astype(float) for line in (alone[sheet.height // 2], scene[810])]
+    # Two sides of the animal, and in the scene two of the frame that are cut to half: the same.
+    black = [width[width.nonzero()[0]].sum() / 255 for width in widths]
+    assert black[0] == pytest.approx(2 * LINE / 1000 * sheet.inner[0], rel=0.12)
+    assert black[1] == pytest.approx(2 * black[0], rel=0.12)
+
+
+def test_the_steps_of_a_slope_do_not_show_on_a_sheet_that_is_filled() -> None:
+    image = Image.new("RGB", (1024, 1024), "white")
+    ImageDraw.Draw(image).polygon([(300, 300), (700, 340), (700, 740), (300, 700)], fill=SKIN)
+    drawing = page(picture(image), paper="A4 portrait, 300 dpi")
+    columns = np.nonzero((drawing < 128).any(0))[0]
+    inner = columns[len(columns) // 4 : -len(columns) // 4]
+    upper = (drawing[:, inner] < 128).argmax(0)  # the line's upper edge
+    waves = upper - np.polyval(np.polyfit(inner, upper, 1), inner)
+    assert waves.std() < 0.55  # pixels; 0.8 where lines only grow
+
+
+def test_a_page_has_the_areas_of_its_picture_in_every_size() -> None:
+    on_paper = colouring_page(bear(), PageSettings(paper="A4 portrait, 150 dpi"))
+    assert on_paper.areas == bear_page().areas
+    assert areas(on_paper.drawing) >= areas(bear_page().drawing)  # narrow ones are open now
+
+
 # ------------------------------------------------------------------------------ kinds of pictures
 def test_alpha_lies_on_white_and_grey_works() -> None:
     colours = small(face())
@@ -252,3 +290,26 @@ def test_smoothing_keeps_ends_and_straight_lines() -> None:
     line = smooth(stairs)
     np.testing.assert_allclose(line[[0, -1]], [(0, 0), (20, 20)])
     assert np.ptp((line[:, 0] - line[:, 1])[8:-8]) < 0.01  # the steps are gone
+
+
+@given(st.integers(6, 40), st.floats(1, 4))
+@settings(max_examples=examples(10))
+def test_enlarging_keeps_rings_and_the_ends_of_lines(radius: int, zoom: float) -> None:
+    y, x = np.mgrid[-50:50, -50:50]
+    (ring,) = borders((np.hypot(x + 0.5, y + 0.5) < radius).astype(int))
+    even = enlarged(ring, zoom)
+    np.testing.assert_allclose(even[0], even[-1])
+    assert len(even) >= zoom * (len(ring) - 1)
+    assert np.hypot(*(even - 50).T) == pytest.approx(np.hypot(*(ring - 50).T).mean(), rel=0.06)
+    half = ring[: len(ring) // 2]
+    np.testing.assert_allclose(enlarged(half, zoom)[[0, -1]], half[[0, -1]], atol=1e-9)
+
+
+@pytest.mark.parametrize(("run", "left"), [(8, 0.2), (12, 0.6)])
+def test_enlarging_takes_the_steps_of_a_slope_away(run: int, left: float) -> None:
+    steps = smooth([(i // run, i - i // run) for i in range(20 * run)])
+    waves = []
+    for line in (steps, enlarged(steps, 2)):
+        x, y = line[len(line) // 4 : -len(line) // 4].T
+        waves.append((y - np.polyval(np.polyfit(x, y, 1), x)).std())
+    assert waves[1] < left * waves[0]

@@ -48,6 +48,22 @@ def test_each_picture_of_a_batch_becomes_a_page(host: Host) -> None:
 def test_on_paper_it_has_the_size_of_the_sheet(host: Host) -> None:
     run = host.run(graph_of(host, paper="Letter landscape, 150 dpi"))
     assert run.outputs["page"][0][0].shape == (2, 1275, 1650, 3)
+    assert run.status("page")["text"].endswith(" areas to colour, 1650 x 1275 pixels")
+
+
+def test_each_picture_of_a_batch_fills_its_own_sheet(module: ModuleType) -> None:
+    """A small and a large square, which would be different in one box of both."""
+    batch = torch.full((3, 128, 128, 3), 0.95)
+    batch[0, 40:80, 30:70] = batch[1, 30:100, 40:110] = torch.tensor([0.2, 0.4, 0.9])
+    batch[2, 60:] = torch.tensor([0.2, 0.7, 0.2])
+    paper = "A4 portrait, 150 dpi"
+    pages = module.ColouringPage.execute(batch, 6.0, 3, paper).args[0][..., 0] < 0.5
+    sides = []
+    for page in pages:
+        rows, columns = (page.any(axis).nonzero() for axis in (1, 0))
+        sides.append((int(columns.max() - columns.min()), int(rows.max() - rows.min())))
+    assert all(1060 < side < 1122 * 0.98 for side in (*sides[0], *sides[1]))
+    assert sides[2] == pytest.approx((1122, 1122), abs=3)  # the whole picture, in its frame
 
 
 def test_a_page_without_lines_says_so(module: ModuleType) -> None:

@@ -61,7 +61,7 @@ def test_a_list_of_pictures_takes_turns_and_each_becomes_a_png_with_alpha(host: 
         assert png.shape[-1] == 4 and png[0, 0, 0, 3] == 0  # the corner is transparent
         torch.testing.assert_close(png[..., 3], 1 - mask)
     text = run.status("sheet")["text"]
-    assert text.startswith("9 stickers, 128 x 128 pixels; cut out ")
+    assert text.startswith("6 stickers, 128 x 128 pixels; cut out ")
     assert text.endswith("% of the picture; picture 3 kept whole: no plain background")
     shares = [
         int(part.strip("% "))
@@ -89,6 +89,16 @@ def run(module: ModuleType, image: torch.Tensor, **more: Any) -> tuple[Any, ...]
     return *output.args, output.ui["qwen_vram"][0]["text"]
 
 
+def test_the_status_says_how_many_suit_the_animal(module: ModuleType) -> None:
+    """A tall bar: twelve in four columns, six in three, and as many as are asked for."""
+    image = torch.full((1, 96, 96, 3), 0.9)
+    image[0, 10:86, 35:61] = torch.tensor([0.1, 0.3, 0.8])
+    for columns, rows, count in ((0, 0, 12), (3, 0, 6), (3, 4, 12), (5, 1, 5)):
+        sheet, *_, text = run(module, image, columns=columns, rows=rows)
+        assert text.startswith(f"{count} stickers, 1240 x 1754 pixels; cut out ")
+        assert sheet.shape == (1, 1754, 1240, 3)
+
+
 def test_one_picture_without_plain_background_says_so(module: ModuleType) -> None:
     noise = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
     *_, text = run(module, noise, columns=1, rows=1, background="cream")
@@ -111,7 +121,7 @@ def test_what_cannot_be_used_is_refused_with_a_sentence(host: Host, module: Modu
         ({"border": 500.0}, "border is 500"),
         ({"paper": "A3"}, "paper is 'A3'"),
         ({"background": "black"}, "background is 'black'"),
-        ({"columns": 0}, "columns and rows are 0 and 0"),
+        ({"columns": 30}, "columns and rows are 30 and 0"),
     ):
         with pytest.raises(ValueError, match=told):
             run(module, image, **wrong)
