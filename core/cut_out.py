@@ -90,6 +90,10 @@ def cut_out(picture: Tensor, border: float) -> Sticker:
     else:
         shape = _smoothed(_distance(np.pad(animal, pad)), 1.0) + SHRUNK
     edge = _edge(shape, width)
+    if not (edge < 1).any():  # as fine as a hair: smoothing has taken all of it
+        animal, whole = None, NOTHING
+        shape = _rounded(copy.shape[0], copy.shape[1], pad)
+        edge = _edge(shape, width)
     share = 1.0 if animal is None else float(animal.mean())
     return Sticker(colours, shape, edge, pad, share, whole)
 

@@ -21,7 +21,7 @@ from .picture_regions import LONGEST
 GAP = 0.05  # of a cell's shorter side that stays free between stickers
 LINE = 0.003  # of the sticker's longer side: the line to cut along
 GREY = 0.72  # of that line
-MANY = 20  # columns and rows at most
+MANY = 20  # columns and rows that can be asked for
 USUAL = 12  # stickers on a sheet whose columns and rows are both left open
 STEPS = 4  # from upright to each side, of the angles that a grid is judged by
 ROWS = 256  # that are drawn at a time: memory stays small however large the sheet is
@@ -174,6 +174,8 @@ def _fullest(
     least = _scales(shapes, size, square)
     found, most = square, 0.0
     for one in every:
+        if math.prod(one) < min(len(shapes), math.prod(square)):
+            continue  # a picture would have no place
         scales = _scales(shapes, size, one)
         covered = math.prod(one) * _covered(shapes, scales)
         if covered > most and all(a >= b for a, b in zip(scales, least, strict=True)):

@@ -46,9 +46,9 @@ app.registerExtension({
       }
     });
     api.addEventListener("executed", ({ detail }) => {
-      const line = lineIn(detail.output);
       const [id] = oursAmong(rootGraph(), [detail.display_node ?? detail.node]);
-      if (id && line !== null && isToldAgain(findNode(rootGraph(), id))) show(id, line);
+      if (!id || !isToldAgain(findNode(rootGraph(), id))) return;
+      show(id, lineIn(detail.output) ?? notRun(locale())); // none: what stop has kept from running
     });
     // What was pinned runs under the node's id, and has no line of its own.
     api.addEventListener("executing", ({ detail: nodeId }) => {

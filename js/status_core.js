@@ -8,8 +8,8 @@ const NOT_RUN = {
 };
 
 const TOLD_LATER = {
-  en: "ComfyUI still has the result, and shows it when the run is through",
-  zh: "ComfyUI 仍保有结果，运行结束时会显示",
+  en: "ComfyUI still has the result, and shows it when the run has succeeded",
+  zh: "ComfyUI 仍保有结果，运行成功后会显示",
 };
 
 /** The sentence in the frontend's language, English where there is no translation. */

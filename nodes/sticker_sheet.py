@@ -68,7 +68,7 @@ class StickerSheet(io.ComfyNode):
                 max=20,
                 tooltip=(
                     "How many stickers side by side. 0: as many as suit the animal's shape; if "
-                    "rows is 0, too, 12 on the sheet."
+                    "rows is 0, too, at least 12 on the sheet."
                 ),
             ),
             io.Int.Input(

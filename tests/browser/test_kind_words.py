@@ -103,6 +103,21 @@ def test_after_a_warm_up_the_answer_comes_and_stands_on_the_node(editor: Editor)
     assert editor.problems == []
 
 
+def test_what_stop_keeps_from_running_promises_no_line(editor: Editor) -> None:
+    workflow = json.loads(TINY.read_text(encoding="utf-8"))
+    editor.open(workflow)
+    (box,), (kind,), (cute,) = (ids_of(workflow, name) for name in (BOX, KIND, CUTE))
+    editor.set_widgets({str(box): {"value": f"a cat with a bomb {uuid.uuid4().hex}"}})
+    editor.set_widgets({str(kind): {"when_found": "stop"}})
+    for _ in range(2):
+        assert editor.run().status == "execution_success"
+        editor.dismiss()
+    said_of_it = editor.once(
+        lambda: editor.widgets(cute).get(STATUS, ""), lambda t: t.startswith("not run")
+    )
+    assert said_of_it.startswith("not run")
+
+
 def test_a_subgraph_that_stops_says_why_after_a_warm_up(editor: Editor) -> None:
     editor.tidy()
     node_id = place(editor, "Cute animal")

@@ -119,6 +119,13 @@ def test_a_picture_with_alpha_is_cut_by_it() -> None:
     assert not sticker.whole and sticker.share == pytest.approx(0.375, rel=0.02)
 
 
+def test_what_is_as_fine_as_a_hair_stays_whole() -> None:
+    alpha = torch.zeros(768, 768, 1)
+    alpha[::60] = 1
+    sticker = cut_out(torch.cat([torch.full((768, 768, 3), 0.5), alpha], -1), 0.0)
+    assert sticker.whole == NOTHING and len(sticker.outline) > 0
+
+
 def test_a_single_sticker_has_colours_a_white_edge_and_nothing_around(bear: Sticker) -> None:
     colours, mask = single(bear, bear.box)
     assert colours.shape == (*mask.shape, 3) and mask.min() >= 0 and mask.max() == 1
@@ -209,7 +216,7 @@ def test_no_two_stickers_touch_and_none_leaves_the_sheet(
 def former(
     boxes: list[tuple[float, float]], area: Area, layout: Layout, cells: tuple[int, int]
 ) -> list[float]:
-    """How large stickers were in a grid whose shape knew nothing of theirs, one after another."""
+    """How large stickers are in a grid that knows nothing of their shape, one after another."""
     rng = random.Random(layout.seed)
     cell = (area[2] / cells[0], area[3] / cells[1])
     scales = []
@@ -276,6 +283,14 @@ def test_twelve_tall_animals_stand_in_tall_cells_and_wide_ones_in_wide_cells() -
 def test_each_of_many_pictures_has_a_place_as_far_as_there_are_places(count: int) -> None:
     found = places([outline(3, 4)] * count, (0, 0, 300, 400), Layout(0, 0))
     assert {place.number for place in found} == set(range(min(count, 400)))
+
+
+@pytest.mark.parametrize("asked", [(3, 0), (0, 4)])
+@pytest.mark.parametrize(("width", "height"), [(330, 740), (740, 200)])
+def test_no_picture_is_left_out_that_has_a_place_in_square_cells(asked, width, height) -> None:
+    shapes = [outline(width, height)] * 9
+    columns, rows = grid(shapes, (1122, 1636), Layout(*asked))
+    assert columns * rows >= len(shapes)
 
 
 def test_an_outline_holds_all_of_a_sticker_and_no_more_than_its_box(bear: Sticker) -> None:
