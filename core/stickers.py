@@ -137,7 +137,8 @@ def grid(outlines: Sequence[Tensor], size: tuple[float, float], layout: Layout) 
 
     Where both are left open, it is the grid of at least `USUAL` cells, and of as many as there are
     outlines, that makes stickers largest. Where one is, it is the number that covers most of the
-    sheet with stickers, none of them smaller than in cells that are about square.
+    sheet with stickers, none of them smaller than in cells that are about square, and no picture
+    left out that has a place there.
     """
     columns, rows = layout.columns, layout.rows
     if columns and rows:
