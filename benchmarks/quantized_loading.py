@@ -52,6 +52,7 @@ from .text_to_image import ROOT, Graph, device_bytes_used, small_card
 from .tiled_edit import CARDS, seen
 
 TINY = "tiny_qwen_image.safetensors"
+WATCHED = ("unet", "clip", "encode", "sampler", "decode", "save")  # nodes whose peaks are kept
 
 
 # --------------------------------------------------------------------------------------- one cell
@@ -71,7 +72,7 @@ class Watch:
         if event in ("executing", "execution_error", "execution_interrupted"):
             taken = self.gauge.take()
             taken["VRAM"] -= self.vram
-            if self.node in ("unet", "sampler", "decode", "save"):
+            if self.node in WATCHED:
                 found = self.peaks.setdefault(self.node, {})
                 for name, value in taken.items():
                     found[name] = max(found.get(name, 0), round(value / 1e9, 2))
@@ -91,7 +92,7 @@ def run(server: Server, gauge: Gauge, vram: int, prompt: Graph) -> Row:
         "error": result.error[:500],
         "seconds": round(time.perf_counter() - watch.start, 2),
         "first step": round(watch.first, 2),
-        "nodes": {k: round(v, 2) for k, v in result.seconds.items() if v > 0.05},
+        "nodes": {k: round(v, 3) for k, v in result.seconds.items() if v > 0.005},
         "step seconds": [round(s, 4) for one in measures(result) for s in one["steps"]],
         "pinned": max((one.get("pinned", 0) for one in measures(result)), default=0),
         "peaks": watch.peaks,
