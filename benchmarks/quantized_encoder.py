@@ -121,7 +121,10 @@ def serve(options: Options, card: str, ways: list[str]) -> None:
                     if time.monotonic() > options.end:
                         return
                     row = {"group": "text encoder", "way": way, "card": card, "ram": "whole"}
-                    write(options.out, row | run_cell(server, gauge, vram, way, options))
+                    row |= run_cell(server, gauge, vram, way, options)
+                    write(options.out, row)
+                    if row["status"] != "success":  # call again for the rest
+                        return
             finally:
                 gauge.running = False
 
