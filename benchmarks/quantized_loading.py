@@ -94,6 +94,7 @@ def run(server: Server, gauge: Gauge, vram: int, prompt: Graph) -> Row:
         "first step": round(watch.first, 2),
         "nodes": {k: round(v, 3) for k, v in result.seconds.items() if v > 0.005},
         "step seconds": [round(s, 4) for one in measures(result) for s in one["steps"]],
+        "issued": [round(s, 4) for one in measures(result) for s in one["issued"]],
         "pinned": max((one.get("pinned", 0) for one in measures(result)), default=0),
         "peaks": watch.peaks,
         "fetched GB": round((fetched(server.pid) - read) / 1e9, 2),

@@ -134,7 +134,8 @@ class Gauge(threading.Thread):
         with contextlib.suppress(OSError):
             rows = Path(f"/proc/{self.pid}/status").read_text().splitlines()
             sizes = {row.split(":")[0]: row.split()[1] for row in rows if row.startswith("Rss")}
-            found |= {kind: int(sizes[kind]) * 1024 for kind in KINDS}
+            # A process that has just ended has rows no more.
+            found |= {kind: int(sizes[kind]) * 1024 for kind in KINDS if kind in sizes}
         group = os.environ.get("QWEN_VRAM_CGROUP")
         if group:
             for name in ("memory.current", "memory.usage_in_bytes"):

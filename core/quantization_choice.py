@@ -1,7 +1,7 @@
 """Which weight_dtype suits a file and a machine, and why: rules over plain facts.
 
 Sizes decide, and whether the card has kernels for a format. With dynamic VRAM ComfyUI streams what
-the card cannot hold from RAM (fp8 on 12 GB: 1.09 s a step, on a card that holds it 0.73), so a
+the card cannot hold from RAM (fp8 on 12 GB: 0.82 s a step, on a card that holds it 0.73), so a
 small card alone is no reason to lose precision; RAM that cannot hold the weights is: they are then
 read from disk again in every step. The order is by loss: as the file is, 8 bit, 4 bit, and 4 bit
 in every layer. Seconds are of benchmarks/RESULTS.md, "Quantised loading".
@@ -38,7 +38,7 @@ FLOATS = ("bf16", "fp16", "fp32", "fp64", *FP8)  # what can be quantised at load
 # fp16 overflows in this model.
 PLAIN = {"bf16": "bf16", "fp16": "bf16", "fp32": "bf16", "fp64": "bf16"}
 SMALLEST = "smallest"  # the preset that auto takes by itself where nothing else has room
-INT8_COST = "9 % of a step's time"  # against bf16, where an H200 holds both (benchmarks/RESULTS.md)
+INT8_COST = "10 % of a step's time"  # against bf16, where an H200 holds both (benchmarks/RESULTS.md)
 # Bytes. The transformer and the text encoder take turns, so each leaves room for the other as
 # people load it: in fp8, of the official size.
 OTHER = {TRANSFORMER: 7_750_000_000, TEXT_ENCODER: 20_430_000_000}
@@ -166,7 +166,7 @@ class _Case:
 
     def candidates(self, bits: int) -> list[_Made]:
         """What could be made of the file in so many bits, the best first."""
-        # On an H200 int8 took 9 % more of a step than bf16, bnb_int8 24 %; w4a8 17 %, nf4 14 %.
+        # On an H200 int8 took 10 % more of a step than bf16, bnb_int8 20 %; w4a8 21 %, nf4 11 %.
         names = ("w4a8", "bnb_nf4") if bits == 4 else ("int8", PLAIN_TORCH)
         found = [_Made(f, self.file.sizes[f]) for f in names if f in self.file.sizes]
         return [made for made in found if self._good(made.format)]
@@ -342,7 +342,7 @@ def _smaller(case: _Case, bits: int, alone: bool) -> Choice | None:
 def _unpinned(case: _Case, size: int) -> str:
     """What was quantised at load lies in RAM a second time, pinned, to be streamed fast. Under
     pressure ComfyUI gives that copy up: int8 with 12 GB of VRAM and 32 GB of RAM took 1.6 s a step,
-    where the fp8 file, whose pinned copy is the only one, takes 1.1.
+    in a file, with much RAM, 0.92 to 1.28.
     """
     machine = case.machine
     pins = machine.dynamic_vram and not machine.pins_blindly and not on_card(size, machine)

@@ -37,7 +37,9 @@ def synchronise():
 class Measure:
     """Of each step the seconds, what torch holds and the RAM that is gone since sampling began.
 
-    Peak: of torch's memory, above what it held when sampling began.
+    Issued: the seconds until all of a step's work was handed to the card; if they are nearly all
+    of it, the processor set the pace. Peak: of torch's memory, above what it held when sampling
+    began.
     """
 
     def __init__(self):
@@ -45,7 +47,7 @@ class Measure:
 
     def sampling(self, executor, *args, **kwargs):
         """Around one run of a sampler; the models are loaded."""
-        run = {"steps": [], "peak": None, "held": [], "RAM": []}
+        run = {"steps": [], "issued": [], "peak": None, "held": [], "RAM": []}
         self.runs.append(run)
         self.before, self.ram = 0, psutil.virtual_memory().available
         cuda = torch.cuda.is_available()
@@ -65,8 +67,10 @@ class Measure:
         synchronise()
         start = time.perf_counter()
         result = executor(*args, **kwargs)
+        issued = time.perf_counter() - start
         synchronise()
         run = self.runs[-1]
+        run["issued"].append(issued)
         run["steps"].append(time.perf_counter() - start)
         if torch.cuda.is_available():
             run["held"].append(torch.cuda.memory_allocated() - self.before)

@@ -216,7 +216,7 @@ RTX_3090 = ("NVIDIA GeForce RTX 3090", (8, 6), 24)
         (FILES[TEXT_ENCODER, "fp8_scaled"], card(*RTX_3060, 32), "default", "kept as fp8"),
         (FILES[TEXT_ENCODER, "bf16"], card(*RTX_5060, 32), "int8", "beside a diffusion"),
         (FILES[TEXT_ENCODER, "bf16"], card(*RTX_5060, 10), "bnb_nf4", "preset smallest (4.6 GB)"),
-        (BF16, card(*H200, 64), "bf16", "int8 would save 20.4 GB and cost 9 % of a step"),
+        (BF16, card(*H200, 64), "bf16", "int8 would save 20.4 GB and cost 10 % of a step"),
         (FP8, card(*RTX_3060, 32), "fp8_e4m3fn", "kept as fp8"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
