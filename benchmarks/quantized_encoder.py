@@ -34,10 +34,10 @@ from .tiled_edit import CARDS, seen
 BF16, FP8 = "bench_text_bf16.safetensors", Path(TEXT_ENCODER).name
 TINY = "tiny_qwen_2.5_vl.safetensors"
 STOCK_FP8, STOCK_BF16 = "stock fp8_scaled", "stock bf16"
-FORMATS = ("bnb_nf4", "int8", "bnb_int8", "int4", "bnb_fp4")
+FORMATS = ("bnb_nf4", "int8", "bnb_int8", "int4")
 OF_FP8 = " of fp8_scaled"
 WAYS = {
-    "whole": (STOCK_FP8, STOCK_BF16, *FORMATS, "int8" + OF_FP8, "bnb_nf4" + OF_FP8),
+    "whole": (STOCK_FP8, STOCK_BF16, *FORMATS, "int8" + OF_FP8),
     "12 GB": (STOCK_FP8, STOCK_BF16, "bnb_int8", "bnb_nf4"),
     "8 GB": (STOCK_FP8, STOCK_BF16, "bnb_int8", "bnb_nf4"),
 }
