@@ -38,9 +38,8 @@ FLOATS = ("bf16", "fp16", "fp32", "fp64", *FP8)  # what can be quantised at load
 # fp16 overflows in this model.
 PLAIN = {"bf16": "bf16", "fp16": "bf16", "fp32": "bf16", "fp64": "bf16"}
 SMALLEST = "smallest"  # the preset that auto takes by itself where nothing else has room
-INT8_COST = "10 % of a step's time"  # of bf16, if an H200 holds both: benchmarks/RESULTS.md
-    "10 % of a step's time"  # against bf16, on an H200 that holds both (benchmarks/RESULTS.md)
-)
+# Against bf16, on an H200 that holds both: benchmarks/RESULTS.md.
+INT8_COST = "10 % of a step's time"
 # Bytes. The transformer and the text encoder take turns, so each leaves room for the other as
 # people load it: in fp8, of the official size.
 OTHER = {TRANSFORMER: 7_750_000_000, TEXT_ENCODER: 20_430_000_000}
