@@ -193,6 +193,7 @@ def machine(device: torch.device) -> Machine:
         dynamic_vram=bool(comfy.memory_management.aimdo_enabled) and device.type == CUDA,
         packages=_packages(),
         pins_blindly=container and not args.disable_pinned_memory,
+        pinnable=int(mm.MAX_PINNED_MEMORY) if mm.MAX_PINNED_MEMORY > 0 else None,
     )
 
 

@@ -98,6 +98,7 @@ def machines(draw: st.DrawFn) -> Machine:
         dynamic_vram=dynamic,
         packages=frozenset(draw(st.sets(st.sampled_from([*ALL, HIP_KERNELS])))),
         pins_blindly=dynamic and draw(st.booleans()),
+        pinnable=draw(st.none() | st.integers(0, ram)),
     )
 
 
@@ -232,6 +233,29 @@ def test_the_line_has_the_numbers_that_decided() -> None:
         "auto: fp8 file, RTX 4070, free: 12.1 GB VRAM, 31.1 GB RAM: kept as fp8 (20.4 GB), "
         "streamed from the RAM; LoRAs added as it computes; int8 would save nothing"
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "ram", "pinnable", "said"),
+    [
+        (FP8, RTX_4070, 32, 13.7, True),  # Windows: 40 % of the RAM
+        (FP8, RTX_4070, 24, 10.3, True),
+        (FP8, RTX_4070, 64, 27.5, False),
+        (FP8, RTX_3090, 32, 13.7, False),  # nothing streams
+        (BF16, RTX_4070, 64, 27.5, True),
+        (BF16, RTX_4070, 48, 13.7, True),  # int8, quantised at load
+        (BF16, RTX_4070, 32, 13.7, False),  # the RAM is too little anyway, which it says
+    ],
+)
+def test_it_says_where_comfyui_pins_less_than_streams(
+    file: File, name: tuple, ram: float, pinnable: float, said: bool
+) -> None:
+    roomy = card(*name, ram)
+    choice = choose(file, replace(roomy, pinnable=int(pinnable * 1e9)))
+    line = f"; ComfyUI pins at most {pinnable} GB of RAM here, so it streams slower"
+    assert (line in choice.why) == said, choice
+    assert choose(file, roomy) == replace(choice, why=choice.why.replace(line, ""))
+    assert choice.why.count("streams slower") <= 1
 
 
 @pytest.mark.parametrize("file", [FP8, BF16], ids=lambda file: file.dtype)

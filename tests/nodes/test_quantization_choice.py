@@ -282,6 +282,7 @@ def test_this_machine_is_described_as_the_system_does(host) -> None:
     assert (here.device, here.name, here.vram_total, here.capability) == ("cpu", "the CPU", 0, None)
     assert 0 < here.ram_free <= here.ram_total <= psutil.virtual_memory().total
     assert {"bitsandbytes", "comfy-kitchen"} <= here.packages
+    assert here.pinnable is None  # ComfyUI pins nothing without a card
 
 
 def test_a_container_limits_the_ram(host, monkeypatch) -> None:
@@ -303,8 +304,10 @@ def test_a_card_is_described_by_driver_torch_and_comfyui(host, monkeypatch) -> N
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(module.comfy.memory_management, "aimdo_enabled", True)
+    monkeypatch.setattr(module.mm, "MAX_PINNED_MEMORY", 0.4 * 32 * GIB)
     here = module.machine(torch.device("cuda", 0))
     assert (here.device, here.name, here.capability, here.cuda) == ("cuda", "Card", (8, 9), (12, 8))
+    assert here.pinnable == int(0.4 * 32 * GIB)
     assert (here.vram_total, here.vram_free, here.dynamic_vram) == (12 * GIB, 11 * GIB, True)
     memory.other_bytes, memory.used_bytes = None, 5 * GIB  # the driver tells nothing of processes
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 4 * GIB)
