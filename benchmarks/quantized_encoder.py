@@ -2,11 +2,11 @@
 
 Usage: COMFYUI_PATH=... python -m benchmarks.quantized_encoder BASE OUT.jsonl [--cards CARD ...]
 Random files of full size are written to BASE/models when they are needed: Qwen2.5-VL-7B in bf16
-(16.6 GB) and as fp8_scaled (9.0 GB). Each cell drops the file from the page cache, lets a server
-load it and encode a prompt, encodes two more prompts, then lets everything go and does it again
-("warm"). Cards: as in quantized_loading.py. Each cell adds a line to OUT.jsonl; cells that are
-there already are not run again. --seconds: begin nothing new after that. --tiny: a rehearsal on
-the CPU.
+(16.6 GB) and as fp8_scaled (9.0 GB). They stay. Each cell drops the file from the page cache, lets
+a server load it and encode a prompt, encodes two more prompts, then lets everything go and does it
+again ("warm"). Cards: as in quantized_loading.py. Each cell adds a line to OUT.jsonl; cells that
+are there already, failed ones too, are not run again. --seconds: begin nothing new after that.
+--tiny: a rehearsal on the CPU, with the embedded model in the place of both files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import os
 import sys
 import time
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -64,7 +63,9 @@ def provide(path: Path) -> None:
     else:
         sizes = {name: torch.Size(shape) for name, shape in shapes.items()}
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        save_file(with_scales(random_weights(sizes, torch.float8_e4m3fn, device)), path)
+        partial = path.with_suffix(".partial")
+        save_file(with_scales(random_weights(sizes, torch.float8_e4m3fn, device)), partial)
+        partial.replace(path)
     seconds = time.perf_counter() - start
     print(f"{path.name}: {path.stat().st_size / 1e9:.2f} GB in {seconds:.0f} s", flush=True)
 
@@ -123,7 +124,7 @@ def serve(options: Options, card: str, ways: list[str]) -> None:
                     row = {"group": "text encoder", "way": way, "card": card, "ram": "whole"}
                     row |= run_cell(server, gauge, vram, way, options)
                     write(options.out, row)
-                    if row["status"] != "success":  # call again for the rest
+                    if row["status"] != "success":  # the rest gets another server
                         return
             finally:
                 gauge.running = False
@@ -143,10 +144,19 @@ def line(row: Row) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown; what has four numbers is of the first, second, third and warm prompt."""
+    """Markdown; what has four numbers is of the first, second, third and warm prompt.
+
+    Peaks are of the first, while loading and while encoding.
+    """
     head = ("way", "card", "file GB", "loader s", "encoding s", "whole prompt s")
-    head += ("own RAM loading / encoding GB", "file RAM", "VRAM", "status")
+    head += ("own RAM, GB", "file's pages in RAM, GB", "VRAM, GB", "status")
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *map(line, rows)])
+
+
+def missing(options: Options) -> list[tuple[str, str]]:
+    """Cards and ways that have no row yet, in their order."""
+    done = {(row["card"], row["way"]) for row in seen(options.out)}
+    return [(c, way) for c in options.cards for way in WAYS[c] if (c, way) not in done]
 
 
 def main() -> None:
@@ -161,10 +171,9 @@ def main() -> None:
     sys.argv = sys.argv[:1]
     options.end = time.monotonic() + options.seconds
     prepared(options)
-    done = {(row["card"], row["way"]) for row in seen(options.out)}
-    wanted = [(c, w) for c in options.cards for w in WAYS[c] if (c, w) not in done]
-    for card, cells in groupby(wanted, key=lambda cell: cell[0]):
-        ways = [way for _, way in cells]
+    while time.monotonic() < options.end and (wanted := missing(options)):
+        card = wanted[0][0]
+        ways = [way for place, way in wanted if place == card]
         for way in [] if options.tiny else ways:
             provide(file_of(way, options))
         serve(options, card, ways)

@@ -134,7 +134,7 @@ class Gauge(threading.Thread):
         with contextlib.suppress(OSError):
             rows = Path(f"/proc/{self.pid}/status").read_text().splitlines()
             sizes = {row.split(":")[0]: row.split()[1] for row in rows if row.startswith("Rss")}
-            # A process that has just ended has rows no more.
+            # A process that has just ended no longer has these rows.
             found |= {kind: int(sizes[kind]) * 1024 for kind in KINDS if kind in sizes}
         group = os.environ.get("QWEN_VRAM_CGROUP")
         if group:
@@ -169,4 +169,5 @@ def let_go(server: Server, gauge: Gauge) -> dict[str, int]:
 
 def alike(rows: list[dict[str, int]]) -> bool:
     """Whether they differ by less than NOISE."""
-    return all(max(r[k] for r in rows) - min(r[k] for r in rows) < NOISE for k in rows[0])
+    kinds = set.intersection(*map(set, rows))
+    return all(max(r[k] for r in rows) - min(r[k] for r in rows) < NOISE for k in kinds)

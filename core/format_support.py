@@ -32,7 +32,7 @@ class Machine:
     dynamic_vram: bool
     packages: frozenset[str]  # of bitsandbytes, comfy-kitchen, HIP_KERNELS
     pins_blindly: bool = False  # in a container whose limit ComfyUI does not see: see has_room
-    pinnable: int | None = None  # what ComfyUI pins at most; None: it pins nothing, or all
+    pinnable: int | None = None  # what ComfyUI pins at most; None: no limit, or pinning is off
     broken: Mapping[str, str] = field(default_factory=dict)  # sentences of packages, by format
 
     @property

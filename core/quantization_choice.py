@@ -1,10 +1,10 @@
 """Which weight_dtype suits a file and a machine, and why: rules over plain facts.
 
 Sizes decide, and whether the card has kernels for a format. With dynamic VRAM ComfyUI streams what
-the card cannot hold from RAM (fp8 on 12 GB: 0.82 s a step, on a card that holds it 0.73), so a
-small card alone is no reason to lose precision; RAM that cannot hold the weights is: they are then
-read from disk again in every step. The order is by loss: as the file is, 8 bit, 4 bit, and 4 bit
-in every layer. Seconds are of benchmarks/RESULTS.md, "Quantised loading".
+the card cannot hold from RAM (fp8 on 12 GB with much RAM: 0.82 s a step, with 32 GB 1.6 to 1.9, on
+a card that holds it 0.73), so a small card alone is no reason to lose precision; RAM that cannot
+hold the weights is: they are then read from disk again in every step. The order is by loss: as the
+file is, 8 bit, 4 bit, and 4 bit in every layer. Seconds: RESULTS.md, "Quantised loading".
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class _Case:
 
     def candidates(self, bits: int) -> list[_Made]:
         """What could be made of the file in so many bits, the best first."""
-        # On an H200 int8 took 10 % more of a step than bf16, bnb_int8 20 %; w4a8 21 %, nf4 11 %.
+        # More of a step than bf16, on an H200: int8 10 %, bnb_int8 20 %; w4a8 19 to 30 %, nf4 11 %.
         names = ("w4a8", "bnb_nf4") if bits == 4 else ("int8", PLAIN_TORCH)
         found = [_Made(f, self.file.sizes[f]) for f in names if f in self.file.sizes]
         return [made for made in found if self._good(made.format)]
@@ -342,8 +342,8 @@ def _smaller(case: _Case, bits: int, alone: bool) -> Choice | None:
 
 def _unpinned(case: _Case, size: int) -> str:
     """What was quantised at load lies in RAM a second time, pinned, to be streamed fast. Under
-    pressure ComfyUI gives that copy up: int8 with 12 GB of VRAM and 32 GB of RAM took 1.6 s a step,
-    in a file, with much RAM, 0.92 to 1.28.
+    pressure ComfyUI gives that copy up: int8 with 12 GB of VRAM and 32 GB of RAM took 1.6 to 1.9 s
+    a step, as the fp8 file did there; with much RAM a file of int8 took 0.92 to 1.28.
     """
     machine = case.machine
     pins = machine.dynamic_vram and not machine.pins_blindly and not on_card(size, machine)
@@ -361,14 +361,15 @@ def _slower(case: _Case) -> str:
 
 
 def _beyond_the_limit(machine: Machine, size: int) -> str:
-    """ComfyUI (0.33) pins at most 40 % of the RAM on Windows, on Linux RAM and swap less 16 GiB,
-    and copies the rest by way of the page cache: with 12 GB of VRAM and 32 GB of RAM the fp8 file
-    took 1.63 to 1.92 s a step, with much RAM 0.82.
+    """ComfyUI (0.33) pins at most 40 % of the RAM on Windows, on Linux about RAM and swap less
+    16 GiB; beyond that it gives up pins and renews them at the next use. With 12 GB of VRAM and
+    32 GB of RAM the fp8 file took 1.63 to 1.92 s a step, with much RAM 0.82; that this is why was
+    not proven.
     """
     most = machine.pinnable
     if not machine.dynamic_vram or most is None or size <= most or on_card(size, machine):
         return ""
-    return f"ComfyUI pins at most {_gb(most)} of RAM here, so it streams slower"
+    return f"ComfyUI pins at most {_gb(most)} of RAM here, so it may stream slower"
 
 
 def _kept(case: _Case) -> str:

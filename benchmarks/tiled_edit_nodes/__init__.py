@@ -37,8 +37,9 @@ def synchronise():
 class Measure:
     """Of each step the seconds, what torch holds and the RAM that is gone since sampling began.
 
-    Issued: the seconds until all of a step's work was handed to the card; if they are nearly all
-    of it, the processor set the pace. Peak: of torch's memory, above what it held when sampling
+    Issued: the seconds until all of a step's work was handed to the card. If they are much less
+    than the step's, the card set the pace; if nearly all of them, the processor did, or it waited
+    for the card. Peak: of torch's memory, above what it held when sampling
     began.
     """
 
