@@ -9,9 +9,9 @@ page cache, a server loads it, draws 4 steps at CFG 4 and 1328 px and decodes ("
 a fixed conditioning), then 3 steps at CFG 1, then with a LoRA of rank 64 on all layers where the
 cell asks for it, then everything is let go and the model loaded again for one step ("warm"). Cards
 of 24, 12 and 8 GB: another process holds the rest of the card. Less RAM: a cgroup, see
-small_machine.py. RAM is split into anonymous (of it pinned) and the file's pages. Each cell adds a
-line to OUT.jsonl; cells that are there already are not run again. --seconds: begin nothing new
-after that. --tiny: a rehearsal on the CPU.
+small_machine.py; or all of it, of which ComfyUI pins little. RAM is split into anonymous (of it
+pinned) and the file's pages. Each cell adds a line to OUT.jsonl; cells that are there already are
+not run again. --seconds: begin nothing new after that. --tiny: a rehearsal on the CPU.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from .quantized_cells import (
     KINDS,
     LORA,
     MORE_STEPS,
+    PINNED,
     RAMS,
     RANK,
     STEPS,
@@ -235,7 +236,10 @@ def machine(cell: Cell) -> tuple[str, str, str, str]:
 def serve(options: Options, cells: list[Cell]) -> None:
     """The cells of one machine in one server; after a failure the rest gets another."""
     first = cells[0]
-    os.environ.pop("QWEN_VRAM_CARD_GIB", None)
+    for name in ("QWEN_VRAM_CARD_GIB", "QWEN_VRAM_PINNED_GIB"):
+        os.environ.pop(name, None)
+    if first.ram in PINNED:
+        os.environ["QWEN_VRAM_PINNED_GIB"] = str(PINNED[first.ram])
     card = None if options.tiny else CARDS[first.card]
     with small_ram(None if options.tiny else RAMS[first.ram]) as limit, small_card(card):
         vram = device_bytes_used()
