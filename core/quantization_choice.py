@@ -362,12 +362,10 @@ def _slower(case: _Case) -> str:
 
 def _beyond_the_limit(machine: Machine, size: int) -> str:
     """ComfyUI (0.33) pins at most 40 % of the RAM on Windows, on Linux about RAM and swap less
-    16 GiB; beyond that it gives up pins and renews them at the next use. With 12 GB of VRAM and
-    32 GB of RAM the fp8 file took 1.63 to 1.92 s a step, with much RAM 0.82; that this is why was
-    not proven.
+    16 GiB. If more streams than that, pins are given up and renewed in every pass.
     """
-    most = machine.pinnable
-    if not machine.dynamic_vram or most is None or size <= most or on_card(size, machine):
+    most, streamed = machine.pinnable, size - max(0, machine.vram_free - WORKING)
+    if not machine.dynamic_vram or most is None or streamed <= most:
         return ""
     return f"ComfyUI pins at most {_gb(most)} of RAM here, so it may stream slower"
 

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import comfy.hooks
 import comfy.model_detection
 import comfy.model_management as mm
-import comfy.model_patcher
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
@@ -28,6 +27,7 @@ from ..core import checkpoint
 from ..core.shared import Loaded
 from ..core.sign_codes import sign_codes
 from . import finite_check, fp8_ops, missing_weights
+from .pinning import plain_patcher
 from .quantized_loading import Weights, inputs_of, naming_the_file, read_weights
 from .quantized_ops import operations
 from .unmerged_patcher import patcher_for
@@ -130,11 +130,10 @@ def patcher_around(
     apart: bool,
     disable_dynamic: bool,
 ) -> ModelPatcher:
-    """The host's patcher, or this pack's for layers whose patches stay apart."""
+    """As the host's, or this pack's for layers whose patches stay apart."""
     if apart:
         return patcher_for(model, load_device, offload_device, disable_dynamic)
-    patcher = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    return patcher(model, load_device=load_device, offload_device=offload_device)
+    return plain_patcher(model, load_device, offload_device, disable_dynamic)
 
 
 def set_dtypes(

@@ -16,6 +16,7 @@ from comfy.model_patcher import LazyCastingParam, ModelPatcher, ModelPatcherDyna
 from comfy.quant_ops import QuantizedTensor
 
 from .low_rank import Patch, Patches, changes_nothing, factors_of, fits
+from .pinning import StreamedStayPinned, has_dynamic_vram
 from .quantized_ops import kernels_for
 from .status import say
 from .unmerged_linear import UnmergedLinear
@@ -293,7 +294,7 @@ class UnmergedPatcher(_Unmerged, ModelPatcher):
     """The host's patcher for models whose patches stay apart."""
 
 
-class UnmergedDynamicPatcher(_Unmerged, ModelPatcherDynamic):
+class UnmergedDynamicPatcher(_Unmerged, StreamedStayPinned, ModelPatcherDynamic):
     """The host's patcher with dynamic VRAM for models whose patches stay apart."""
 
     def __new__(
@@ -312,8 +313,7 @@ def patcher_for(
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """The patcher of a model that was built with the operations of quantized_ops or fp8_ops."""
-    dynamic = issubclass(comfy.model_patcher.CoreModelPatcher, ModelPatcherDynamic)
-    kind = UnmergedDynamicPatcher if dynamic and not disable_dynamic else UnmergedPatcher
+    kind = UnmergedDynamicPatcher if has_dynamic_vram(disable_dynamic) else UnmergedPatcher
     return kind(model, load_device=load_device, offload_device=offload_device)
 
 
