@@ -33,7 +33,7 @@ def ram(row: Row, node: str) -> str:
 def line(row: Row) -> str:
     """One cell."""
     first, warm = row["first"], row.get("warm", {})
-    cells = [row["group"], row["way"] + (" legacy" if row["flags"] else ""), row["card"]]
+    cells = [row["group"], " ".join([row["way"], row["flags"]]).strip(), row["card"]]
     cells += [row["ram"], f"{row['bytes'] / 1e9:.1f}"]
     if row["status"] != "success":
         failed = next(v for v in row.values() if isinstance(v, dict) and v.get("error"))
