@@ -361,8 +361,9 @@ def _slower(case: _Case) -> str:
 
 
 def _beyond_the_limit(machine: Machine, size: int) -> str:
-    """ComfyUI (0.33) pins at most 40 % of the RAM on Windows, on Linux about RAM and swap less
-    16 GiB. If more streams than that, pins are given up and renewed in every pass.
+    """If more streams than ComfyUI may pin, it gives up pins and renews them in every pass.
+
+    Of less nothing is renewed in steady steps: see nodes/pinning.py.
     """
     most, streamed = machine.pinnable, size - max(0, machine.vram_free - WORKING)
     if not machine.dynamic_vram or most is None or streamed <= most:
