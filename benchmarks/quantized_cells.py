@@ -14,9 +14,9 @@ from .text_to_image import Graph
 SIDE, TINY_SIDE, STEPS, MORE_STEPS = 1328, 256, 4, 3
 TOKENS = 60
 RANK = 64
-# All the RAM, but as much pinned as with 32 GB (Linux), and with 64 GB (Windows).
+# All the RAM, but as much pinned as in the cgroup for 32 GB, and with 64 GB on Windows.
 LITTLE_PINNED, HALF_PINNED = "whole, 14 GiB pinned", "whole, 25.6 GiB pinned"
-# GiB that the process may take of such a RAM, and that ComfyUI may pin.
+# GiB that the process may take of such a RAM; below, that ComfyUI may pin.
 RAMS = {"whole": None, "32 GB": 30.0, "16 GB": 14.5, LITTLE_PINNED: None, HALF_PINNED: None}
 PINNED = {LITTLE_PINNED: 14.0, HALF_PINNED: 25.6}
 LORA, BLOCK = "bench_rank64.safetensors", "transformer_blocks.0"

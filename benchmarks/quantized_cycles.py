@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from . import large_files
-from .quantized_loading import prepared
-from .small_card_runs import nodes, running
-from .small_machine import EVERYTHING, Gauge, let_go
+from .quantized_loading import gauged, prepared
+from .small_card_runs import nodes
+from .small_machine import EVERYTHING, let_go
 from .text_to_image import ROOT, Graph
 
 FORMATS = ("bnb_nf4", "default", "int8", "bnb_fp4", "int4", "bnb_int8")
@@ -123,22 +123,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     steps = islice(wide_graphs(options) if options.wide else graphs(*names), total)
     read = {*range(first, first + mean), *range(0, total, 20), *range(total - mean, total)}
     rows: list[dict[str, int]] = []
-    with running(options, tuple(options.args)) as (server, peak):
-        peak.running = False
-        gauge = Gauge(server.pid)
-        try:
-            for cycle, (format, asked) in enumerate(steps):
-                for graph in asked:
-                    result = server.submit(graph, timeout=120.0)
-                    if result.status != "success":
-                        raise SystemExit(f"cycle {cycle}, {format}: {result.error}")
-                if cycle not in read:
-                    server.post_json(*EVERYTHING)
-                else:
-                    rows.append({"cycle": cycle, **let_go(server, gauge)})
-                    print({k: round(v / 1e6, 1) if v > 999 else v for k, v in rows[-1].items()})
-        finally:
-            gauge.running = False
+    with gauged(options, tuple(options.args)) as (server, gauge):
+        for cycle, (format, asked) in enumerate(steps):
+            for graph in asked:
+                result = server.submit(graph, timeout=120.0)
+                if result.status != "success":
+                    raise SystemExit(f"cycle {cycle}, {format}: {result.error}")
+            if cycle not in read:
+                server.post_json(*EVERYTHING)
+            else:
+                rows.append({"cycle": cycle, **let_go(server, gauge)})
+                print({k: round(v / 1e6, 1) if v > 999 else v for k, v in rows[-1].items()})
     return {"grown MB": grown(rows, first, mean), "args": options.args, "rows": rows}
 
 

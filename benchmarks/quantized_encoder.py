@@ -24,8 +24,8 @@ from demo.server import Server
 
 from . import large_files
 from .full_size_checkpoints import TEXT_ENCODER, random_weights, with_scales
-from .quantized_loading import Options, prepared, run, write
-from .small_card_runs import Row, nodes, running
+from .quantized_loading import Options, gauged, prepared, run, write
+from .small_card_runs import Row, nodes
 from .small_machine import Gauge, forget, let_go
 from .text_to_image import Graph, device_bytes_used, small_card
 from .tiled_edit import CARDS, seen
@@ -114,20 +114,15 @@ def serve(options: Options, card: str, ways: list[str]) -> None:
     os.environ.pop("QWEN_VRAM_CARD_GIB", None)
     with small_card(None if options.tiny else CARDS[card]):
         vram = device_bytes_used()
-        with running(options, ()) as (server, peak):
-            peak.running = False
-            gauge = Gauge(server.pid)
-            try:
-                for way in ways:
-                    if time.monotonic() > options.end:
-                        return
-                    row = {"group": "text encoder", "way": way, "card": card, "ram": "whole"}
-                    row |= run_cell(server, gauge, vram, way, options)
-                    write(options.out, row)
-                    if row["status"] != "success":  # the rest gets another server
-                        return
-            finally:
-                gauge.running = False
+        with gauged(options) as (server, gauge):
+            for way in ways:
+                if time.monotonic() > options.end:
+                    return
+                row = {"group": "text encoder", "way": way, "card": card, "ram": "whole"}
+                row |= run_cell(server, gauge, vram, way, options)
+                write(options.out, row)
+                if row["status"] != "success":  # the rest gets another server
+                    return
 
 
 def line(row: Row) -> str:

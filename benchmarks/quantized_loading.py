@@ -17,11 +17,13 @@ not run again. --seconds: begin nothing new after that. --tiny: a rehearsal on t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -233,6 +235,18 @@ def machine(cell: Cell) -> tuple[str, str, str, str]:
     return cell.group, cell.card, cell.ram, cell.flags
 
 
+@contextlib.contextmanager
+def gauged(options: Options, flags: tuple[str, ...] = ()) -> Iterator[tuple[Server, Gauge]]:
+    """A server, and the peaks of its process and of the card."""
+    with running(options, flags) as (server, peak):
+        peak.running = False
+        gauge = Gauge(server.pid)
+        try:
+            yield server, gauge
+        finally:
+            gauge.running = False
+
+
 def serve(options: Options, cells: list[Cell]) -> None:
     """The cells of one machine in one server; after a failure the rest gets another."""
     first = cells[0]
@@ -243,20 +257,15 @@ def serve(options: Options, cells: list[Cell]) -> None:
     card = None if options.tiny else CARDS[first.card]
     with small_ram(None if options.tiny else RAMS[first.ram]) as limit, small_card(card):
         vram = device_bytes_used()
-        with running(options, tuple(first.flags.split())) as (server, peak):
-            peak.running = False
-            gauge = Gauge(server.pid)
-            try:
-                for cell in cells:
-                    if time.monotonic() > options.end:
-                        return
-                    row = asdict(cell) | {"limit": limit}
-                    row |= run_cell(server, gauge, vram, cell, options)
-                    write(options.out, row)
-                    if row["status"] != "success":
-                        return
-            finally:
-                gauge.running = False
+        with gauged(options, tuple(first.flags.split())) as (server, gauge):
+            for cell in cells:
+                if time.monotonic() > options.end:
+                    return
+                row = asdict(cell) | {"limit": limit}
+                row |= run_cell(server, gauge, vram, cell, options)
+                write(options.out, row)
+                if row["status"] != "success":
+                    return
 
 
 def write(out: Path, row: Row) -> None:

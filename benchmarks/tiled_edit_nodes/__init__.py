@@ -39,8 +39,7 @@ class Measure:
 
     Issued: the seconds until all of a step's work was handed to the card. If they are much less
     than the step's, the card set the pace; if nearly all of them, the processor did, or it waited
-    for the card. Peak: of torch's memory, above what it held when sampling
-    began.
+    for the card. Peak: of torch's memory, above what it held when sampling began.
     """
 
     def __init__(self):
