@@ -22,7 +22,7 @@ from .status import say
 from .unmerged_linear import UnmergedLinear
 
 KEY = "qwen_vram.patches"
-LEAST = 0.1  # bytes: what the host asks for when nothing fits; below 0 it would unload
+LEAST = 0.1  # bytes: what the host asks for when nothing fits; of 0 it would load all
 NO_SAVING = (
     "This model is quantised, which ComfyUI's own saving nodes cannot write. Use Save Quantized "
     "Model (Qwen VRAM) instead."
@@ -213,13 +213,15 @@ class _Unmerged:
     ) -> Any:
         """As the host's; what the factors of LoRAs will take there is not free for weights.
 
-        With dynamic VRAM the host makes room for them when they come.
+        Weights that are there already make room for them. With dynamic VRAM the host does that
+        when the factors come.
         """
         if not self.is_dynamic():
             layers = self.run_time_patches.layers.values()
             need = sum(layer.bytes_of(self._dtype()) for layer in layers)
             need -= sum(layer.resident_bytes(device_to) for layer in layers)
-            extra_memory = max(extra_memory - need, min(extra_memory, LEAST))
+            least = LEAST - self.loaded_size()  # all that is there goes
+            extra_memory = max(extra_memory - need, min(extra_memory, least))
         return super().partially_load(device_to, extra_memory, force_patch_weights)
 
     def partially_unload(

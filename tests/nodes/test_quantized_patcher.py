@@ -408,6 +408,38 @@ def test_the_factors_of_loras_have_room_beside_the_weights(host, pair) -> None:
     pair[0].detach()
 
 
+@pytest.mark.parametrize("change", [-0.1, 0.0, 0.01, 0.2])
+def test_weights_that_are_loaded_make_room_for_the_factors_of_loras(host, pair, change) -> None:
+    """Without dynamic VRAM: a prompt without the LoRA has filled the card, the next one has it.
+
+    `change`: of the room, as part of the model, because the next pass needs more or less beside.
+    """
+    write_lora(host, "later.safetensors", SHAPES, rank=32)
+    plain, model = pair[0], lora_on(host, pair[0], "later.safetensors")
+    need = sum(layer.bytes_of(torch.float32) for layer in model.run_time_patches.layers.values())
+    device, size = model.load_device, model.model_size()
+    plain.detach()
+    plain.partially_load(device, 0.8 * size - need + change * size)
+    expected = plain.loaded_size()
+    plain.detach()
+    plain.partially_load(device, 0.8 * size)
+    before = plain.loaded_size()
+    plain.detach(unpatch_all=False)  # as ComfyUI does when a clone takes over
+    model.partially_load(device, (0.8 + change) * size - before)
+    assert model.loaded_size() == expected and (expected < before or change == 0.2)
+    drawn = call(model)  # now the factors are there: no more is wanted for them
+    model.partially_load(device, (0.8 + change) * size - need - expected)
+    assert model.loaded_size() == expected
+    for layer in model.run_time_patches.layers.values():
+        layer.drop(device)  # under pressure, say: they come back at the next use
+    model.partially_load(device, 0.1)
+    assert model.loaded_size() <= expected - need
+    assert torch.equal(call(model), drawn)
+    model.partially_load(device, -2.0 * size)
+    assert model.loaded_size() == 0
+    model.detach()
+
+
 def test_on_a_cpu_there_is_no_dynamic_vram(host, pair) -> None:
     it, cpu = parts(host).patcher, torch.device("cpu")
     assert type(it.UnmergedDynamicPatcher(pair[0].model, cpu, cpu)) is it.UnmergedPatcher
