@@ -1,8 +1,8 @@
 """Which weight_dtype suits a file and a machine, and why: rules over plain facts.
 
 Sizes decide, and whether the card has kernels for a format. With dynamic VRAM ComfyUI streams what
-the card cannot hold from RAM (fp8 on 12 GB with much RAM: 0.82 s a step, with 32 GB 1.6 to 1.9, on
-a card that holds it 0.73), so a small card alone is no reason to lose precision; RAM that cannot
+the card cannot hold from RAM (fp8 on 12 GB: 0.82 s a step, with 32 GB of RAM 0.83 to 1.11, on a
+card that holds it 0.73), so a small card alone is no reason to lose precision; RAM that cannot
 hold the weights is: they are then read from disk again in every step. The order is by loss: as the
 file is, 8 bit, 4 bit, and 4 bit in every layer. Seconds: RESULTS.md, "Quantised loading".
 """
@@ -291,7 +291,7 @@ def _four_bit(case: _Case) -> Choice | None:
 
 
 def _smallest(case: _Case) -> Choice | None:
-    """With more loss: 0.7 s a step with 12 GB of VRAM and 16 GB of RAM, the fp8 file 1.8 to 3.1."""
+    """With more loss: 0.7 s a step with 12 GB of VRAM and 16 GB of RAM, the fp8 file 1.8 to 3.8."""
     if (made := case.first(case.smallest(), alone=True)) is None:
         return None
     slow = slowness(made.format, case.machine)
@@ -342,8 +342,8 @@ def _smaller(case: _Case, bits: int, alone: bool) -> Choice | None:
 
 def _unpinned(case: _Case, size: int) -> str:
     """What was quantised at load lies in RAM a second time, pinned, to be streamed fast. Under
-    pressure ComfyUI gives that copy up: int8 with 12 GB of VRAM and 32 GB of RAM took 1.6 to 1.9 s
-    a step, as the fp8 file did there; with much RAM a file of int8 took 0.92 to 1.28.
+    pressure ComfyUI gives that copy up: int8 with 12 GB of VRAM and 32 GB of RAM took 1.6 to 2.3 s
+    a step, the fp8 file 0.83 to 1.11 there; with much RAM a file of int8 took 0.92 to 1.28.
     """
     machine = case.machine
     pins = machine.dynamic_vram and not machine.pins_blindly and not on_card(size, machine)
@@ -363,7 +363,8 @@ def _slower(case: _Case) -> str:
 def _beyond_the_limit(machine: Machine, size: int) -> str:
     """If more streams than ComfyUI may pin, it gives up pins and renews them in every pass.
 
-    Of less nothing is renewed in steady steps: see nodes/pinning.py.
+    Of less nothing is renewed in steady steps: see nodes/pinning.py. With 25.6 GiB to
+    pin bf16 on 12 GB took 1.8 s a step, by stock's loader 2.7, and 1.4 with all of it pinned.
     """
     most, streamed = machine.pinnable, size - max(0, machine.vram_free - WORKING)
     if not machine.dynamic_vram or most is None or streamed <= most:

@@ -261,7 +261,7 @@ def test_it_says_where_comfyui_pins_less_than_streams(
 
 @pytest.mark.parametrize("file", [FP8, BF16], ids=lambda file: file.dtype)
 def test_with_little_ram_it_takes_the_smallest_which_was_measured_fastest_there(file) -> None:
-    """12 GB of VRAM, 16 GB of RAM: 0.7 s a step; the fp8 file read the disk, 1.8 to 3.1 s."""
+    """12 GB of VRAM, 16 GB of RAM: 0.7 s a step; the fp8 file read the disk, 1.8 to 3.8 s."""
     machine = card(*RTX_4070, 16)
     choice = choose(file, machine)
     assert (choice.weight_dtype, choice.preset) == ("bnb_nf4", "smallest")
