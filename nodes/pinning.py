@@ -1,6 +1,6 @@
 """Which pins a model gives up when ComfyUI may pin no more: those of weights that lie in VRAM.
 
-ComfyUI (0.33) pins at most 40 % of the RAM on Windows, on Linux about RAM and swap less 16 GiB.
+ComfyUI (0.33) pins at most 40 % of the RAM, on Linux RAM and swap less 16 GiB if that is more.
 Beyond that idle models give up pins; then the one that runs does, of its streamed weights first,
 which are pinned again at their next use, for which others give up theirs: with 12 GB of VRAM and
 14 GiB to pin, of the fp8 file (20.4 GB) some 5 GB in every pass, although the 9.8 GB that stream
