@@ -2,7 +2,7 @@
 
 Usage: COMFYUI_PATH=... python -m benchmarks.quantized_encoder BASE OUT.jsonl [--cards CARD ...]
 Random files of full size are written to BASE/models when they are needed: Qwen2.5-VL-7B in bf16
-(16.6 GB) and as fp8_scaled (9.0 GB). They stay. Each cell drops the file from the page cache, lets
+(15.5 GB) and as fp8_scaled (9.0 GB). They stay. Each cell drops the file from the page cache, lets
 a server load it and encode a prompt, encodes two more prompts, then lets everything go and does it
 again ("warm"). Cards: as in quantized_loading.py. Each cell adds a line to OUT.jsonl; cells that
 are there already, failed ones too, are not run again. --seconds: begin nothing new after that.

@@ -22,7 +22,7 @@ from .status import say
 from .unmerged_linear import UnmergedLinear
 
 KEY = "qwen_vram.patches"
-LEAST = 0.1  # bytes: what the host asks for when nothing fits; of 0 it would load all
+LEAST = 0.1  # bytes: what the host asks for when nothing fits, since 0 stands for all there
 NO_SAVING = (
     "This model is quantised, which ComfyUI's own saving nodes cannot write. Use Save Quantized "
     "Model (Qwen VRAM) instead."
@@ -217,12 +217,16 @@ class _Unmerged:
         when the factors come.
         """
         if not self.is_dynamic():
-            layers = self.run_time_patches.layers.values()
-            need = sum(layer.bytes_of(self._dtype()) for layer in layers)
-            need -= sum(layer.resident_bytes(device_to) for layer in layers)
+            need = bytes_to_come(self) - self._bytes_to_go()
             least = LEAST - self.loaded_size()  # all that is there goes
             extra_memory = max(extra_memory - need, min(extra_memory, least))
         return super().partially_load(device_to, extra_memory, force_patch_weights)
+
+    def _bytes_to_go(self) -> int:
+        """Of another patcher's factors, which leave when this one's patches come."""
+        own = set(self.run_time_patches.layers.values())
+        loaded = {module.layer for _, module in self._layers()} - own
+        return sum(layer.resident_bytes(self.load_device) for layer in loaded if layer is not None)
 
     def partially_unload(
         self, device_to: torch.device | None, memory_to_free: float = 0, *args: Any, **kwargs: Any

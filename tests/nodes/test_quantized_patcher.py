@@ -440,6 +440,28 @@ def test_weights_that_are_loaded_make_room_for_the_factors_of_loras(host, pair, 
     model.detach()
 
 
+def test_the_factors_of_another_lora_leave_before_those_of_the_next_come(host, pair) -> None:
+    """Without dynamic VRAM: two branches of a workflow, each with a LoRA of its own."""
+    names = ("first.safetensors", "second.safetensors")
+    models = []
+    for name in names:
+        write_lora(host, name, SHAPES, rank=32)
+        models.append(lora_on(host, pair[0], name))
+    device, room = pair[0].load_device, 0.8 * pair[0].model_size()
+    for model in models:
+        model.detach()
+    models[0].partially_load(device, room)
+    loaded = models[0].loaded_size()
+    call(models[0])  # brings its factors
+    models[0].detach(unpatch_all=False)
+    layers = models[0].run_time_patches.layers.values()
+    need = sum(layer.bytes_of(torch.float32) for layer in layers)
+    models[1].partially_load(device, room - need - loaded)
+    assert models[1].loaded_size() == loaded
+    assert sum(layer.resident_bytes(device) for layer in layers) == 0
+    models[1].detach()
+
+
 def test_on_a_cpu_there_is_no_dynamic_vram(host, pair) -> None:
     it, cpu = parts(host).patcher, torch.device("cpu")
     assert type(it.UnmergedDynamicPatcher(pair[0].model, cpu, cpu)) is it.UnmergedPatcher
