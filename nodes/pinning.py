@@ -5,8 +5,8 @@ Beyond that idle models give up pins; then the one that runs does, of its stream
 which are pinned again at their next use, for which others give up theirs: with 12 GB of VRAM and
 14 GiB to pin, of the fp8 file (20.4 GB) some 5 GB in every pass, although the 9.8 GB that stream
 would fit. (See free_registrations in comfy.model_management; the figures are computed with
-ComfyUI's own functions, in test_pinning.py.) A weight that lies in VRAM needs no pin until it has
-to be loaded again.
+ComfyUI's own functions, in test_pinning.py; seconds: RESULTS.md, "Pinned RAM".) A weight that lies
+in VRAM needs no pin until it has to be loaded again.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def test_loras_and_weights_share_a_full_card(
         write_lora(host, f"{name}.safetensors", SHAPES, rank=32)
         patched.append(lora_on(host, bare, f"{name}.safetensors"))
     size, models = bare.model_size(), (bare, *patched)
-    total, work, little = round(1.2 * size), round(0.4 * size), round(0.1 * size)
+    total, work, little = round(1.2 * size), round(0.5 * size), round(0.3 * size)
     layers = [layer for one in patched for layer in one.run_time_patches.layers.values()]
 
     def taken() -> int:
@@ -202,9 +202,7 @@ def test_loras_and_weights_share_a_full_card(
         for turn, beside in ((0, work), (0, little), (1, work), (1, work), (2, work), (0, work)):
             mm.load_models_gpu([models[turn]], memory_required=beside)
             passes(models[turn])
-            # What has no cast weights ComfyUI loads in any case: here 0.4 %.
-            assert taken() + beside <= total + 0.01 * size, (turn, beside)
-            assert weights_on_the_card(bare) > 0
+            assert weights_on_the_card(bare) > 0 and taken() + beside <= total, (turn, beside)
         assert sum(layer.resident_bytes(CARD) for layer in layers) == 0
         bare.detach()
         assert taken() == 0
